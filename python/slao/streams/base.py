@@ -1,0 +1,123 @@
+"""A stream is a named sequence of tasks; a task is rows of text with their answers. Nothing here knows models."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example.
+
+    prompt: what the model reads. answer: what it should say; for a classification task the text of its label.
+    """
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a stream.
+
+    labels: the texts that an answer can be, in a fixed order; empty for free-form tasks.
+    instruction: a line that a causal LM sees before the prompt; it must not leak the task's name.
+    """
+
+    name: str
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    test: tuple[Row, ...]
+    labels: tuple[str, ...] = ()
+    instruction: str = ""
+
+    def __post_init__(self) -> None:
+        for split in ("train", "test"):
+            if not getattr(self, split):
+                raise ValueError(f"task {self.name!r} has no {split} rows; add some or leave the task out")
+        if not self.labels:
+            return
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"task {self.name!r} lists a label twice: {list(self.labels)}")
+        known = set(self.labels)
+        for split in ("train", "validation", "test"):
+            unknown = sorted({row.answer for row in getattr(self, split)} - known)
+            if unknown:
+                raise ValueError(
+                    f"task {self.name!r}, {split}: label {unknown[0]!r} is not among its labels {list(self.labels)}; "
+                    "add it to the labels or correct the row"
+                )
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An ordered sequence of tasks with distinct names."""
+
+    name: str
+    tasks: tuple[Task, ...]
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError(f"stream {self.name!r} has no tasks")
+        names = [task.name for task in self.tasks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stream {self.name!r} has two tasks of one name: {names}")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Every label of every task, each once, in order of first appearance."""
+        return tuple(dict.fromkeys(label for task in self.tasks for label in task.labels))
+
+    def shuffled(self, seed: int) -> Stream:
+        """The same tasks in an order drawn from `seed`."""
+        tasks = list(self.tasks)
+        random.Random(seed).shuffle(tasks)
+        return replace(self, tasks=tuple(tasks))
+
+    def limited(self, rows: int | None = None, fraction: float | None = None, seed: int = 0) -> Stream:
+        """At most `rows` training rows a task, or a `fraction` of them, drawn from `seed`; tests stay whole."""
+        if rows is not None and rows < 1:
+            raise ValueError(f"rows must be at least 1, not {rows}")
+        if fraction is not None and not 0 < fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], not {fraction}")
+
+        def keep(task: Task) -> Task:
+            count = len(task.train) if fraction is None else max(1, round(fraction * len(task.train)))
+            count = count if rows is None else min(count, rows)
+            if count >= len(task.train):
+                return task
+            picked = sorted(random.Random(f"{seed}/{task.name}").sample(range(len(task.train)), count))
+            return replace(task, train=tuple(task.train[i] for i in picked))
+
+        return replace(self, tasks=tuple(keep(task) for task in self.tasks))
+
+
+def carve_validation(
+    train: Sequence[Row], fraction: float, seed: int
+) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """Split `train` into (train, validation) by `seed`; at least one row stays in train."""
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the validation fraction must lie in [0, 1), not {fraction}")
+    order = list(range(len(train)))
+    random.Random(seed).shuffle(order)
+    held = set(order[: min(int(fraction * len(train)), len(train) - 1)]) if train else set()
+    return (
+        tuple(row for i, row in enumerate(train) if i not in held),
+        tuple(row for i, row in enumerate(train) if i in held),
+    )
+
+
+@dataclass
+class Splits:
+    """Rows on their way into a `Task`."""
+
+    train: list[Row] = field(default_factory=list)
+    validation: list[Row] = field(default_factory=list)
+    test: list[Row] = field(default_factory=list)
+
+    def task(self, name: str, labels: Iterable[str] = (), instruction: str = "") -> Task:
+        return Task(
+            name, tuple(self.train), tuple(self.validation), tuple(self.test), tuple(labels), instruction
+        )
