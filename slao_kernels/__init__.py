@@ -1,0 +1,22 @@
+"""slao_kernels: continual LoRA fine-tuning with one adapter, fast. See README.md for a tour."""
+
+from .dispatch import use_backend
+from .ops.fold import fold_
+from .ops.lora_linear import lora_linear
+from .ops.orthogonal_init import OrthogonalInitReport, orthogonal_init_
+from .ops.scaled_merge import scaled_merge_
+from .patching import PatchReport, patch, unpatch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OrthogonalInitReport",
+    "PatchReport",
+    "fold_",
+    "lora_linear",
+    "orthogonal_init_",
+    "patch",
+    "scaled_merge_",
+    "unpatch",
+    "use_backend",
+]

@@ -1,0 +1,134 @@
+"""When a LoRA layer may take the fused forward. Pure predicates: each returns a reason against it, or None."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@cache
+def _base_types() -> tuple[type, ...]:
+    from transformers.pytorch_utils import Conv1D
+
+    return nn.Linear, Conv1D
+
+
+def layer_reason(layer: nn.Module) -> str | None:
+    """What about the LoRA layer itself, whatever its adapters, rules the fused forward out."""
+    from peft.tuners.lora import layer as lora
+
+    from .layers import FusedLoraLinear
+
+    if type(layer) not in (lora.Linear, FusedLoraLinear):
+        return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no fused forward"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance (accelerate hooks?)"
+    return base_reason(layer.base_layer)
+
+
+def base_reason(base: nn.Module) -> str | None:
+    """What about the base layer rules it out. Exact types: a subclass may compute something else."""
+    if type(base) not in _base_types():
+        return f"base layer is {type(base).__module__.split('.')[0]}'s {type(base).__name__}"
+    if base.weight.device.type == "meta":
+        return "its weights are on the meta device; load them, then patch again"
+    if base.weight.dtype not in _DTYPES:
+        return f"base weight is stored as {base.weight.dtype}"
+    if base.bias is not None and base.bias.dtype != base.weight.dtype:
+        return f"base bias is {base.bias.dtype}, weight {base.weight.dtype}"
+    return _module_reason(base, "base layer")
+
+
+def adapter_reason(layer: nn.Module, adapter: str) -> str | None:
+    """What about one adapter of the layer rules it out."""
+    if adapter in layer.lora_variant:
+        return f"{type(layer.lora_variant[adapter]).__name__.removesuffix('LinearVariant')}: not plain LoRA"
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    if type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return f"lora_A is a {type(down).__name__}, lora_B a {type(up).__name__}, not plain nn.Linear"
+    if up.bias is not None or down.bias is not None:
+        return "lora_bias"
+    if down.weight.dim() != 2 or up.weight.dim() != 2 or up.weight.dtype not in _DTYPES:
+        return "lora_A or lora_B is not a plain floating matrix (sharded or quantised?)"
+    if down.weight.device.type == "meta":
+        return "its adapter is on the meta device; load it, then patch again"
+    return _module_reason(down, "lora_A") or _module_reason(up, "lora_B")
+
+
+def dropout_of(layer: nn.Module, adapter: str) -> float:
+    """The adapter's dropout probability; -1 for something other than nn.Dropout."""
+    dropout = layer.lora_dropout[adapter]
+    if type(dropout) is nn.Identity:
+        return 0.0
+    return dropout.p if type(dropout) is nn.Dropout else -1.0
+
+
+def dropout_reason(layer: nn.Module, adapter: str) -> str | None:
+    """Why the adapter's dropout, were it active now, would rule the fused forward out."""
+    p = dropout_of(layer, adapter)
+    if p == 0.0:
+        return None
+    if p < 0.0:
+        return f"lora_dropout is a {type(layer.lora_dropout[adapter]).__name__}"
+    return f"lora_dropout={p:g} while training: PEFT's own forward draws its masks"
+
+
+def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs: Any) -> str | None:
+    """What about this one call rules it out: its arguments, dropout, dtypes under autocast, devices, hooks."""
+    if args or any(value is not None for value in kwargs.values()):
+        return f"called with {', '.join(kwargs) or 'positional arguments'} beside x"
+    base = layer.base_layer
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"x is a {type(x).__name__}"
+    if x.dim() == 0 or x.dtype not in _DTYPES:
+        return f"x is a {x.dim()}-dimensional tensor of {x.dtype}"
+    if torch.is_autocast_enabled(x.device.type):
+        if torch.float64 in (x.dtype, base.weight.dtype):
+            return "fp64 under autocast"
+    elif x.dtype != base.weight.dtype:
+        return f"x is {x.dtype}, the base weight {base.weight.dtype}"
+    if x.device != base.weight.device:
+        return f"x is on {x.device}, the base weight on {base.weight.device}"
+    if _global_hooks():
+        return "a global module hook is registered"
+    reason = base_reason(base)
+    for adapter in adapters:
+        reason = reason or adapter_reason(layer, adapter)
+        reason = reason or _hooks_reason(layer.lora_dropout[adapter], "lora_dropout")
+        if reason is None and layer.lora_dropout[adapter].training:
+            reason = dropout_reason(layer, adapter)
+        if reason is None and layer.lora_A[adapter].weight.device != x.device:
+            reason = f"adapter {adapter!r} is on {layer.lora_A[adapter].weight.device}, x on {x.device}"
+    return reason
+
+
+def _module_reason(module: nn.Module, what: str) -> str | None:
+    """A fused forward reads the module's weight and never calls it: nothing may depend on the call."""
+    if type(module.weight) not in (nn.Parameter, Tensor):
+        return f"{what}'s weight is a {type(module.weight).__name__}"
+    if hasattr(module.weight, "ds_id"):
+        return f"{what}'s weight is partitioned by DeepSpeed ZeRO-3"
+    return _hooks_reason(module, what)
+
+
+def _hooks_reason(module: nn.Module, what: str) -> str | None:
+    if "forward" in module.__dict__:
+        return f"{what}'s forward was replaced on the instance (accelerate hooks?)"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"{what} has hooks"
+    return None
+
+
+def _global_hooks() -> bool:
+    module = torch.nn.modules.module
+    return bool(
+        module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+    )

@@ -1,0 +1,75 @@
+"""The class that PEFT's LoRA layers are swapped to. Imports PEFT: only `patch` and unpickling load this module."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as lora
+from torch import Tensor, nn
+
+from . import eligibility
+from .ops.lora_linear import apply
+
+logger = logging.getLogger("slao_kernels")
+_logged: set[str] = set()
+
+
+@dataclass
+class FusedOptions:
+    """What `patch` decided for one layer. `fallbacks` is shared with the PatchReport: name -> reason."""
+
+    name: str
+    backend: str = "auto"
+    precision: str = "base"
+    fallbacks: dict[str, str] = field(default_factory=dict)
+
+    def fell_back(self, reason: str) -> None:
+        """Put the reason into the report, and into the log once per reason."""
+        if self.fallbacks.get(self.name) == reason:
+            return
+        self.fallbacks[self.name] = reason
+        if reason not in _logged:
+            _logged.add(reason)
+            logger.warning("%s falls back to PEFT's own forward: %s", self.name, reason)
+
+
+class FusedLoraLinear(lora.Linear):
+    """PEFT's LoRA linear layer with a fused forward; everything else, state included, is PEFT's.
+
+    Instances come from `module.__class__ = FusedLoraLinear` (see `patch`), never from a constructor call.
+    """
+
+    # On the class, so that a layer unpickled from another version still has one.
+    slao_options = FusedOptions("(unnamed layer)")
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's: base(x) + Σ scaling · B A x over the active adapters. x: (..., K) -> (..., N)."""
+        if self.disable_adapters or self.merged_adapters:
+            return super().forward(x, *args, **kwargs)
+        adapters = [name for name in self.active_adapters if name in self.lora_A]
+        if not adapters:
+            return super().forward(x, *args, **kwargs)
+        reason = eligibility.call_reason(self, adapters, x, args, kwargs)
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                self.slao_options.fell_back(reason)
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        weight = base.weight if type(base) is nn.Linear else base.weight.t()  # Conv1D stores (K, N)
+        A, B, scaling = self._adapter(adapters)
+        options = self.slao_options
+        return apply(x, weight, base.bias, A, B, scaling, precision=options.precision, backend=options.backend)
+
+    def _adapter(self, adapters: list[str]) -> tuple[Tensor, Tensor, float]:
+        """A (R, K), B (N, R) and the scaling: several adapters are one of rank R = Σ r with scaled Bs."""
+        scalings = [self.scaling[name] for name in adapters]
+        if len(adapters) == 1 and not isinstance(scalings[0], Tensor):
+            (name,) = adapters
+            return self.lora_A[name].weight, self.lora_B[name].weight, float(scalings[0])
+        # A scaling that is a tensor (PEFT's hotswap) must not be read back from a GPU: it goes into B.
+        As = [self.lora_A[name].weight for name in adapters]
+        Bs = [self.lora_B[name].weight * s for name, s in zip(adapters, scalings, strict=True)]
+        return torch.cat(As), torch.cat(Bs, dim=1), 1.0

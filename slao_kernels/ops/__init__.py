@@ -1,0 +1,1 @@
+"""The four operations. Each folder: the public function, its reference, and one module a backend."""

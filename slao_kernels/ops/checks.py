@@ -1,0 +1,127 @@
+"""Checks that the list ops share. All problems are collected, then raised as one ValueError: nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Naming every offender helps; naming 224 of them does not.
+_SHOWN = 8
+
+
+class Problems:
+    """Collects what is wrong with the arguments of one op."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.found: list[str] = []
+
+    def add(self, where: str, what: str) -> None:
+        self.found.append(f"{where}: {what}")
+
+    def raise_if_any(self) -> None:
+        if self.found:
+            more = len(self.found) - _SHOWN
+            tail = f"; and {more} more" if more > 0 else ""
+            raise ValueError(f"{self.op}: " + "; ".join(self.found[:_SHOWN]) + tail + ". Nothing was written.")
+
+
+def lengths(problems: Problems, **lists: Sequence[object]) -> bool:
+    """Whether all lists are equally long and the first is not empty; else the problem is added."""
+    sizes = {name: len(items) for name, items in lists.items()}
+    if len(set(sizes.values())) > 1:
+        problems.add("lists", "lengths differ: " + ", ".join(f"{name} {size}" for name, size in sizes.items()))
+        return False
+    return True
+
+
+def tensor(problems: Problems, where: str, item: object, device: torch.device | None) -> bool:
+    """Whether `item` is a plain floating tensor with storage, on `device` if one is given."""
+    if not isinstance(item, Tensor):
+        problems.add(where, f"is a {type(item).__name__}, expected a tensor")
+        return False
+    fine = True
+    if not item.is_floating_point():
+        problems.add(where, f"is {item.dtype}, expected fp64, fp32, bf16 or fp16")
+        fine = False
+    if item.device.type == "meta":
+        problems.add(where, "is on the meta device; load the weights first")
+        fine = False
+    elif item.layout != torch.strided:
+        problems.add(where, f"has layout {item.layout}, expected a dense tensor")
+        fine = False
+    elif device is not None and item.device != device:
+        problems.add(where, f"is on {item.device}, the first tensor is on {device}")
+        fine = False
+    return fine
+
+
+def distinct_memory(problems: Problems, name: str, items: Sequence[Tensor], **reads: Sequence[Tensor]) -> None:
+    """That the destinations `items` are distinct memory and no list in `reads` looks into another one's.
+
+    A source may be its own destination (same index, same view): that is a no-op, not a mistake.
+    """
+    spans = []
+    for index, item in enumerate(items):
+        if item.numel() == 0:
+            continue
+        if _self_overlaps(item):
+            problems.add(f"{name}[{index}]", "is an expanded view: several of its elements share memory")
+        else:
+            spans.append((*_span(item), True, name, index, item))
+    for read, sources in reads.items():
+        for index, item in enumerate(sources):
+            if item.numel():
+                spans.append((*_span(item), False, read, index, item))
+    spans.sort(key=lambda span: span[0])
+    open_spans: list[tuple[int, int, bool, str, int, Tensor]] = []
+    for span in spans:
+        start, _, writes, owner, index, item = span
+        open_spans = [other for other in open_spans if other[1] > start]
+        for _, _, other_writes, other_owner, other_index, other in open_spans:
+            if not (writes or other_writes) or _share_no_byte(item, other):
+                continue
+            if owner != other_owner and index == other_index and _same_view(item, other):
+                continue
+            problems.add(f"{owner}[{index}]", f"overlaps the memory of {other_owner}[{other_index}]")
+        open_spans.append(span)
+
+
+def _span(item: Tensor) -> tuple[int, int]:
+    """First byte, and one past the last byte, that `item` can touch."""
+    reach = sum((size - 1) * stride for size, stride in zip(item.shape, item.stride(), strict=True))
+    start = item.data_ptr()
+    return start, start + (reach + 1) * item.element_size()
+
+
+def _same_view(left: Tensor, right: Tensor) -> bool:
+    return (
+        left.data_ptr() == right.data_ptr()
+        and left.dtype == right.dtype
+        and left.shape == right.shape
+        and left.stride() == right.stride()
+    )
+
+
+def _self_overlaps(item: Tensor) -> bool:
+    """Whether two elements of `item` may share memory, as in `expand` or overlapping `as_strided` windows."""
+    needed = 1
+    for stride, size in sorted((s, n) for n, s in zip(item.shape, item.stride(), strict=True) if n > 1):
+        if stride < needed:
+            return True
+        needed += stride * (size - 1)
+    return False
+
+
+def _share_no_byte(left: Tensor, right: Tensor) -> bool:
+    """Whether two matrices whose byte ranges meet are side by side in the rows of one larger matrix."""
+    if left.dim() != 2 or right.dim() != 2 or left.stride() != right.stride():
+        return False
+    if left.element_size() != right.element_size() or min(left.stride()) != 1:
+        return False
+    pitch, inner = max(left.stride()), left.stride().index(1)
+    low, high = sorted((left, right), key=Tensor.data_ptr)
+    offset = (high.data_ptr() - low.data_ptr()) // low.element_size() % pitch
+    return low.shape[inner] <= offset and offset + high.shape[inner] <= pitch

@@ -1,0 +1,60 @@
+"""fold_: LoRA deltas added into their base weights, all layers in one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from .. import (
+    checks,
+    schema,  # noqa: F401  (defines the operators)
+)
+
+
+def fold_(
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: float | Sequence[float],
+    *,
+    backend: str = "auto",
+) -> None:
+    """In place, for all layers: W <- W + scaling B A, without a temporary of W's size.
+
+    weights: (N, K), for a layer that stores (K, N), such as GPT-2's Conv1D, pass `w.t()`; As: (r, K); Bs: (N, r);
+    scalings: one number or one a layer. Any mix of floating dtypes and strides, one device; weights share no memory.
+    Arithmetic in fp32 or wider, rounded once to W's dtype. Deterministic. Values are not inspected.
+    Raises ValueError that names every offender, with nothing written.
+    Source: LoRA, arXiv 2106.09685, section 4.1 (merging for inference).
+    """
+    weights, As, Bs = list(weights), list(As), list(Bs)
+    one = isinstance(scalings, int | float)
+    factors = [float(scalings)] * len(weights) if one else [float(value) for value in scalings]  # type: ignore
+    problems = checks.Problems("fold_")
+    if checks.lengths(problems, weights=weights, As=As, Bs=Bs, scalings=factors):
+        device = next((tensor.device for tensor in weights if isinstance(tensor, Tensor)), None)
+        plain = True
+        for index, (W, A, B, factor) in enumerate(zip(weights, As, Bs, factors, strict=True)):
+            fine = checks.tensor(problems, f"weights[{index}]", W, device)
+            fine &= checks.tensor(problems, f"As[{index}]", A, device)
+            fine &= checks.tensor(problems, f"Bs[{index}]", B, device)
+            if fine and not (
+                W.dim() == A.dim() == B.dim() == 2 and W.shape == (B.shape[0], A.shape[1]) and A.shape[0] == B.shape[1]
+            ):
+                shapes = f"W {tuple(W.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}"
+                problems.add(f"weights[{index}]", f"{shapes} do not fit W (N, K) += B (N, r) A (r, K)")
+            if not math.isfinite(factor):
+                problems.add(f"scalings[{index}]", f"is {factor}, expected a finite number")
+            plain &= fine
+        if plain:
+            checks.distinct_memory(problems, "weights", weights, As=As, Bs=Bs)
+    problems.raise_if_any()
+    if not weights:
+        return
+    chosen = dispatch.choose("fold", weights[0].device.type, backend)
+    with torch.no_grad():
+        torch.ops.slao_kernels.fold_(weights, As, Bs, factors, chosen)

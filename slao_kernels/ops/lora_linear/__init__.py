@@ -1,0 +1,221 @@
+"""lora_linear: a frozen linear layer and its LoRA branch as one node of the autograd graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import dispatch
+from .. import schema  # noqa: F401  (defines the operators)
+from . import reference
+
+PRECISIONS = ("base", "adapter")
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Saves x (x_dropped too where there is dropout), t and tensors of the adapters' size; nothing (M, N).
+
+    C-LoRA's routing R = core + core_delta costs only r×r products: the kernels see B R in the forward pass and
+    R A in the backward one, and what they return is multiplied by core_deltaᵀ afterwards.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        x_dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        core: Tensor | None,
+        core_delta: Tensor | None,
+        scaling: float,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> Tensor:
+        routing = _routing(core, core_delta)
+        cast_A, cast_B = A.to(dtype), B.to(dtype)
+        value_B = cast_B if routing is None else (B @ routing.to(B.dtype)).to(dtype)
+        y, t = torch.ops.slao_kernels.lora_linear(x, x_dropped, weight, bias, cast_A, value_B, scaling, backend)
+        ctx.save_for_backward(x, x_dropped, weight, t, cast_A, cast_B, core, core_delta)
+        ctx.scaling, ctx.backend = scaling, backend
+        ctx.grad_dtypes = A.dtype, B.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, x_dropped, weight, t, A, B, core, core_delta = ctx.saved_tensors
+        need_x, need_dropped, need_weight, need_bias, need_A, need_B, _, need_delta = ctx.needs_input_grad[:8]
+        routing = _routing(core, core_delta)
+        dx, dx_dropped, dA, dB, g = torch.ops.slao_kernels.lora_linear_backward(
+            dy,
+            x,
+            x_dropped,
+            weight,
+            t,
+            A if routing is None else (routing.to(A.dtype) @ A),
+            B,
+            ctx.scaling,
+            need_x,
+            need_dropped,
+            need_A or need_delta,
+            need_B,
+            ctx.backend,
+        )
+        d_delta = (g.t() @ t).to(core_delta.dtype) if need_delta else None
+        if routing is not None:
+            # Only core_delta carries A's and B's gradient; a core without one is a frozen path.
+            if need_A:
+                dA = torch.zeros_like(dA) if core_delta is None else core_delta.to(dA.dtype).t() @ dA
+            if need_B:
+                dB = torch.zeros_like(dB) if core_delta is None else dB @ core_delta.to(dB.dtype).t()
+        dy2 = dy.reshape(-1, weight.shape[0])
+        return (
+            dx if need_x else None,
+            dx_dropped if need_dropped else None,
+            dy2.t() @ x.reshape(-1, weight.shape[1]) if need_weight else None,
+            dy2.sum(0) if need_bias else None,
+            dA.to(ctx.grad_dtypes[0]) if need_A else None,
+            dB.to(ctx.grad_dtypes[1]) if need_B else None,
+            None,
+            d_delta,
+            None,
+            None,
+            None,
+        )
+
+
+def _routing(core: Tensor | None, core_delta: Tensor | None) -> Tensor | None:
+    if core is None or core_delta is None:
+        return core_delta if core is None else core
+    return core + core_delta
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    *,
+    core: Tensor | None = None,
+    core_delta: Tensor | None = None,
+    dropout: float = 0.0,
+    training: bool = True,
+    precision: str = "base",
+    backend: str = "auto",
+) -> Tensor:
+    """y = x Wᵀ + bias + scaling · dropout(x) Aᵀ (core + core_delta)ᵀ Bᵀ.
+
+    Shapes: x (..., K) with any strides, weight (N, K) (pass `w.t()` for a (K, N) one), bias (N) or None, A (r, K),
+    B (N, r), core and core_delta (r, r) or None; returns (..., N), a fresh tensor in the dtype of the base product.
+    Dtypes: x, weight and bias share one floating dtype; under autocast they are cast to its dtype. A and B may
+    have another: `precision="base"` computes the LoRA branch in the base's dtype with the GEMM's fp32 accumulation,
+    `"adapter"` in A's and B's own (the wider of them and the base's), block by block without a wide copy of x.
+    Gradients have the dtype of their tensor; x, weight, bias, A, B and core_delta get one, core does not. With a
+    core, A's and B's gradient flows through core_delta only (C-LoRA, arXiv 2502.17920). Differentiable once.
+    `dropout` is a probability and applies when `training`.
+    Raises ValueError on shapes, dtypes or devices that do not fit, naming them.
+    Source: LoRA (arXiv 2106.09685); this evaluation order: RunLoRA (arXiv 2312.03415), LoRAFusion (EuroSys'26).
+    """
+    _check(x, weight, bias, A, B, core, core_delta, dropout, precision)
+    return apply(
+        x,
+        weight,
+        bias,
+        A,
+        B,
+        scaling,
+        core=core,
+        core_delta=core_delta,
+        dropout=dropout if training else 0.0,
+        precision=precision,
+        backend=backend,
+    )
+
+
+def apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    *,
+    core: Tensor | None = None,
+    core_delta: Tensor | None = None,
+    dropout: float = 0.0,
+    precision: str = "base",
+    backend: str = "auto",
+) -> Tensor:
+    """`lora_linear` without its checks: for callers that know that shapes, dtypes and devices fit."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        autocast = torch.get_autocast_dtype(device)
+        x, weight = x.to(autocast), weight.to(autocast)
+        bias = None if bias is None else bias.to(autocast)
+        precision = "base"  # what autocast asks of every linear layer, PEFT's included
+    dtype = x.dtype
+    if precision == "adapter":
+        dtype = torch.promote_types(dtype, torch.promote_types(A.dtype, B.dtype))
+    x_dropped = torch.nn.functional.dropout(x, dropout) if dropout > 0.0 else None
+    backend = dispatch.choose("lora_linear", device, backend)
+    if backend == "reference":
+        cast = (None if part is None else part.to(dtype) for part in (A, B, core, core_delta))
+        A, B, core, core_delta = cast
+        return reference.lora_linear(x, x_dropped, weight, bias, A, B, scaling, core, core_delta)
+    if torch.is_grad_enabled():
+        return _LoraLinear.apply(x, x_dropped, weight, bias, A, B, core, core_delta, scaling, dtype, backend)
+    routing = _routing(core, core_delta)
+    B = B if routing is None else B @ routing.to(B.dtype)
+    return torch.ops.slao_kernels.lora_linear(x, x_dropped, weight, bias, A.to(dtype), B.to(dtype), scaling, backend)[0]
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    core: Tensor | None,
+    core_delta: Tensor | None,
+    dropout: float,
+    precision: str,
+) -> None:
+    problems = []
+    if weight.dim() != 2 or A.dim() != 2 or B.dim() != 2 or x.dim() < 1:
+        problems.append(
+            f"x needs at least 1 dimension, weight, A and B 2; got {x.dim()}, {weight.dim()}, {A.dim()}, {B.dim()}"
+        )
+    else:
+        (n, k), r = weight.shape, A.shape[0]
+        expected = {"A": (A, (r, k)), "B": (B, (n, r)), "bias": (bias, (n,))}
+        expected |= {"core": (core, (r, r)), "core_delta": (core_delta, (r, r))}
+        if x.shape[-1] != k:
+            problems.append(f"x has {x.shape[-1]} features, weight (N, K) = {(n, k)} reads {k}")
+        for name, (tensor, shape) in expected.items():
+            if tensor is not None and tuple(tensor.shape) != shape:
+                problems.append(f"{name} is {tuple(tensor.shape)}, expected {shape}")
+    tensors = {"x": x, "weight": weight, "bias": bias, "A": A, "B": B, "core": core, "core_delta": core_delta}
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in given.items():
+        if not tensor.is_floating_point():
+            problems.append(f"{name} is {tensor.dtype}, expected a floating dtype")
+        if tensor.device != x.device:
+            problems.append(f"{name} is on {tensor.device}, x on {x.device}")
+    if not torch.is_autocast_enabled(x.device.type):
+        for name in ("weight", "bias"):
+            if name in given and given[name].dtype != x.dtype:
+                problems.append(f"{name} is {given[name].dtype}, x is {x.dtype}: cast one of them")
+    if not 0.0 <= dropout < 1.0:
+        problems.append(f"dropout is {dropout}, expected a probability in [0, 1)")
+    if precision not in PRECISIONS:
+        problems.append(f"unknown precision {precision!r}, choose one of {', '.join(PRECISIONS)}")
+    if problems:
+        raise ValueError("lora_linear: " + "; ".join(problems))

@@ -1,0 +1,79 @@
+"""lora_linear from torch's own GEMMs: two passes over y forward, none of them a copy or an add of its own.
+
+LoRA first, then the base GEMM on top of it with beta = 1: the M×N add rides in the GEMM's epilogue, and the
+rank-r product is rounded before the larger base product joins it in the accumulator, which is more accurate than
+adding two rounded M×N tensors. `scaling` is the GEMM's alpha, so no scaled copy of B is made.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import wide
+
+
+def forward(
+    x: Tensor,
+    x_dropped: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """(y, t) of `slao_kernels::lora_linear`; see ops/schema.py."""
+    if A.dtype != x.dtype:
+        return wide.forward(x, x_dropped, weight, bias, A, B, scaling)
+    out_features, in_features = weight.shape
+    y = x.new_empty((*x.shape[:-1], out_features))
+    x2, y2 = x.reshape(-1, in_features), y.view(-1, out_features)
+    t = (x2 if x_dropped is None else x_dropped.reshape(-1, in_features)) @ A.t()  # (M, r)
+    if bias is None:
+        torch.addmm(y2, t, B.t(), beta=0, alpha=scaling, out=y2)
+    else:
+        torch.addmm(bias, t, B.t(), alpha=scaling, out=y2)
+    y2.addmm_(x2, weight.t())
+    return y, t
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    x_dropped: Tensor | None,
+    weight: Tensor,
+    t: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    need_x: bool,
+    need_dropped: bool,
+    need_A: bool,
+    need_B: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dx_dropped, dA, dB, g) of `slao_kernels::lora_linear_backward`; see ops/schema.py."""
+    if A.dtype != x.dtype:
+        needs = (need_x, need_dropped, need_A, need_B)
+        return wide.backward(dy, x, x_dropped, weight, t, A, B, scaling, *needs)
+    out_features, in_features = weight.shape
+    dy2 = dy.reshape(-1, out_features)
+    dx, dx_dropped = x.new_empty(x.shape if need_x else 0), x.new_empty(x.shape if need_dropped else 0)
+    dA, dB = A.new_empty(A.shape if need_A else 0), B.new_empty(B.shape if need_B else 0)
+    g = t.new_empty(t.shape if need_x or need_dropped or need_A else 0)  # scaling dy B, (M, r)
+    if need_x or need_dropped or need_A:
+        torch.addmm(g, dy2, B, beta=0, alpha=scaling, out=g)
+    if need_B:
+        torch.addmm(dB, dy2.t(), t, beta=0, alpha=scaling, out=dB)
+    if need_A:
+        source = x if x_dropped is None else x_dropped
+        torch.mm(g.t(), source.reshape(-1, in_features), out=dA)
+    if need_dropped:
+        torch.mm(g, A, out=dx_dropped.view(-1, in_features))
+    if need_x:
+        dx2 = dx.view(-1, in_features)
+        if x_dropped is None:
+            torch.mm(g, A, out=dx2)
+            dx2.addmm_(dy2, weight)
+        else:
+            torch.mm(dy2, weight, out=dx2)
+    return dx, dx_dropped, dA, dB, g

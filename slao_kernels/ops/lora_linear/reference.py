@@ -1,0 +1,36 @@
+"""lora_linear in plain PyTorch: the oracle of every test and the last fallback."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def lora_linear(
+    x: Tensor,
+    x_dropped: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    core: Tensor | None = None,
+    core_delta: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias + scaling · x Aᵀ (core + core_delta)ᵀ Bᵀ, all in the dtype of its arguments.
+
+    Without `core` and `core_delta` it is plain LoRA. With them (C-LoRA, arXiv 2502.17920): x is differentiated
+    through core + core_delta, A and B through core_delta alone, core_delta through both, core not at all.
+    Shapes: x (..., K), weight (N, K), bias (N), A (r, K), B (N, r), core and core_delta (r, r); y (..., N).
+    """
+    source = x if x_dropped is None else x_dropped
+    y = F.linear(x, weight, bias).to(A.dtype)
+    source = source.to(A.dtype)
+    if core is None and core_delta is None:
+        return (y + scaling * (source @ A.T @ B.T)).to(x.dtype)
+    routing = sum(part for part in (None if core is None else core.detach(), core_delta) if part is not None)
+    y = y + scaling * (source @ A.detach().T @ routing.T @ B.detach().T)
+    if core_delta is not None:  # adds nothing to the value: only A's and B's gradient
+        path = source.detach() @ A.T @ core_delta.detach().T @ B.T
+        y = y + scaling * (path - path.detach())
+    return y.to(x.dtype)

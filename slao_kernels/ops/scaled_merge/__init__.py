@@ -1,0 +1,55 @@
+"""scaled_merge_: the running merge of every layer in one call (SLAO's step 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from .. import (
+    checks,
+    schema,  # noqa: F401  (defines the operators)
+)
+
+
+def scaled_merge_(
+    merged: Sequence[Tensor],
+    finetuned: Sequence[Tensor],
+    lam: float | Sequence[float],
+    *,
+    backend: str = "auto",
+) -> None:
+    """In place, for all pairs: merged <- merged + lam (finetuned - merged).
+
+    merged, finetuned: equally long lists, pairwise of one shape (any), any mix of floating dtypes and strides, one
+    device; merged tensors share no memory. lam: one number in [0, 1], or one a pair. Arithmetic in fp32 (fp64 for
+    fp64 destinations), rounded once to the destination's dtype; within one unit in the last place of `torch.lerp`;
+    lam = 0 leaves the destination as it is and lam = 1 copies, exactly. Deterministic. Values are not inspected.
+    Raises ValueError that names every offender, with nothing written.
+    Source: SLAO, arXiv 2512.23017, eq. for B_merge with λ(i) = 1/√i.
+    """
+    merged, finetuned = list(merged), list(finetuned)
+    weights = [float(lam)] * len(merged) if isinstance(lam, int | float) else [float(value) for value in lam]
+    problems = checks.Problems("scaled_merge_")
+    if checks.lengths(problems, merged=merged, finetuned=finetuned, lam=weights):
+        device = next((tensor.device for tensor in merged if isinstance(tensor, Tensor)), None)
+        plain = True
+        for index, (target, source, weight) in enumerate(zip(merged, finetuned, weights, strict=True)):
+            fine = checks.tensor(problems, f"merged[{index}]", target, device)
+            fine &= checks.tensor(problems, f"finetuned[{index}]", source, device)
+            if fine and target.shape != source.shape:
+                problems.add(f"finetuned[{index}]", f"is {tuple(source.shape)}, merged {tuple(target.shape)}")
+            if not (math.isfinite(weight) and 0.0 <= weight <= 1.0):
+                problems.add(f"lam[{index}]", f"is {weight}, expected a number in [0, 1]")
+            plain &= fine
+        if plain:
+            checks.distinct_memory(problems, "merged", merged, finetuned=finetuned)
+    problems.raise_if_any()
+    if not merged:
+        return
+    chosen = dispatch.choose("scaled_merge", merged[0].device.type, backend)
+    with torch.no_grad():
+        torch.ops.slao_kernels.scaled_merge_(merged, finetuned, weights, chosen)

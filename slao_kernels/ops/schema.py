@@ -1,0 +1,156 @@
+"""The contract with torch: every operator's schema and fake (shape) function, on one screen.
+
+The operators are what `torch.compile`, CUDA graphs and `opcheck` see. They take only what a kernel needs:
+casting, scaling rules, C-LoRA's core and autograd stand above them (ops/*/__init__.py). `backend` is the name
+that `dispatch.choose` gave; the operator looks the module up and calls the function of the same name in it.
+
+M = number of tokens (all leading sizes of x), K = in_features, N = out_features, r = rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+
+LIBRARY = torch.library.Library("slao_kernels", "DEF")
+
+# y = x Wᵀ + bias + scaling (x_dropped or x) Aᵀ Bᵀ, shaped (*x.shape[:-1], N); t = (x_dropped or x) Aᵀ, (M, r).
+# A and B share one dtype: x's, or a wider one (precision="adapter"), in which t is then kept.
+LIBRARY.define(
+    "lora_linear(Tensor x, Tensor? x_dropped, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scaling, "
+    "str backend) -> (Tensor y, Tensor t)"
+)
+# With g = scaling dy B (M, r): dx (+)= dy W + g A, dA = gᵀx, dB = scaling dyᵀt. What is not needed comes back
+# empty. With x_dropped, dx holds dy W alone and dx_dropped holds g A.
+LIBRARY.define(
+    "lora_linear_backward(Tensor dy, Tensor x, Tensor? x_dropped, Tensor weight, Tensor t, Tensor A, Tensor B, "
+    "float scaling, bool need_x, bool need_dropped, bool need_A, bool need_B, str backend) "
+    "-> (Tensor dx, Tensor dx_dropped, Tensor dA, Tensor dB, Tensor g)"
+)
+# status (int32, one per matrix): 0 done, 1 done but rank-deficient, 2 not finite: then nothing at all was written.
+LIBRARY.define("orthogonal_init_(Tensor(a!)[] As, bool return_r, str backend) -> (Tensor[] r, Tensor status)")
+LIBRARY.define("scaled_merge_(Tensor(a!)[] merged, Tensor[] finetuned, float[] lam, str backend) -> ()")
+LIBRARY.define("fold_(Tensor(a!)[] weights, Tensor[] As, Tensor[] Bs, float[] scalings, str backend) -> ()")
+
+
+def _lora_linear(
+    x: Tensor,
+    x_dropped: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    run = dispatch.implementation("lora_linear", backend).forward
+    return _without_autocast(run, x, x_dropped, weight, bias, A, B, scaling)
+
+
+def _lora_linear_fake(
+    x: Tensor,
+    x_dropped: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    tokens = x.shape[:-1]
+    return x.new_empty((*tokens, weight.shape[0])), A.new_empty((tokens.numel(), A.shape[0]))
+
+
+def _lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    x_dropped: Tensor | None,
+    weight: Tensor,
+    t: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    need_x: bool,
+    need_dropped: bool,
+    need_A: bool,
+    need_B: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    run = dispatch.implementation("lora_linear", backend).backward
+    needs = (need_x, need_dropped, need_A, need_B)
+    return _without_autocast(run, dy, x, x_dropped, weight, t, A, B, scaling, *needs)
+
+
+def _lora_linear_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    x_dropped: Tensor | None,
+    weight: Tensor,
+    t: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    need_x: bool,
+    need_dropped: bool,
+    need_A: bool,
+    need_B: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        x.new_empty(x.shape if need_dropped else (0,)),
+        A.new_empty(A.shape if need_A else (0,)),
+        B.new_empty(B.shape if need_B else (0,)),
+        t.new_empty(t.shape if need_x or need_dropped or need_A else (0,)),
+    )
+
+
+def _orthogonal_init(As: list[Tensor], return_r: bool, backend: str) -> tuple[list[Tensor], Tensor]:
+    return dispatch.implementation("orthogonal_init", backend).orthogonal_init_(As, return_r)
+
+
+def _orthogonal_init_fake(As: list[Tensor], return_r: bool, backend: str) -> tuple[list[Tensor], Tensor]:
+    r = [A.new_empty((A.shape[0], A.shape[0]), dtype=r_dtype(A.dtype)) for A in As] if return_r else []
+    return r, As[0].new_empty((len(As),), dtype=torch.int32)
+
+
+def _scaled_merge(merged: list[Tensor], finetuned: list[Tensor], lam: list[float], backend: str) -> None:
+    dispatch.implementation("scaled_merge", backend).scaled_merge_(merged, finetuned, lam)
+
+
+def _fold(weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], scalings: list[float], backend: str) -> None:
+    dispatch.implementation("fold", backend).fold_(weights, As, Bs, scalings)
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+def _without_autocast(run: Any, x: Tensor, *args: Any) -> Any:
+    # The caller has cast everything already; autocast would narrow the wide branch of precision="adapter",
+    # and in a backward pass inside an autocast block it would mix dtypes. Entering a block costs some
+    # microseconds, so only where there is something to turn off.
+    if not torch.is_autocast_enabled(x.device.type):
+        return run(x, *args)
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x, *args)
+
+
+def r_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which R of a matrix stored as `dtype` comes back: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+for _name, _kernel, _fake in (
+    ("lora_linear", _lora_linear, _lora_linear_fake),
+    ("lora_linear_backward", _lora_linear_backward, _lora_linear_backward_fake),
+    ("orthogonal_init_", _orthogonal_init, _orthogonal_init_fake),
+    ("scaled_merge_", _scaled_merge, _nothing),
+    ("fold_", _fold, _nothing),
+):
+    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"slao_kernels::{_name}", _fake, lib=LIBRARY)

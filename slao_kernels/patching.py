@@ -1,0 +1,125 @@
+"""patch and unpatch: swap the class of a model's LoRA layers, and say what was left out and why."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from . import dispatch
+from .ops.lora_linear import PRECISIONS
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+@dataclass
+class PatchReport:
+    """What `patch` did; `print(report)` is a table.
+
+    patched: names of the layers that now have the fused forward. skipped: name -> why a LoRA layer kept PEFT's.
+    injected: whether `patch` added the adapter. fallbacks: name -> why a patched layer runs PEFT's forward in some
+    calls: known ones (dropout) from the start, others as they are met while running.
+    """
+
+    patched: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    injected: bool = False
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    backend: str = "auto"
+
+    def __str__(self) -> str:
+        total = len(self.patched) + len(self.skipped)
+        head = f"slao_kernels: {len(self.patched)} of {total} LoRA layers fused (backend: {self.backend})"
+        lines = [head + (", adapter injected" if self.injected else "")]
+        lines += _rows("fused", Counter((_pattern(name), "") for name in self.patched))
+        for title, reasons in (("skipped", self.skipped), ("falls back", self.fallbacks)):
+            lines += _rows(title, Counter((_pattern(name), why) for name, why in reasons.items()))
+        return "\n".join(lines)
+
+
+def _pattern(name: str) -> str:
+    """Layers that differ only in their numbers are one line of the table."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _rows(title: str, counts: Counter[tuple[str, str]]) -> list[str]:
+    width = max((len(pattern) for pattern, _ in counts), default=0)
+    return [
+        f"  {title:<10} {count:>4} × {pattern:<{width}}  {why}".rstrip() for (pattern, why), count in counts.items()
+    ]
+
+
+def patch(
+    model: nn.Module,
+    config: LoraConfig | None = None,
+    *,
+    backend: str = "auto",
+    precision: str = "base",
+    strict: bool = False,
+) -> PatchReport:
+    """Give every eligible LoRA layer of `model` the fused forward, in place; calling it again changes nothing more.
+
+    model: anything with PEFT LoRA layers; or a model without any, then `config` (a peft.LoraConfig; for transformers
+    models it defaults to r=8, lora_alpha=16, target_modules="all-linear") is injected first, through PEFT.
+    backend: "auto", or one of `python -m slao_kernels`' list, for every layer. precision: "base" computes the LoRA
+    branch in the base's dtype, "adapter" keeps PEFT's wider branch (see `lora_linear`). strict: any layer that would
+    be skipped is an error.
+    Parameters, their names, the state dict and PEFT's methods stay as they are; `unpatch` undoes it.
+    Raises ValueError, with the model as it was: nothing to patch or inject, unknown backend or precision, a config
+    that contradicts the adapter that is there, or skips under strict.
+    """
+    dispatch.check_backend(backend)
+    if backend != "auto":
+        dispatch.choose("lora_linear", next((p.device.type for p in model.parameters()), "cpu"), backend)
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    from . import adapters, eligibility, injection
+    from .layers import FusedLoraLinear, FusedOptions
+
+    undo = None
+    if not any(True for _ in adapters.lora_layers(model)):
+        undo = injection.inject(model, config)
+    elif config is not None:
+        injection.check_same(model, config)
+    report = PatchReport(injected=undo is not None, backend=backend)
+    chosen: list[tuple[str, nn.Module]] = []
+    for name, layer in adapters.lora_layers(model):
+        reason = eligibility.layer_reason(layer)
+        active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+        for adapter in active:
+            reason = reason or eligibility.adapter_reason(layer, adapter)
+        if reason is not None:
+            report.skipped[name] = reason
+            continue
+        chosen.append((name, layer))
+        for adapter in active:
+            dropout = eligibility.dropout_reason(layer, adapter)
+            if dropout is not None:
+                report.fallbacks[name] = dropout
+    if strict and report.skipped:
+        if undo is not None:
+            undo()
+        some = "; ".join(f"{name}: {why}" for name, why in list(report.skipped.items())[:8])
+        raise ValueError(f"patch(strict=True): {len(report.skipped)} LoRA layers would be skipped: {some}")
+    for name, layer in chosen:
+        layer.__class__ = FusedLoraLinear
+        layer.slao_options = FusedOptions(name, backend, precision, report.fallbacks)
+        report.patched.append(name)
+    return report
+
+
+def unpatch(model: nn.Module) -> int:
+    """Give every fused layer its PEFT class back; returns how many there were. Adapters stay, trained or not."""
+    from peft.tuners.lora import layer as lora
+
+    from .layers import FusedLoraLinear
+
+    layers: list[Any] = [module for module in model.modules() if type(module) is FusedLoraLinear]
+    for layer in layers:
+        layer.__class__ = lora.Linear
+        layer.__dict__.pop("slao_options", None)
+    return len(layers)
