@@ -12,7 +12,6 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 
@@ -31,7 +30,9 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
 OPS = tuple(_PREFERENCE)
 BACKENDS = ("auto", *_MODULES)
 
-_forced: ContextVar[str | None] = ContextVar("slao_kernels_backend", default=None)
+# Plain module state, so that torch.compile can trace the choice and guard on it.
+_forced: str | None = None
+_environment: str = os.environ.get("SLAO_KERNELS_BACKEND", "auto")
 
 
 def check_backend(name: str) -> str:
@@ -46,13 +47,14 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the block every op takes the backend `name` ("auto" lifts an outer wish).
 
     Raises ValueError for an unknown name at once, and when an op is called that the backend does not have.
-    The wish holds in this thread (or asyncio task) only.
+    The wish holds for the whole process.
     """
-    token = _forced.set(check_backend(name))
+    global _forced
+    before, _forced = _forced, check_backend(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def why_not(op: str, backend: str, device_type: str) -> str | None:
@@ -63,43 +65,37 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
 
 
 def requested(wish: str = "auto") -> str:
-    """The backend asked for: `use_backend` wins over `wish` (a layer's own), that over SLAO_KERNELS_BACKEND."""
-    forced = _forced.get()
-    if forced is not None:
-        return forced
+    """The backend asked for: `use_backend` wins over `wish` (a layer's own), that over SLAO_KERNELS_BACKEND.
+
+    The environment is read once, when the package is imported.
+    """
+    if _forced is not None:
+        return _forced
     if wish != "auto":
         return check_backend(wish)
-    environment = os.environ.get("SLAO_KERNELS_BACKEND")
-    if environment is None:
-        return "auto"
-    if environment not in BACKENDS:
-        raise ValueError(f"SLAO_KERNELS_BACKEND={environment!r} is not a backend; choose one of {', '.join(BACKENDS)}")
-    return environment
-
-
-@cache
-def _choose(op: str, device_type: str, wish: str) -> str:
-    if wish != "auto":
-        reason = why_not(op, wish, device_type)
-        # "eager" is lora_linear's name for what the other ops call "reference": plain torch calls. Asking a
-        # whole model for it must not fail on ops that never had the distinction.
-        if reason is not None and wish == "eager":
-            return "reference"
-        if reason is not None:
-            valid = [name for name in _PREFERENCE[op] if why_not(op, name, device_type) is None]
-            raise ValueError(
-                f"backend {wish!r} cannot run {op} on {device_type}: {reason}; available here: {', '.join(valid)}"
-            )
-        return wish
-    for backend in _PREFERENCE[op]:
-        if why_not(op, backend, device_type) is None:
-            return backend
-    raise RuntimeError(f"no backend for {op} on {device_type}")  # "reference" serves every device
+    if _environment not in BACKENDS:
+        raise ValueError(f"SLAO_KERNELS_BACKEND={_environment!r} is not a backend; choose one of {', '.join(BACKENDS)}")
+    return _environment
 
 
 def choose(op: str, device_type: str, wish: str = "auto") -> str:
-    """The name of the backend that `op` takes on `device_type` now."""
-    return _choose(op, device_type, requested(wish))
+    """The name of the backend that `op` takes on `device_type` now.
+
+    Raises ValueError when an explicit wish cannot be met, with the reason and what could.
+    """
+    wish = requested(wish)
+    if wish == "eager" and wish not in _PREFERENCE[op]:
+        # Only lora_linear tells torch's calls in a good order from torch's calls in the plain one.
+        wish = "reference"
+    available = [name for name in _PREFERENCE[op] if why_not(op, name, device_type) is None]
+    if wish == "auto":
+        return available[0]
+    if wish not in available:
+        reason = why_not(op, wish, device_type)
+        raise ValueError(
+            f"backend {wish!r} cannot run {op} on {device_type}: {reason}; available here: {', '.join(available)}"
+        )
+    return wish
 
 
 @cache

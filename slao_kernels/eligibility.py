@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+_BASE_TYPES = (nn.Linear, Conv1D)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@cache
-def _base_types() -> tuple[type, ...]:
-    from transformers.pytorch_utils import Conv1D
-
-    return nn.Linear, Conv1D
 
 
 def layer_reason(layer: nn.Module) -> str | None:
@@ -33,7 +27,7 @@ def layer_reason(layer: nn.Module) -> str | None:
 
 def base_reason(base: nn.Module) -> str | None:
     """What about the base layer rules it out. Exact types: a subclass may compute something else."""
-    if type(base) not in _base_types():
+    if type(base) not in _BASE_TYPES:
         return f"base layer is {type(base).__module__.split('.')[0]}'s {type(base).__name__}"
     if base.weight.device.type == "meta":
         return "its weights are on the meta device; load them, then patch again"
