@@ -15,7 +15,8 @@ class LoraPair:
 
     name: the layer's dotted name in the model. layer: PEFT's LoRA layer. A: (r, n) and B: (m, r), the trained
     parameters themselves or, for a convolution, a 2-D view of them: writing into them writes the adapter.
-    scaling: PEFT's factor (alpha/r, or alpha/√r for rsLoRA).
+    scaling: PEFT's factor (alpha/r, or alpha/√r for rsLoRA). parameters: the two nn.Parameters, for whoever swaps
+    their storage instead of writing into it.
     """
 
     name: str
@@ -23,6 +24,7 @@ class LoraPair:
     A: Tensor
     B: Tensor
     scaling: float
+    parameters: tuple[Tensor, Tensor]
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -82,13 +84,14 @@ def _pair(name: str, layer: nn.Module, adapter: str) -> LoraPair | str:
             return "lora_bias trains more than A and B"
     if not isinstance(A, Tensor) or not isinstance(B, Tensor):
         return f"{type(layer).__name__} keeps no plain A and B"
+    parameters = (A, B)
     if A.dim() > 2:
         if not (A.is_contiguous() and B.is_contiguous()):
             return "a convolution's A and B that are not contiguous have no 2-D view"
         A, B = _flat(A), _flat(B)
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
         return f"A {tuple(A.shape)} and B {tuple(B.shape)} are not (r, n) and (m, r)"
-    return LoraPair(name, layer, A, B, float(layer.scaling[adapter]))
+    return LoraPair(name, layer, A, B, float(layer.scaling[adapter]), parameters)
 
 
 def _flat(kernel: Tensor) -> Tensor:

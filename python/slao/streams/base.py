@@ -94,9 +94,7 @@ class Stream:
         return replace(self, tasks=tuple(keep(task) for task in self.tasks))
 
 
-def carve_validation(
-    train: Sequence[Row], fraction: float, seed: int
-) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+def carve_validation(train: Sequence[Row], fraction: float, seed: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     """Split `train` into (train, validation) by `seed`; at least one row stays in train."""
     if not 0 <= fraction < 1:
         raise ValueError(f"the validation fraction must lie in [0, 1), not {fraction}")
@@ -118,6 +116,4 @@ class Splits:
     test: list[Row] = field(default_factory=list)
 
     def task(self, name: str, labels: Iterable[str] = (), instruction: str = "") -> Task:
-        return Task(
-            name, tuple(self.train), tuple(self.validation), tuple(self.test), tuple(labels), instruction
-        )
+        return Task(name, tuple(self.train), tuple(self.validation), tuple(self.test), tuple(labels), instruction)

@@ -1,0 +1,31 @@
+"""One file a method; `make_method` finds them by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .base import Method
+from .seqlora import SeqLoRA
+from .slao import SLAO
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (SLAO, SeqLoRA)}
+
+__all__ = ["METHODS", "SLAO", "Method", "SeqLoRA", "check_method", "make_method"]
+
+
+def check_method(name: str) -> type[Method]:
+    """The class of that name, else a ValueError that lists the valid ones."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+def make_method(name: str, model: nn.Module, **options: Any) -> Method:
+    """The method `name` on `model`, with its options. ValueError for an unknown name or option."""
+    method = check_method(name)
+    try:
+        return method(model, **options)
+    except TypeError as error:
+        raise ValueError(f"method {name!r}: {error}") from error

@@ -1,0 +1,176 @@
+"""What every continual-learning method offers: begin a task, add to its loss, end it, show the merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from slao_kernels.adapters import LoraPair, find_pairs
+
+from .. import checkpoint
+from ..export import save_adapter
+
+STATE_FILE = "slao_state.safetensors"
+
+
+class Method:
+    """Base of all methods; alone it is the bookkeeping around one LoRA.
+
+    model: any module with PEFT LoRA layers (patched or not). adapter: the adapter to train and merge.
+    task: index of the running task, or of the last one, from 1 (0 before the first). names: of all tasks begun.
+    lambdas: per finished task the λ it was merged with (a number, or one a layer); 1.0 where nothing is merged.
+    Raises ValueError when the model has no such adapter, or has parts of it that the method cannot treat.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init__(self, model: nn.Module, *, adapter: str = "default") -> None:
+        pairs, left_out = find_pairs(model, adapter)
+        if left_out:
+            what = "; ".join(f"{layer}: {why}" for layer, why in list(left_out.items())[:8])
+            raise ValueError(f"{self.name or type(self).__name__} cannot treat {len(left_out)} layers: {what}")
+        self.model = model
+        self.adapter = adapter
+        self.pairs: list[LoraPair] = pairs
+        self.names: list[str] = []
+        self.lambdas: list[float | list[float]] = []
+        self._swapped = False
+
+    @property
+    def task(self) -> int:
+        return len(self.names)
+
+    @property
+    def in_task(self) -> bool:
+        """Whether a task was begun and not yet ended."""
+        return len(self.names) > len(self.lambdas)
+
+    def begin_task(self, name: str) -> None:
+        """Prepare the adapter for training on the task `name`."""
+        if self.in_task:
+            raise ValueError(f"task {self.names[-1]!r} is still running; call end_task() before begin_task({name!r})")
+        self._refuse_while_swapped("begin_task")
+        self._begin(self.task + 1)
+        self.names.append(str(name))
+
+    def end_task(self) -> None:
+        """Take what was trained into the method's state. ValueError, with nothing changed, if training diverged."""
+        if not self.in_task:
+            raise ValueError("no task is running; call begin_task(name) first")
+        self._refuse_while_swapped("end_task")
+        self._refuse_broken_weights()
+        self.lambdas.append(self._end(self.task))
+
+    def penalty(self) -> Tensor | None:
+        """A scalar to add to the loss of every training step, or None."""
+        return None
+
+    @contextmanager
+    def merged(self) -> Iterator[nn.Module]:
+        """Within the block the model computes with the merged weights of all finished tasks.
+
+        Storages are swapped, nothing is copied; the trained weights are back after any exit. While a task runs, the
+        merge is that of the tasks before it. Do not train inside the block.
+        """
+        self._refuse_while_swapped("merged")
+        swapped: list[tuple[Tensor, Tensor]] = []
+        self._swapped = True
+        try:
+            for pair, weights in zip(self.pairs, self._merged_weights(), strict=True):
+                for parameter, weight in zip(pair.parameters, weights, strict=True):
+                    if weight is not None:
+                        swapped.append((parameter, parameter.data))
+                        parameter.data = weight.view(parameter.shape)
+            yield self.model
+        finally:
+            for parameter, trained in swapped:
+                parameter.data = trained
+            self._swapped = False
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """The merged adapter as a plain PEFT folder, which loads without this library."""
+        with self.merged():
+            save_adapter(self.model, folder, self.adapter)
+
+    def save(self, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
+        """The full state (adapter as trained, merge, history) and JSON-able `extra` into `folder`, atomically."""
+        self._refuse_while_swapped("save")
+        tensors = {f"{pair.name}.{key}": value for pair in self.pairs for key, value in (("A", pair.A), ("B", pair.B))}
+        meta: dict[str, Any] = {"method": self.name, "options": self._options(), "adapter": self.adapter}
+        meta |= {"names": self.names, "lambdas": self.lambdas, "extra": extra or {}}
+        checkpoint.write_state(Path(folder) / STATE_FILE, tensors | self._state(), meta)
+
+    def load(self, folder: str | Path) -> dict[str, Any]:
+        """Continue from `save`: everything is compared first, then written. Returns `extra`.
+
+        Raises ValueError, with nothing changed, when the file is absent or damaged, or was saved by another method,
+        with other options, or for other layers, shapes or dtypes.
+        """
+        self._refuse_while_swapped("load")
+        path = Path(folder) / STATE_FILE
+        tensors, meta = checkpoint.read_state(path)
+        for key, mine in (("method", self.name), ("options", self._options())):
+            if meta[key] != mine:
+                raise ValueError(f"{path} was saved with {key} {meta[key]!r}, this is {mine!r}")
+        live = {f"{pair.name}.{key}": value for pair in self.pairs for key, value in (("A", pair.A), ("B", pair.B))}
+        for key, value in live.items():
+            saved = tensors.get(key)
+            if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
+                what = "absent" if saved is None else f"{tuple(saved.shape)} {saved.dtype}"
+                raise ValueError(f"{path}: {key} is {what}, the model has {tuple(value.shape)} {value.dtype}")
+        rest = {key: value for key, value in tensors.items() if key not in live}
+        layers = {key.rpartition(".")[0] for key in rest}
+        unknown = sorted(layers - {pair.name for pair in self.pairs})
+        if unknown:
+            raise ValueError(f"{path} holds layers that the model has not: {', '.join(unknown[:8])}")
+        self._load_state(rest)
+        with torch.no_grad():
+            for key, value in live.items():
+                value.copy_(tensors[key])
+        self.names, self.lambdas = list(meta["names"]), list(meta["lambdas"])
+        return dict(meta["extra"])
+
+    # What a method defines. `task` counts from 1.
+
+    def _begin(self, task: int) -> None:
+        """Before training."""
+
+    def _end(self, task: int) -> float | list[float]:
+        """After training; returns the task's λ."""
+        return 1.0
+
+    def _merged_weights(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Per pair the merged (A, B); None where the trained one is it."""
+        return [(None, None)] * len(self.pairs)
+
+    def _options(self) -> dict[str, Any]:
+        """What a saved state must agree on to be loaded, JSON-able."""
+        return {}
+
+    def _state(self) -> dict[str, Tensor]:
+        """Further tensors to save, named `<layer>.<key>`."""
+        return {}
+
+    def _load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take them back; ValueError before anything is changed if they do not fit."""
+
+    def _refuse_while_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise ValueError(f"{what}() was called inside merged(); leave the block first")
+
+    def _refuse_broken_weights(self) -> None:
+        tensors = [tensor for pair in self.pairs for tensor in (pair.A, pair.B)]
+        finite = torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors])
+        if bool(finite.all()):  # the one host sync of a task's end
+            return
+        flags = finite.view(-1, 2).all(dim=1).tolist()
+        broken = [pair.name for pair, fine in zip(self.pairs, flags, strict=True) if not fine]
+        raise ValueError(
+            f"task {self.names[-1]!r} diverged: NaN or infinite adapter weights in {len(broken)} layers "
+            f"({', '.join(broken[:8])}); lower the learning rate and train it again"
+        )

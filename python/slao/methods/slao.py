@@ -1,0 +1,182 @@
+"""SLAO, "Merge before Forget" (arXiv 2512.23017): one LoRA, re-based before each task and merged after it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slao_kernels import orthogonal_init_, scaled_merge_
+
+from ..schedules import MergeStats, Schedule, make_schedule
+from .base import Method
+
+logger = logging.getLogger("slao")
+
+INITS = ("last_ft", "merged", "random")
+MERGES = ("B", "A", "AB")
+
+
+class SLAO(Method):
+    """Algorithm 1 of the paper with its ablations as options.
+
+    Before task i >= 2: A <- an orthonormal basis of the last A's row space (Qᵀ of Aᵀ = QR with diag(R) > 0), B stays
+    the last fine-tuned B. After it: B_merge <- B_merge + λ(i) (B - B_merge), A_merge <- A. Answers come from
+    B_merge · A_merge. The first task is ordinary LoRA.
+
+    schedule: "inv_sqrt" (1/√i, the paper's), "inverse", a constant in [0, 1], or f(i, MergeStats) -> λ or one a layer.
+    init: what a task starts from: "last_ft" (the paper's), "merged", or "random" (fresh A, B = 0).
+    orthogonal: re-base A. merge: the factors that are averaged, "B" (the paper's), "A" or "AB"; the other is replaced.
+    preserve: start from B Rᵀ instead of B, so that re-basing A leaves B A as it was. seed: of init="random".
+    State: besides the live A and B one further B a layer (one A while a task runs), whatever the number of tasks.
+    Raises ValueError for unknown options, and where r > n forbids orthonormal rows.
+    """
+
+    name = "slao"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: str | float | Schedule = "inv_sqrt",
+        init: str = "last_ft",
+        orthogonal: bool = True,
+        merge: str = "B",
+        preserve: bool = False,
+        adapter: str = "default",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, adapter=adapter)
+        if init not in INITS:
+            raise ValueError(f"unknown init {init!r}; choose one of {', '.join(INITS)}")
+        if merge not in MERGES:
+            raise ValueError(f"unknown merge {merge!r}; choose one of {', '.join(MERGES)}")
+        if preserve and not orthogonal:
+            raise ValueError("preserve=True compensates the orthogonal re-basing; it needs orthogonal=True")
+        wide = [f"{pair.name} {tuple(pair.A.shape)}" for pair in self.pairs if pair.A.shape[0] > pair.A.shape[1]]
+        if orthogonal and wide:
+            raise ValueError(
+                f"A (r, n) with r > n has no orthonormal rows: {', '.join(wide[:8])}; "
+                "lower r there (rank_pattern), leave these layers out of target_modules, or pass orthogonal=False"
+            )
+        self.schedule = make_schedule(schedule)
+        self.init, self.orthogonal, self.merge, self.preserve, self.seed = init, orthogonal, merge, preserve, seed
+        self._schedule_name = getattr(schedule, "__qualname__", schedule)
+        # The merged A and B per layer; None where the trained factor is the merged one.
+        self._merged: dict[str, list[Tensor] | None] = {"A": None, "B": None}
+
+    def _live(self, factor: str) -> list[Tensor]:
+        return [getattr(pair, factor).detach() for pair in self.pairs]
+
+    def _merged_or_live(self, factor: str) -> list[Tensor]:
+        merged = self._merged[factor]
+        return self._live(factor) if merged is None else merged
+
+    def _begin(self, task: int) -> None:
+        if task == 1:
+            return
+        if self.orthogonal:
+            self._refuse_broken_weights()
+        for factor in "AB":
+            # Training is about to change the factor that so far stood for its own merge.
+            if self._merged[factor] is None:
+                self._merged[factor] = [tensor.clone() for tensor in self._live(factor)]
+        As, Bs = self._live("A"), self._live("B")
+        if self.init == "merged":
+            scaled_merge_(As + Bs, self._merged_or_live("A") + self._merged_or_live("B"), 1.0)
+        elif self.init == "random":
+            for pair, A, B in zip(self.pairs, As, Bs, strict=True):
+                A.copy_(_fresh_A(A, f"{self.seed}/{task}/{pair.name}"))
+                B.zero_()
+        if self.orthogonal:
+            self._rebase(As, Bs)
+
+    def _rebase(self, As: list[Tensor], Bs: list[Tensor]) -> None:
+        report = orthogonal_init_(As, return_r=self.preserve)
+        if report.deficient:
+            names = [self.pairs[index].name for index in report.deficient]
+            logger.warning(
+                "A has linearly dependent rows in %d layers, completed to an orthonormal set: %s",
+                len(names),
+                ", ".join(names[:8]),
+            )
+        if self.preserve:
+            for B, R in zip(Bs, report.r or [], strict=True):
+                B.copy_(B.to(R.dtype) @ R.T)  # A = Rᵀ Qᵀ, so B A = (B Rᵀ) Qᵀ
+
+    def _end(self, task: int) -> float | list[float]:
+        averaged = [factor for factor in "AB" if factor in self.merge]
+        if task == 1:
+            for factor in averaged:
+                self._merged[factor] = [tensor.clone() for tensor in self._live(factor)]
+            return 1.0
+        chosen = self.schedule(task, self._stats(task))
+        lam = float(chosen) if isinstance(chosen, int | float) else [float(value) for value in chosen]
+        per_layer = [lam] * len(self.pairs) if isinstance(lam, float) else lam
+        scaled_merge_(
+            [tensor for factor in averaged for tensor in self._merged[factor] or []],
+            [tensor for factor in averaged for tensor in self._live(factor)],
+            per_layer * len(averaged),
+        )
+        for factor in "AB":
+            if factor not in averaged:
+                self._merged[factor] = None
+        return lam
+
+    def _stats(self, task: int) -> MergeStats:
+        return MergeStats(
+            task,
+            self.names[-1],
+            [pair.name for pair in self.pairs],
+            self._live("A"),
+            self._live("B"),
+            self._merged_or_live("A"),
+            self._merged_or_live("B"),
+            list(self.lambdas),
+        )
+
+    def _merged_weights(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        nothing: list[Tensor | None] = [None] * len(self.pairs)
+        return list(zip(self._merged["A"] or nothing, self._merged["B"] or nothing, strict=True))
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "schedule": self._schedule_name,
+            "init": self.init,
+            "orthogonal": self.orthogonal,
+            "merge": self.merge,
+            "preserve": self.preserve,
+            "seed": self.seed,
+        }
+
+    def _state(self) -> dict[str, Tensor]:
+        return {
+            f"{pair.name}.{factor}_merged": tensor
+            for factor, tensors in self._merged.items()
+            for pair, tensor in zip(self.pairs, tensors or [], strict=False)
+        }
+
+    def _load_state(self, tensors: dict[str, Tensor]) -> None:
+        loaded: dict[str, list[Tensor] | None] = {}
+        for factor in "AB":
+            found = [tensors.get(f"{pair.name}.{factor}_merged") for pair in self.pairs]
+            live = self._live(factor)
+            if all(tensor is None for tensor in found):
+                loaded[factor] = None
+                continue
+            for pair, tensor, now in zip(self.pairs, found, live, strict=True):
+                if tensor is None or tensor.shape != now.shape or tensor.dtype != now.dtype:
+                    raise ValueError(f"the saved merge of {pair.name} does not fit its {factor} {tuple(now.shape)}")
+            loaded[factor] = [
+                tensor.to(now.device) for tensor, now in zip(found, live, strict=True) if tensor is not None
+            ]
+        self._merged = loaded
+
+
+def _fresh_A(A: Tensor, key: str) -> Tensor:
+    """PEFT's default init of A, uniform in ±1/√n, drawn from `key` alone: the same on every rank and after a resume."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
+    bound = A.shape[1] ** -0.5
+    return (torch.rand(A.shape, generator=generator, dtype=torch.float32) * 2 - 1) * bound

@@ -1,0 +1,42 @@
+"""Streams: named sequences of text tasks to train on one after another.
+
+`make_stream("python_docs")` needs no network; "clinc150" and "jsonl" read a folder; "hub" downloads.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+# The modules import the standard library only; what is heavy loads when a stream is built.
+from slao.streams import clinc150, hub, jsonl, python_docs
+from slao.streams.base import Row, Stream, Task
+
+__all__ = ["STREAMS", "Row", "Stream", "Task", "make_stream"]
+
+STREAMS: dict[str, Callable[..., Stream]] = {
+    "python_docs": python_docs.python_docs,
+    "clinc150": clinc150.clinc150,
+    "jsonl": jsonl.jsonl,
+    "hub": hub.standard_cl,
+}
+
+
+def make_stream(name: str, **options: Any) -> Stream:
+    """The stream `name` built with `options`, the keyword arguments of its builder (see `STREAMS`).
+
+    ValueError: an unknown stream or option (the valid ones are listed), a required option that is missing, or
+    whatever the builder finds wrong with its data.
+    """
+    if name not in STREAMS:
+        raise ValueError(f"no stream {name!r}; the streams are {', '.join(sorted(STREAMS))}")
+    builder = STREAMS[name]
+    known = inspect.signature(builder).parameters
+    for option in options:
+        if option not in known:
+            raise ValueError(f"stream {name!r} has no option {option!r}; its options are {', '.join(known)}")
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise ValueError(f"stream {name!r} needs the option {option!r}")
+    return builder(**options)

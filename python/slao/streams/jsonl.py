@@ -1,0 +1,173 @@
+"""Stream "jsonl": your own tasks, a folder for each.
+
+    path/<task>/train.jsonl, test.jsonl, and if there are any validation.jsonl (or dev, val), labels.json,
+                instruction.txt
+
+A file is JSON lines (`.jsonl`) or one JSON list (`.json`); where both stand there the `.jsonl` is read. A row is
+{"prompt", "answer"}, {"text", "label"}, {"sentence", "label"} or {"input", "output"}; other keys are ignored.
+Task folders may also lie one level deeper. So the published 15-task suite of O-LoRA
+(https://github.com/cmnfriend/O-LoRA, folder CL_Benchmark: `<group>/<task>/{train,dev,test,labels}.json`) is read
+as it is, and so are SuperNI files, {"Definition": [...], "Instances": [{"input", "output"}]}: the first definition
+becomes the instruction, and where an output is a list its first entry the answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slao.streams.base import Row, Splits, Stream, Task, carve_validation
+
+_KEYS = (("prompt", "answer"), ("text", "label"), ("sentence", "label"), ("input", "output"))
+_SUFFIXES = (".jsonl", ".json")
+_VALIDATION = ("validation", "dev", "val")
+
+
+def jsonl(
+    path: str | Path,
+    order: Sequence[str] | None = None,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+) -> Stream:
+    """The tasks under `path`, in `order`.
+
+    order: names of the tasks to take (a task is named as its folder); by default all of them, sorted.
+    validation_fraction: share of train that becomes validation, drawn from `seed`, in tasks without a
+    validation file. The test file is required and only ever becomes the test split.
+
+    The labels of a task come from labels.json (a list of texts); without it, from the "label"s of its training
+    file, sorted; a task whose rows have no labels is free-form. The instruction is the text of instruction.txt.
+
+    ValueError: names the folder, file or line that is absent, empty or malformed, or a label out of the set.
+    """
+    root = Path(path)
+    folders = _task_folders(root)
+    names = sorted(folders) if order is None else list(order)
+    for name in names:
+        if name not in folders:
+            raise ValueError(f"order names the task {name!r}, but {root} holds {sorted(folders)}")
+    return Stream(root.resolve().name, tuple(_task(name, folders[name], validation_fraction, seed) for name in names))
+
+
+def _task_folders(root: Path) -> dict[str, Path]:
+    """Task name -> folder, for each folder one or two levels down that holds a training file."""
+    if not root.is_dir():
+        raise ValueError(f"no folder {root}; path must be a folder with a sub-folder for each task")
+    folders: dict[str, Path] = {}
+    for pattern in ("*/train.json*", "*/*/train.json*"):
+        for folder in sorted({file.parent for file in root.glob(pattern) if file.suffix in _SUFFIXES}):
+            if folder.name in folders:
+                raise ValueError(f"{folders[folder.name]} and {folder} are two tasks of one name; rename one folder")
+            folders[folder.name] = folder
+    if not folders:
+        raise ValueError(f"no task in {root}: no sub-folder holds train.jsonl or train.json")
+    return folders
+
+
+def _task(name: str, folder: Path, validation_fraction: float, seed: int) -> Task:
+    train, test, validation = (_read_split(folder, *stems) for stems in (("train",), ("test",), _VALIDATION))
+    if train is None or test is None:
+        raise ValueError(f"{folder} has no test.jsonl or test.json; every task needs one")
+    labels = _label_set(folder, train)
+    if validation is None:
+        train.rows, held = map(list, carve_validation(train.rows, validation_fraction, seed))
+        validation = _Part(held)
+    instruction_file = folder / "instruction.txt"
+    instruction = train.instruction
+    if instruction_file.is_file():
+        instruction = _text(instruction_file).strip()
+    return Splits(train.rows, validation.rows, test.rows).task(name, labels, instruction)
+
+
+@dataclass
+class _Part:
+    """One file's rows, whether they came as labels, and the definition that it carries."""
+
+    rows: list[Row] = field(default_factory=list)
+    labelled: bool = False
+    instruction: str = ""
+
+
+def _label_set(folder: Path, train: _Part) -> list[str]:
+    file = folder / "labels.json"
+    if not file.is_file():
+        # Only from the training file: a label that appears in the test file alone is then an error, not a class.
+        return sorted({row.answer for row in train.rows}) if train.labelled else []
+    labels = _parse(_text(file), file)
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{file}: must be a JSON list of label texts")
+    return labels
+
+
+def _read_split(folder: Path, *stems: str) -> _Part | None:
+    """The rows of the first file of these names that stands in `folder`; None where there is none."""
+    files = (folder / f"{stem}{suffix}" for stem in stems for suffix in _SUFFIXES)
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return None
+    part = _Part()
+    for where, item in _items(file, part):
+        row, labelled = _row(item, where)
+        part.rows.append(row)
+        part.labelled |= labelled
+    if not part.rows:
+        raise ValueError(f"{file} holds no rows; add some or remove the file")
+    return part
+
+
+def _items(file: Path, part: _Part) -> Iterator[tuple[str, Any]]:
+    """(place for messages, object) of each row of a file; sets the part's instruction from a definition."""
+    text = _text(file)
+    if file.suffix == ".jsonl":
+        # Not splitlines(): JSON allows U+2028 and its like inside a string.
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                yield f"{file}, line {number}", _parse(line, file, number)
+        return
+    if not text.strip():
+        return
+    content = _parse(text, file)
+    if isinstance(content, dict) and isinstance(content.get("Instances"), list):
+        definition = content.get("Definition", "")
+        definition = definition[0] if isinstance(definition, list) and definition else definition
+        part.instruction = definition if isinstance(definition, str) else ""
+        content = content["Instances"]
+    if not isinstance(content, list):
+        raise ValueError(f'{file}: must be a JSON list of rows, or an object with "Instances"')
+    for number, item in enumerate(content, start=1):
+        yield f"{file}, row {number}", item
+
+
+def _row(item: Any, where: str) -> tuple[Row, bool]:
+    """The row, and whether its answer is a label."""
+    if not isinstance(item, dict):
+        raise ValueError(f"{where}: a row must be an object, not {json.dumps(item)[:60]}")
+    keys = next((keys for keys in _KEYS if all(key in item for key in keys)), None)
+    if keys is None:
+        raise ValueError(
+            f'{where}: a row needs "prompt" and "answer", or "text" and "label"; this one has {sorted(item)}'
+        )
+    prompt, answer = (item[key] for key in keys)
+    if keys == ("input", "output") and isinstance(answer, list) and answer:
+        answer = answer[0]
+    for key, value in zip(keys, (prompt, answer), strict=True):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {key!r} must be a text, not {json.dumps(value)[:60]}")
+    return Row(prompt, answer), keys[1] == "label"
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+
+
+def _parse(text: str, file: Path, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {line or error.lineno}: not JSON ({error.msg})") from None

@@ -1,0 +1,127 @@
+"""Standard CL from small in-memory data sets with the columns of the published ones."""
+
+import sys
+from collections import Counter
+
+import pytest
+
+from slao.streams import make_stream
+from slao.streams.hub import ORDERS, SOURCES, standard_cl
+
+PER_LABEL = {"train": 12, "test": 6}
+
+
+def load(hub_id, *, split):
+    """A data set of 12 train or 6 test rows a label; the text names its split, its label value and its number."""
+    datasets = pytest.importorskip("datasets")
+    source = next(source for source in SOURCES.values() if source.hub_id == hub_id)
+    values = [source.first_label + value for value in range(len(source.labels)) for _ in range(PER_LABEL[split])]
+    columns = {column: [f"{split} {column} {value} {i} " for i, value in enumerate(values)] for column in source.text}
+    return datasets.Dataset.from_dict({**columns, source.label: values, "unused": values})
+
+
+def small(**options):
+    defaults = {"rows": 20, "validation_per_label": 2, "test_per_label": 3, "load": load}
+    return standard_cl(**{**defaults, **options})
+
+
+@pytest.mark.parametrize("order", list(ORDERS))
+def test_sizes_labels_and_order(order):
+    stream = make_stream("hub", order=order, rows=20, validation_per_label=2, test_per_label=3, load=load)
+    assert tuple(task.name for task in stream.tasks) == ORDERS[order]
+    sizes = {
+        task.name: (len(task.labels), len(task.train), len(task.validation), len(task.test)) for task in stream.tasks
+    }
+    assert sizes == {
+        "dbpedia": (14, 20, 28, 42),
+        "amazon": (5, 20, 10, 15),
+        "yahoo": (10, 20, 20, 30),
+        "agnews": (4, 20, 8, 12),
+    }
+    for task in stream.tasks:
+        assert set(Counter(row.answer for row in task.validation).values()) == {2}
+        assert set(Counter(row.answer for row in task.test).values()) == {3}
+
+
+def test_the_orders_hold_the_same_rows():
+    one, three = small(order="O1"), small(order="O3")
+    assert {task.name: task for task in one.tasks} == {task.name: task for task in three.tasks}
+
+
+def test_answers_are_those_of_the_label_column():
+    for task in small(rows=None).tasks:
+        source = SOURCES[task.name]
+        for row in task.train + task.validation + task.test:
+            value = int(row.prompt.split()[2])  # "<split> <column> <value> <number>"
+            assert row.answer == source.labels[value - source.first_label]
+
+
+def test_test_rows_come_from_test_only_and_splits_are_disjoint():
+    for task in small(rows=None, test_per_label=None).tasks:
+        assert all(row.prompt.startswith("test") for row in task.test)
+        assert all(row.prompt.startswith("train") for row in task.train + task.validation)
+        rows = task.train + task.validation + task.test
+        assert len({row.prompt for row in rows}) == len(rows) == 18 * len(task.labels)
+
+
+def test_validation_takes_half_of_a_label_at_most():
+    for task in small(rows=None, validation_per_label=500).tasks:
+        assert len(task.validation) == len(task.train) == 6 * len(task.labels)
+
+
+def test_columns_are_joined_and_empty_ones_left_out():
+    def with_gaps(hub_id, *, split):
+        source = load(hub_id, split=split)
+        column = "question_content"
+        return source.map(lambda row: {column: None}) if column in source.column_names else source
+
+    yahoo = next(task for task in small(load=with_gaps).tasks if task.name == "yahoo")
+    parts = yahoo.test[0].prompt.split("\n")
+    assert [part.split()[1] for part in parts] == ["question_title", "best_answer"]
+
+
+def test_instructions_do_not_name_the_task():
+    for task in small().tasks:
+        assert task.instruction.endswith("Choose one from the option.")
+        assert not any(name in task.instruction.lower() for name in SOURCES)
+
+
+def test_seeds():
+    assert small(seed=0) == small(seed=0)
+    assert small(seed=0) != small(seed=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": "O4"}, "no order 'O4'; the published ones are O1, O2, O3"),
+        ({"rows": 0}, "rows must be at least 1, not 0"),
+        ({"validation_per_label": -1}, "validation_per_label must be at least 0"),
+        ({"test_per_label": 0}, "test_per_label must be at least 1"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+def test_a_changed_layout_is_named():
+    def renamed(hub_id, *, split):
+        return load(hub_id, split=split).rename_column("content", "body")
+
+    with pytest.raises(ValueError, match=r"fancyzhx/dbpedia_14 has no column 'content', only \['title', 'body'"):
+        small(load=renamed)
+
+
+def test_a_label_out_of_range_is_named():
+    def from_zero(hub_id, *, split):
+        return load(hub_id, split=split).map(lambda row: {"label": row["label"] - 1})
+
+    with pytest.raises(ValueError, match=r"fancyzhx/dbpedia_14, row 0: label -1 is not in 0..13"):
+        small(load=from_zero)
+
+
+def test_without_datasets_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "slao_kernels\[hub\]"'):
+        standard_cl()

@@ -1,0 +1,178 @@
+"""Tasks from files: every accepted form, validation carved or given, and errors that name file and line."""
+
+import json
+
+import pytest
+
+from slao.streams import Row, make_stream
+from slao.streams.jsonl import jsonl
+
+
+def lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def as_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def labelled(count, key="text"):
+    return [{key: f"row {i}", "label": "ab"[i % 2]} for i in range(count)]
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two tasks: "news" with labels, "sums" free-form."""
+    lines(tmp_path / "news" / "train.jsonl", labelled(20))
+    lines(tmp_path / "news" / "test.jsonl", [{"text": "t", "label": "b"}])
+    lines(tmp_path / "sums" / "train.jsonl", [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(10)])
+    lines(tmp_path / "sums" / "test.jsonl", [{"prompt": "9+9=", "answer": "18"}])
+    return tmp_path
+
+
+def test_tasks_sorted_labels_derived_validation_carved_from_train(root):
+    stream = make_stream("jsonl", path=str(root))
+    assert stream.name == root.name
+    assert [task.name for task in stream.tasks] == ["news", "sums"]
+    news, sums = stream.tasks
+    assert (news.labels, sums.labels) == (("a", "b"), ())
+    assert (len(news.train), len(news.validation), len(news.test)) == (18, 2, 1)
+    assert (len(sums.train), len(sums.validation), len(sums.test)) == (9, 1, 1)
+    assert {row.prompt for row in news.train + news.validation} == {f"row {i}" for i in range(20)}
+    assert sums.test == (Row("9+9=", "18"),)
+
+
+def test_the_seed_draws_the_validation(root):
+    validation = [jsonl(root, seed=seed, validation_fraction=0.5).tasks[0].validation for seed in (0, 0, 1)]
+    assert validation[0] == validation[1] != validation[2]
+    assert jsonl(root, validation_fraction=0).tasks[0].validation == ()
+
+
+@pytest.mark.parametrize("stem", ["validation", "dev", "val"])
+def test_a_validation_file_is_used_as_it_is(root, stem):
+    lines(root / "news" / f"{stem}.jsonl", labelled(3))
+    news = jsonl(root).tasks[0]
+    assert (len(news.train), len(news.validation)) == (20, 3)
+
+
+def test_order_selects_and_arranges(root):
+    assert [task.name for task in jsonl(root, order=["sums", "news"]).tasks] == ["sums", "news"]
+    assert [task.name for task in jsonl(root, order=["sums"]).tasks] == ["sums"]
+    with pytest.raises(ValueError, match=r"order names the task 'nope', but .* holds \['news', 'sums'\]"):
+        jsonl(root, order=["nope"])
+
+
+def test_labels_and_instruction_files(root):
+    as_json(root / "news" / "labels.json", ["b", "a", "c"])
+    (root / "news" / "instruction.txt").write_text("Which one is it?\n")
+    news = jsonl(root).tasks[0]
+    assert (news.labels, news.instruction) == (("b", "a", "c"), "Which one is it?")
+
+
+def test_the_layout_of_the_published_15_task_suite(tmp_path):
+    folder = tmp_path / "SC" / "amazon"
+    for split, count in (("train", 8), ("dev", 4), ("test", 2)):
+        as_json(folder / f"{split}.json", labelled(count, key="sentence"))
+    as_json(folder / "labels.json", ["a", "b"])
+    task = jsonl(tmp_path).tasks[0]
+    assert (task.name, task.labels) == ("amazon", ("a", "b"))
+    assert (len(task.train), len(task.validation), len(task.test)) == (8, 4, 2)
+    assert task.train[1] == Row("row 1", "b")
+
+
+def test_superni_files(tmp_path):
+    content = {
+        "Definition": ["Answer the question."],
+        "Instances": [{"id": "1", "input": "why", "output": ["because", "so"]}, {"input": "who", "output": "me"}],
+    }
+    for split in ("train", "test"):
+        as_json(tmp_path / "task002" / f"{split}.json", content)
+    task = jsonl(tmp_path).tasks[0]
+    assert (task.instruction, task.labels) == ("Answer the question.", ())
+    assert task.test == (Row("why", "because"), Row("who", "me"))
+
+
+def test_blank_lines_a_byte_order_mark_and_odd_line_ends_inside_strings(root):
+    text = '\ufeff{"text": "one\u2028two", "label": "a"}\r\n\n{"text": "x", "label": "b"}'
+    (root / "news" / "train.jsonl").write_bytes(text.encode())
+    assert jsonl(root, validation_fraction=0).tasks[0].train == (Row("one\u2028two", "a"), Row("x", "b"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "x", "label"', "line 2: not JSON"),
+        ("[1, 2]", r"line 2: a row must be an object, not \[1, 2\]"),
+        ('{"text": "x", "answer": "a"}', r"line 2: a row needs .* this one has \['answer', 'text'\]"),
+        ('{"text": "x", "label": 1}', "line 2: 'label' must be a text, not 1"),
+    ],
+)
+def test_a_bad_line_is_named(root, line, message):
+    (root / "news" / "test.jsonl").write_text('{"text": "x", "label": "a"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=rf"test.jsonl, {message}"):
+        jsonl(root)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "x",\n "label": }]', "line 2: not JSON"),
+        ('[{"text": "x", "label": "a"}, 3]', "row 2: a row must be an object, not 3"),
+    ],
+)
+def test_a_bad_place_of_a_json_list_is_named(root, content, message):
+    (root / "news" / "test.jsonl").unlink()
+    (root / "news" / "test.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"test.json, {message}"):
+        jsonl(root)
+
+
+def test_a_json_object_without_rows(root):
+    (root / "news" / "test.jsonl").unlink()
+    (root / "news" / "test.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"test.json: must be a JSON list of rows"):
+        jsonl(root)
+
+
+@pytest.mark.parametrize("stem", ["train", "test", "dev"])
+def test_an_empty_file_is_named(root, stem):
+    (root / "news" / f"{stem}.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=rf"{stem}.jsonl holds no rows"):
+        jsonl(root)
+
+
+def test_a_test_file_is_required(root):
+    (root / "sums" / "test.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"sums has no test.jsonl or test.json"):
+        jsonl(root)
+
+
+def test_a_test_label_that_train_does_not_have(root):
+    lines(root / "news" / "test.jsonl", [{"text": "t", "label": "z"}])
+    with pytest.raises(ValueError, match=r"task 'news', test: label 'z' is not among its labels \['a', 'b'\]"):
+        jsonl(root)
+
+
+@pytest.mark.parametrize("labels", [{"a": 1}, [], [1]])
+def test_labels_must_be_a_list_of_texts(root, labels):
+    as_json(root / "news" / "labels.json", labels)
+    with pytest.raises(ValueError, match=r"labels.json: must be a JSON list of label texts"):
+        jsonl(root)
+
+
+def test_a_file_that_is_not_utf_8(root):
+    (root / "news" / "test.jsonl").write_bytes(b'{"text": "\xff", "label": "a"}')
+    with pytest.raises(ValueError, match=r"test.jsonl: not UTF-8 \(byte 10\)"):
+        jsonl(root)
+
+
+def test_folders_without_tasks_and_two_of_one_name(root, tmp_path):
+    with pytest.raises(ValueError, match=r"no folder .*absent"):
+        jsonl(root / "absent")
+    with pytest.raises(ValueError, match=r"no task in .*news"):
+        jsonl(root / "news")
+    lines(root / "group" / "news" / "train.jsonl", labelled(2))
+    with pytest.raises(ValueError, match="two tasks of one name"):
+        jsonl(root)
