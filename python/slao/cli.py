@@ -1,0 +1,152 @@
+"""The `slao` command. Bad input ends with one line on standard error and exit code 2, before anything is written."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# flag -> setting; the value is parsed as YAML, so 3, 0.5, true and [a, b] mean what they say.
+FLAGS = {
+    "--model": ("model", "folder, hub name, or minilm"),
+    "--stream": ("stream.name", "stream of tasks"),
+    "--stream-path": ("stream.path", "folder of the stream's data"),
+    "--objective": ("objective.name", "causal_lm or label_matching"),
+    "--train-candidates": ("objective.train_candidates", "labels a training row may get: own or all"),
+    "--eval-candidates": ("objective.eval_candidates", "labels a test row may get: own or all"),
+    "--methods": ("methods", "comma-separated, such as seqlora,slao"),
+    "--train-rows": ("train_rows", "at most so many training rows a task"),
+    "--train-fraction": ("train_fraction", "this fraction of each task's training rows"),
+    "--rank": ("lora.r", "rank of the adapter"),
+    "--alpha": ("lora.lora_alpha", "its alpha"),
+    "--target-modules": ("lora.target_modules", "comma-separated layer names, or all-linear"),
+    "--epochs": ("train.epochs", "epochs a task"),
+    "--batch-size": ("train.batch_size", "rows a step"),
+    "--learning-rate": ("train.learning_rate", "peak learning rate"),
+    "--dtype": ("dtype", "of the model: float32, bfloat16 or float16"),
+    "--device": ("device", "auto, cpu, cuda, ..."),
+    "--backend": ("backend", "of the fused layers"),
+    "--precision": ("precision", "of the LoRA branch: base or adapter"),
+}
+_LISTS = ("lora.target_modules",)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="slao", description="Continual learning with one LoRA.")
+    commands = top.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train methods over a stream of tasks and report")
+    source = run.add_mutually_exclusive_group()
+    source.add_argument("config", nargs="?", help="YAML file of settings")
+    source.add_argument("--preset", help="settings that come with the package, such as demo")
+    for flag, (setting, text) in FLAGS.items():
+        run.add_argument(flag, dest=setting, help=text, default=None)
+    run.add_argument("--seeds", help="comma-separated, such as 0,1")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, e.g. train.bf16=true"
+    )
+    run.add_argument("--no-patch", action="store_true", help="train with PEFT's own layers")
+    run.add_argument("--no-shuffle", action="store_true", help="keep the stream's own task order for every seed")
+    run.add_argument("--name", help="folder under --runs (default: preset, file or stream name)")
+    run.add_argument("--runs", default="runs", help="parent folder of all runs (default: %(default)s)")
+    again = run.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue an interrupted run of the same name")
+    again.add_argument("--overwrite", action="store_true", help="start afresh in its folder")
+    report = commands.add_parser("report", help="write report.html and its pictures from a run's results.json")
+    report.add_argument("run_dir", type=Path)
+    commands.add_parser("info", help="versions, devices, and the backend each op takes here")
+    return top
+
+
+def settings_from(options: argparse.Namespace) -> dict[str, Any]:
+    """The completed settings that the flags of `slao run` ask for. ValueError names what is wrong."""
+    import yaml
+
+    from . import settings
+
+    given = settings.load_preset(options.preset) if options.preset else {}
+    given = settings.load_file(Path(options.config)) if options.config else given
+    if isinstance(given.get("stream"), str):
+        given["stream"] = {"name": given["stream"]}
+    changes = {setting: value for setting, _ in FLAGS.values() if (value := getattr(options, setting)) is not None}
+    if changes.get("stream.name", _stream_name(given)) != _stream_name(given):
+        given["stream"] = {}  # another stream's options would not fit this one
+    for pair in options.set:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes KEY=VALUE, such as train.bf16=true; got {pair!r}")
+        if key in changes or (key == "seeds" and options.seeds):
+            raise ValueError(f"{key} is set by a flag and by --set: drop one of them")
+        changes[key] = value
+    for key, value in changes.items():
+        parsed = yaml.safe_load(value)
+        if key in _LISTS and isinstance(parsed, str) and parsed != "all-linear":
+            parsed = [name.strip() for name in parsed.split(",")]
+        settings.assign(given, key, parsed)
+    if options.seeds:
+        try:
+            given["seeds"] = [int(seed) for seed in options.seeds.split(",")]
+        except ValueError:
+            raise ValueError(f"--seeds takes whole numbers, such as 0,1; got {options.seeds!r}") from None
+    if options.no_patch:
+        given["patch"] = False
+    if options.no_shuffle:
+        given["shuffle_tasks"] = False
+    completed = settings.complete(given)
+    completed["name"] = options.name or completed["name"] or options.preset or _default_name(options, completed)
+    return completed
+
+
+def _stream_name(given: dict[str, Any]) -> str:
+    return str(given.get("stream", {}).get("name", "python_docs"))
+
+
+def _default_name(options: argparse.Namespace, completed: dict[str, Any]) -> str:
+    return Path(options.config).stem if options.config else str(completed["stream"]["name"])
+
+
+def _run(options: argparse.Namespace) -> int:
+    completed = settings_from(options)
+    from .report import table, write_report
+    from .run import Run
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # one bar per run is enough; loading takes a second
+    folder = Path(options.runs) / completed["name"]
+    run = Run(completed, folder, resume=options.resume, overwrite=options.overwrite)
+    results = run.execute()
+    print("\n" + table(results))
+    print(f"\nreport: {write_report(folder)}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    options = parser().parse_args(argv)
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    # A run reads local folders first; what it has to fetch it may fetch, but it should not phone home on its own.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if options.command == "run":
+            return _run(options)
+        if options.command == "report":
+            from .report import write_report
+
+            print(f"report: {write_report(options.run_dir)}")
+            return 0
+        from slao_kernels.__main__ import describe
+
+        print(describe())
+        return 0
+    except (ValueError, ImportError) as error:
+        print(f"slao: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""What a model is trained to do on a stream, and how it is scored."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from ..streams import Stream
+from .base import Objective
+from .causal_lm import CausalLM
+from .label_matching import LabelMatching
+
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (LabelMatching, CausalLM)}
+
+__all__ = ["OBJECTIVES", "CausalLM", "LabelMatching", "Objective", "check_objective", "make_objective"]
+
+
+def check_objective(name: str, options: dict[str, Any]) -> type[Objective]:
+    """The class of that name; ValueError for an unknown name or option, listing the valid ones."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"unknown objective {name!r}; choose one of {', '.join(sorted(OBJECTIVES))}")
+    known = list(inspect.signature(OBJECTIVES[name]).parameters)[3:]  # after model, tokenizer, stream
+    for option in options:
+        if option not in known:
+            raise ValueError(f"objective {name!r} has no option {option!r}; its options are {', '.join(known)}")
+    return OBJECTIVES[name]
+
+
+def make_objective(name: str, model: nn.Module, tokenizer: Any, stream: Stream, **options: Any) -> Objective:
+    """The objective `name` for `model` on `stream`. Build it before training: label texts are embedded here."""
+    return check_objective(name, options)(model, tokenizer, stream, **options)  # type: ignore[call-arg]

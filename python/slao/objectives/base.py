@@ -1,0 +1,73 @@
+"""An objective turns a task's rows into batches, a batch into a loss, and a trained model into a score."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..streams import Row, Task
+
+CANDIDATES = ("own", "all")
+Features = list[dict[str, Any]]
+
+
+class Objective(ABC):
+    """What a model is trained to do, and how well it does it; see the subclasses.
+
+    metric: what `score` returns, in [0, 1]. own_loss: whether `loss` replaces the one the model returns itself.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[str]
+    own_loss: ClassVar[bool]
+
+    @abstractmethod
+    def features(self, task: Task, rows: Sequence[Row]) -> Features:
+        """Tokenised training rows of `task`."""
+
+    @abstractmethod
+    def collate(self, features: Features) -> dict[str, Tensor]:
+        """One padded batch."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The mean loss of a batch; called only where `own_loss`."""
+
+    @abstractmethod
+    def score(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
+        """The metric of the model on `rows` of `task`, without training it."""
+
+
+def check_candidates(**chosen: str) -> None:
+    """ValueError unless every one is "own" (the task's labels) or "all" (those of the whole stream)."""
+    for name, value in chosen.items():
+        if value not in CANDIDATES:
+            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(CANDIDATES)}")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Eval mode without gradients; the mode from before is back after any exit. Yields the model's device."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        model.train(training)
+
+
+def in_batches(
+    features: Features, size: int, collate: Callable[[Features], dict[str, Tensor]], device: torch.device
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """(indices into `features`, batch on `device`), longest rows first: little padding, and memory peaks early."""
+    order = sorted(range(len(features)), key=lambda i: -len(features[i]["input_ids"]))
+    for start in range(0, len(order), size):
+        indices = order[start : start + size]
+        batch = collate([features[i] for i in indices])
+        yield indices, {key: value.to(device) for key, value in batch.items()}

@@ -1,0 +1,142 @@
+"""Prompt and answer rows for a causal language model; the loss is on the answer only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..streams import Row, Stream, Task
+from .base import Features, Objective, check_candidates, evaluating, in_batches
+
+IGNORED = -100  # what torch's and transformers' losses leave out
+
+
+class CausalLM(Objective):
+    """Reads "instruction / Option: a, b, c / text / Answer:" and is trained to continue with the answer and <eos>.
+
+    The lines that a task does not have are left out; the task's name never appears. A prompt that is too long loses
+    the end of its text, never the answer.
+    score: for a task with labels, how often the right label has the highest log-likelihood among the candidates; for a
+    free-form task, how often the greedy continuation equals the answer (white space and case aside).
+    train_candidates, eval_candidates: whose labels the Option line (and the scoring) lists: "own" or "all".
+    """
+
+    name = "causal_lm"
+    metric = "accuracy"
+    own_loss = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        stream: Stream,
+        *,
+        train_candidates: str = "own",
+        eval_candidates: str = "own",
+        max_length: int = 512,
+        max_new_tokens: int = 50,
+    ) -> None:
+        check_candidates(train_candidates=train_candidates, eval_candidates=eval_candidates)
+        self.tokenizer, self.max_length, self.max_new_tokens = tokenizer, max_length, max_new_tokens
+        self.train_candidates, self.eval_candidates = train_candidates, eval_candidates
+        self.labels = stream.labels
+        self._eos = tokenizer.eos_token_id
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._eos
+        if self._eos is None:
+            raise ValueError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+
+    def features(self, task: Task, rows: Sequence[Row]) -> Features:
+        return [self._encode(task, row.prompt, row.answer, self.train_candidates) for row in rows]
+
+    def collate(self, features: Features) -> dict[str, Tensor]:
+        return self._pad_batch(features, left=False)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    def score(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
+        if task.labels:
+            return self._score_labels(model, task, rows, batch_size)
+        return self._score_generated(model, task, rows, batch_size)
+
+    def _score_labels(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
+        candidates = task.labels if self.eval_candidates == "own" else self.labels
+        features = [self._encode(task, row.prompt, label, self.eval_candidates) for row in rows for label in candidates]
+        likelihood = torch.empty(len(features))
+        with evaluating(model) as device:
+            for indices, batch in in_batches(features, batch_size, self.collate, device):
+                labels = batch.pop("labels")[:, 1:]
+                logits = model(**batch).logits[:, :-1].float()
+                losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+                likelihood[indices] = -losses.sum(1).cpu()
+        best = likelihood.view(len(rows), len(candidates)).argmax(1).tolist()
+        return sum(candidates[guess] == row.answer for guess, row in zip(best, rows, strict=True)) / len(rows)
+
+    def _score_generated(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
+        features = [{"input_ids": self._prompt(task, row.prompt, 0, self.eval_candidates)} for row in rows]
+        correct = 0
+        with evaluating(model) as device:
+            for indices, batch in in_batches(features, batch_size, lambda f: self._pad_batch(f, left=True), device):
+                generated = model.generate(
+                    **batch,
+                    max_new_tokens=self.max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=self._pad,
+                    eos_token_id=self._eos,
+                )[:, batch["input_ids"].shape[1] :]
+                texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
+                correct += sum(_same(text, rows[i].answer) for i, text in zip(indices, texts, strict=True))
+        return correct / len(rows)
+
+    def _encode(self, task: Task, text: str, answer: str, candidates: str) -> dict[str, Any]:
+        target = [*self._ids(" " + answer), self._eos]
+        prompt = self._prompt(task, text, len(target), candidates)
+        return {"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target}
+
+    def _prompt(self, task: Task, text: str, reserved: int, candidates: str) -> list[int]:
+        """Token ids up to and with "Answer:", at most max_length - reserved; the text is what gets cut."""
+        labels = task.labels if candidates == "own" else self.labels
+        lines = [task.instruction] if task.instruction else []
+        lines += [f"Option: {', '.join(labels)}"] if labels else []
+        head = self.tokenizer("".join(line + "\n" for line in lines))["input_ids"]
+        if self.tokenizer.eos_token_id is not None and head[-1:] == [self._eos]:
+            head = head[:-1]  # some tokenizers end every text
+        tail = self._ids("\nAnswer:")
+        room = self.max_length - reserved - len(head) - len(tail)
+        if room < 1:
+            raise ValueError(
+                f"task {task.name!r}: instruction, options and answer alone take {self.max_length - room + 1} tokens; "
+                f"max_length is {self.max_length}: raise it"
+            )
+        return head + self._ids(text)[:room] + tail
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _pad_batch(self, features: Features, left: bool) -> dict[str, Tensor]:
+        longest = max(len(row["input_ids"]) for row in features)
+
+        def stack(key: str, filler: int) -> Tensor:
+            rows = []
+            for row in features:
+                padding = [filler] * (longest - len(row[key]))
+                rows.append(padding + row[key] if left else row[key] + padding)
+            return torch.tensor(rows)
+
+        batch = {"input_ids": stack("input_ids", self._pad)}
+        for row in features:
+            row.setdefault("attention_mask", [1] * len(row["input_ids"]))
+        batch["attention_mask"] = stack("attention_mask", 0)
+        if "labels" in features[0]:
+            batch["labels"] = stack("labels", IGNORED)
+        return batch
+
+
+def _same(text: str, answer: str) -> bool:
+    return " ".join(text.split()).lower() == " ".join(answer.split()).lower()

@@ -1,0 +1,168 @@
+"""`slao run`: every method on every seed over the same data and steps, into one results.json and report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import nn
+
+from . import checkpoint
+from .methods import Method, make_method
+from .models import default_objective, load_model, load_tokenizer, model_path
+from .objectives import make_objective
+from .settings import train_config
+from .streams import Stream, make_stream
+from .train import Result, seed_everything, train
+
+Say = Callable[[str], None]
+
+
+class Run:
+    """One `slao run` in `folder`; `settings` are those of `settings.complete`.
+
+    Everything that can be wrong with settings, data and model is checked in the constructor, before a file is
+    written. `resume`: continue in a folder that an interrupted run with the same settings left; `overwrite`: empty it.
+    """
+
+    def __init__(
+        self, settings: dict[str, Any], folder: Path, *, resume: bool = False, overwrite: bool = False, say: Say = print
+    ) -> None:
+        self.settings, self.folder, self.say = settings, folder, say
+        self.config = train_config(settings)
+        occupied = folder.exists() and any(folder.iterdir())
+        if occupied and not (resume or overwrite):
+            raise ValueError(f"{folder} is not empty: pass --resume to continue it, or --overwrite to start afresh")
+        if resume and occupied:
+            self._check_same_run()
+        self.stream = self._stream()
+        self.path = model_path(settings["model"])
+        options = dict(settings["objective"])
+        name = options.pop("name", "auto")
+        self.objective_name = default_objective(self.path) if name == "auto" else name
+        self.objective_options = options
+        self.tokenizer = load_tokenizer(self.path)
+        self.report: str = ""
+        for label in settings["methods"]:
+            self._build(label, self.stream)  # raises what a method or the adapter's shapes object to
+        self._overwrite = overwrite and not resume
+
+    def _stream(self) -> Stream:
+        options = dict(self.settings["stream"])
+        stream = make_stream(options.pop("name"), **options)
+        return stream.limited(self.settings["train_rows"], self.settings["train_fraction"])
+
+    def _check_same_run(self) -> None:
+        path = self.folder / "settings.json"
+        if not path.is_file():
+            raise ValueError(f"{self.folder} holds no settings.json, so there is no run to resume; choose another name")
+        import json
+
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differing = [key for key in self.settings if before.get(key) != self.settings[key]]
+        if differing:
+            raise ValueError(
+                f"{self.folder} has other settings ({', '.join(differing)}): choose another --name or --overwrite"
+            )
+
+    def _build(self, label: str, stream: Stream) -> tuple[nn.Module, Method, Any]:
+        """A fresh model with its adapter, the method and the objective; the same for every method of a seed."""
+        from peft import LoraConfig
+
+        from slao_kernels import patch, unpatch
+
+        model = load_model(self.path, self.objective_name, self.settings["dtype"], self.settings["device"])
+        try:
+            config = LoraConfig(**self.settings["lora"])
+        except TypeError as error:
+            raise ValueError(f"lora: {error}") from error
+        report = patch(model, config, backend=self.settings["backend"], precision=self.settings["precision"])
+        if not self.settings["patch"]:
+            unpatch(model)
+            self.report = "fused layers are off (--no-patch)"
+        else:
+            self.report = str(report)
+        options = dict(self.settings["methods"][label])
+        method = make_method(options.pop("method", label), model, **options)
+        objective = make_objective(self.objective_name, model, self.tokenizer, stream, **self.objective_options)
+        return model, method, objective
+
+    def execute(self) -> dict[str, Any]:
+        """Train everything; returns what results.json holds."""
+        if self._overwrite and self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(self.folder / "settings.json", self.settings)
+        self.say(self.report)
+        results: dict[str, list[Result]] = {label: [] for label in self.settings["methods"]}
+        for seed in self.settings["seeds"]:
+            for label in self.settings["methods"]:
+                result = self._one(label, seed)
+                results[label].append(result)
+                scores = ", ".join(f"{key} {_number(value)}" for key, value in result.summary().items())
+                self.say(f"{label} seed {seed}: {scores}")
+        content = self._results(results)
+        checkpoint.write_json(self.folder / "results.json", content)
+        return content
+
+    def _one(self, label: str, seed: int) -> Result:
+        from .progress import RunProgress
+
+        stream = self.stream.shuffled(seed) if self.settings["shuffle_tasks"] else self.stream
+        seed_everything(seed)  # the adapter's first A is drawn while the model is built
+        model, method, objective = self._build(label, stream)
+        progress = RunProgress(f"{label} seed {seed}", [task.name for task in stream.tasks])
+        try:
+            state = self.folder / "state" / f"{label}-{seed}"
+            result = train(
+                model, method, stream, objective, self.config, seed=seed, state_dir=state, callbacks=[progress]
+            )
+        finally:
+            progress.close()
+        method.save_pretrained(self.folder / "adapters" / f"{label}-{seed}")
+        return result
+
+    def _results(self, results: dict[str, list[Result]]) -> dict[str, Any]:
+        from slao_kernels.__main__ import versions
+
+        methods, throughput = {}, {}
+        for label, runs in results.items():
+            summaries = [run.summary() for run in runs]
+            methods[label] = {
+                "seeds": list(self.settings["seeds"]),
+                "tasks": [run.tasks for run in runs],
+                "matrix": [run.matrix for run in runs],
+                "zero_shot": [run.zero_shot for run in runs],
+                **{key: [summary[key] for summary in summaries] for key in summaries[0]},
+                "lambdas": [run.lambdas for run in runs],
+                "losses": [run.losses for run in runs],
+                "tokens_per_second": [run.tokens_per_second for run in runs],
+                "train_seconds": [run.train_seconds for run in runs],
+                "merge_seconds": [run.merge_seconds for run in runs],
+                "peak_memory_mb": [run.peak_memory_mb for run in runs],
+            }
+            if label == "seqlora":
+                del methods[label]["lambdas"]
+            throughput[label] = {
+                "tokens_per_second": fmean(run.tokens_per_second for run in runs),
+                "seconds_per_task": fmean(run.train_seconds / len(run.tasks) for run in runs),
+                "merge_seconds_per_task": fmean(run.merge_seconds / len(run.tasks) for run in runs),
+                "peak_memory_mb": max(run.peak_memory_mb for run in runs),
+            }
+        return {
+            "stream": self.stream.name,
+            "model": self.settings["model"],
+            "metric": "accuracy",
+            "methods": methods,
+            "throughput": throughput,
+            "patch": self.report,
+            "settings": {**self.settings, "objective": {"name": self.objective_name, **self.objective_options}},
+            "versions": versions(),
+        }
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,162 @@
+"""The settings of `slao run`: a tree of plain values, from a preset or a YAML file, changed by flags, checked whole."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .methods import METHODS, check_method
+from .objectives import check_objective
+from .streams import STREAMS
+from .train import TrainConfig
+
+# Everything that can be set, with its default. The one open section is `methods`: a name -> its options.
+DEFAULTS: dict[str, Any] = {
+    "name": "",
+    "model": "minilm",
+    "stream": {"name": "python_docs"},
+    "shuffle_tasks": True,
+    "train_rows": None,
+    "train_fraction": None,
+    "objective": {"name": "auto"},
+    "methods": {"seqlora": {}, "slao": {}},
+    "seeds": [0, 1],
+    "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"},
+    "patch": True,
+    "backend": "auto",
+    "precision": "base",
+    "dtype": "float32",
+    "device": "auto",
+    "train": {},
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def presets() -> list[str]:
+    """Names that `--preset` takes."""
+    folder = resources.files("slao") / "presets"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The settings of a preset. ValueError that lists the valid names."""
+    if name not in presets():
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(presets())}")
+    return _parse((resources.files("slao") / "presets" / f"{name}.yaml").read_text(encoding="utf-8"), f"preset {name}")
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file. ValueError when it is absent or no mapping."""
+    if not path.is_file():
+        raise ValueError(f"no settings file at {path}")
+    return _parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} must be a mapping of settings, not a {type(content).__name__}")
+    return content
+
+
+def assign(settings: dict[str, Any], key: str, value: Any) -> None:
+    """settings["a"]["b"] = value for the key "a.b"; sections on the way are made."""
+    *sections, last = key.split(".")
+    for section in sections:
+        settings = settings.setdefault(section, {})
+        if not isinstance(settings, dict):
+            raise ValueError(f"cannot set {key}: {section} is a value, not a section")
+    settings[last] = value
+
+
+def complete(given: dict[str, Any]) -> dict[str, Any]:
+    """`given` over the defaults, checked as far as that is possible without a model or data.
+
+    Raises ValueError that names the setting, what is wrong and what would be right.
+    """
+    unknown = sorted(set(given) - set(DEFAULTS))
+    if unknown:
+        raise ValueError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(DEFAULTS)}")
+    settings = copy.deepcopy(DEFAULTS)
+    for key, value in given.items():
+        if key == "methods":
+            settings[key] = _methods(value)
+        elif key == "lora":
+            settings[key] |= _section(key, value)
+        elif isinstance(DEFAULTS[key], dict):
+            settings[key] = dict(_section(key, {"name": value} if isinstance(value, str) else value))
+        else:
+            settings[key] = value
+    _check(settings)
+    return settings
+
+
+def _section(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"setting {key!r} must be a section, not {value!r}")
+    return value
+
+
+def _methods(value: Any) -> dict[str, dict[str, Any]]:
+    """From a name, a comma-separated text, a list of names, or a mapping name -> options."""
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",") if name.strip()]
+    if isinstance(value, list):
+        value = dict.fromkeys(value)
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"methods must name at least one of {', '.join(sorted(METHODS))}")
+    return {name: dict(options or {}) for name, options in value.items()}
+
+
+def _check(settings: dict[str, Any]) -> None:
+    from slao_kernels.dispatch import check_backend
+    from slao_kernels.ops.lora_linear import PRECISIONS
+
+    for label, options in settings["methods"].items():
+        check_method(options.get("method", label))
+    stream = settings["stream"].get("name")
+    if stream not in STREAMS:
+        raise ValueError(f"unknown stream {stream!r}; choose one of {', '.join(sorted(STREAMS))}")
+    name = settings["objective"].get("name", "auto")
+    if name != "auto":
+        check_objective(name, {key: value for key, value in settings["objective"].items() if key != "name"})
+    check_backend(settings["backend"])
+    if settings["precision"] not in PRECISIONS:
+        raise ValueError(f"unknown precision {settings['precision']!r}; choose one of {', '.join(PRECISIONS)}")
+    if settings["dtype"] not in DTYPES:
+        raise ValueError(f"unknown dtype {settings['dtype']!r}; choose one of {', '.join(DTYPES)}")
+    if not settings["patch"] and (settings["backend"] != "auto" or settings["precision"] != "base"):
+        raise ValueError("backend and precision choose the fused layers, which --no-patch turns off: drop one of them")
+    if settings["train_rows"] is not None and settings["train_fraction"] is not None:
+        raise ValueError("train_rows and train_fraction both limit the training rows: drop one of them")
+    seeds = settings["seeds"]
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+        raise ValueError(f"seeds must be whole numbers from 0, such as 0,1; got {seeds!r}")
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"a seed stands twice in {seeds}")
+    train_config(settings)
+
+
+def train_config(settings: dict[str, Any]) -> TrainConfig:
+    """The `train` section as a TrainConfig. ValueError for unknown fields."""
+    section = dict(settings["train"])
+    known = [field.name for field in fields(TrainConfig)]
+    unknown = sorted(set(section) - set(known))
+    if unknown:
+        raise ValueError(f"unknown setting 'train.{unknown[0]}'; train has {', '.join(known)}")
+    for field in fields(TrainConfig):
+        # YAML 1.1 reads "1e-3" as text.
+        if field.name in section and field.type == "float" and isinstance(section[field.name], str):
+            try:
+                section[field.name] = float(section[field.name])
+            except ValueError:
+                raise ValueError(f"train.{field.name} must be a number, not {section[field.name]!r}") from None
+    return TrainConfig(**section)

@@ -1,0 +1,285 @@
+"""Task after task over transformers' Trainer: train, end the task, score every task, keep the score matrix."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import metrics
+from .methods import Method
+from .objectives import Objective
+from .streams import Stream
+
+Score = float | None
+
+
+@dataclass
+class TrainConfig:
+    """How every task is trained. Each task gets a fresh optimiser and schedule, as in the papers.
+
+    max_steps: optimiser steps a task, instead of epochs, when positive. batch_size: rows a step and device, before
+    accumulation. group_by_length: batches of rows of similar length, so that less of them is padding. evaluate: "all" scores every task of the stream after each task (forward transfer needs it), "seen"
+    only those trained so far. arguments: anything else that transformers.TrainingArguments takes.
+    """
+
+    epochs: float = 1.0
+    max_steps: int = -1
+    batch_size: int = 32
+    eval_batch_size: int = 64
+    learning_rate: float = 1e-3
+    lr_scheduler: str = "linear"
+    weight_decay: float = 0.0
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    group_by_length: bool = True
+    bf16: bool = False
+    report_to: str = "none"
+    evaluate: str = "all"
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.evaluate not in ("all", "seen"):
+            raise ValueError(f"unknown evaluate {self.evaluate!r}; choose all or seen")
+        for name in ("batch_size", "eval_batch_size", "gradient_accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_steps <= 0 and not self.epochs > 0:
+            raise ValueError(f"epochs must be positive, not {self.epochs} (or give max_steps)")
+        clash = sorted(set(self.arguments) & {*(f.name for f in fields(self)), *_OURS})
+        if clash:
+            raise ValueError(f"set {', '.join(clash)} through TrainConfig's own fields, not through arguments")
+
+
+# TrainingArguments that this loop sets itself.
+_OURS = (
+    "output_dir",
+    "save_strategy",
+    "seed",
+    "data_seed",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "lr_scheduler_type",
+    "gradient_accumulation_steps",
+    "remove_unused_columns",
+)
+
+
+@dataclass
+class Result:
+    """One method, one seed. matrix[t][i]: score on task i after task t, None where it was not taken.
+
+    zero_shot: scores before any training. train_seconds: in training steps, evaluation and merging aside.
+    tokens: real (not padding) ones that were trained on. merge_seconds: in begin_task and end_task together.
+    """
+
+    tasks: list[str]
+    matrix: list[list[Score]] = field(default_factory=list)
+    zero_shot: list[Score] = field(default_factory=list)
+    lambdas: list[Any] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
+    tokens: int = 0
+    train_seconds: float = 0.0
+    merge_seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return len(self.matrix) == len(self.tasks)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.train_seconds if self.train_seconds else 0.0
+
+    def summary(self) -> dict[str, Score]:
+        """AA, BWT, forgetting and FWT of a finished run; None where T is too small or entries are missing."""
+        return {
+            "AA": metrics.average_accuracy(self.matrix),
+            "BWT": metrics.backward_transfer(self.matrix),
+            "forgetting": metrics.forgetting(self.matrix),
+            "FWT": metrics.forward_transfer(self.matrix, self.zero_shot),
+        }
+
+
+def train(
+    model: nn.Module,
+    method: Method,
+    stream: Stream,
+    objective: Objective,
+    config: TrainConfig | None = None,
+    *,
+    seed: int = 0,
+    state_dir: str | Path | None = None,
+    callbacks: Sequence[Any] = (),
+    on_task: Callable[[int, Result], None] | None = None,
+) -> Result:
+    """Train `model` on every task of `stream` in order, with `method` around each, and score it after each.
+
+    model: carries the adapter that `method` was built on; patch it first for speed. objective: built before training.
+    seed: of the data order and of whatever draws random numbers; each task starts from (seed, its index) alone.
+    state_dir: after every task the whole state is written there (atomically); a call that finds one continues after
+    its last finished task and ends bit-identical to an uninterrupted run. callbacks: further TrainerCallbacks.
+    on_task(index, result) is called after each task. Scores use the merged weights, on the test rows.
+    Raises ValueError for a state of another stream or seed.
+    """
+    config = config or TrainConfig()
+    result = Result([task.name for task in stream.tasks])
+    if state_dir is not None and (Path(state_dir) / "slao_state.safetensors").exists():
+        saved = method.load(state_dir)
+        if saved.get("seed") != seed or saved.get("result", {}).get("tasks") != result.tasks:
+            raise ValueError(f"the state in {state_dir} belongs to another stream or seed; choose another folder")
+        result = Result(**saved["result"])
+    trained = _train_once(model, config)
+    if not result.zero_shot:
+        result.zero_shot = _scores(model, method, objective, stream, len(stream.tasks), config)
+    for index in range(len(result.matrix), len(stream.tasks)):
+        task = stream.tasks[index]
+        seed_everything(seed * 10_007 + index)
+        started = time.perf_counter()
+        method.begin_task(task.name)
+        result.merge_seconds += time.perf_counter() - started
+        trainer = trained(objective, method, objective.features(task, task.train), seed * 10_007 + index, callbacks)
+        started = time.perf_counter()
+        trainer.train()
+        result.train_seconds += time.perf_counter() - started
+        result.tokens += trainer.tokens()
+        result.losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        started = time.perf_counter()
+        method.end_task()
+        result.merge_seconds += time.perf_counter() - started
+        result.lambdas = list(method.lambdas)
+        seen = len(stream.tasks) if config.evaluate == "all" else index + 1
+        result.matrix.append(_scores(model, method, objective, stream, seen, config))
+        result.peak_memory_mb = max(result.peak_memory_mb, peak_memory_mb())
+        if state_dir is not None:
+            method.save(state_dir, {"seed": seed, "result": vars(result)})
+        if on_task is not None:
+            on_task(index, result)
+    return result
+
+
+def _scores(
+    model: nn.Module, method: Method, objective: Objective, stream: Stream, first: int, config: TrainConfig
+) -> list[Score]:
+    with method.merged():
+        return [
+            objective.score(model, task, task.test, config.eval_batch_size) if i < first else None
+            for i, task in enumerate(stream.tasks)
+        ]
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, NumPy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries draw from the global one)
+    torch.manual_seed(seed)
+
+
+def peak_memory_mb() -> float:
+    """Peak so far: allocated on the GPU where there is one, else the process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _renamed(arguments: Any, config: TrainConfig) -> dict[str, Any]:
+    """Settings that TrainingArguments took other names for in the course of transformers 5."""
+    known = {field.name for field in fields(arguments)}
+    chosen: dict[str, Any] = {}
+    if config.gradient_checkpointing:
+        chosen["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
+    if config.group_by_length and "train_sampling_strategy" in known:
+        chosen["train_sampling_strategy"] = "group_by_length"
+    elif config.group_by_length:
+        chosen["group_by_length"] = True
+    return chosen
+
+
+def _train_once(model: nn.Module, config: TrainConfig) -> Callable[..., Any]:
+    """A function that makes the Trainer of one task (transformers loads when this is called)."""
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    class TaskTrainer(Trainer):
+        """transformers' Trainer with the objective's loss, the method's penalty, and a count of tokens."""
+
+        objective: Objective
+        method: Method
+        _tokens: Tensor | None = None
+
+        def compute_loss(
+            self,
+            model: nn.Module,
+            inputs: dict[str, Any],
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            count = inputs["attention_mask"].sum()  # stays on the device: no sync in a step
+            self._tokens = count if self._tokens is None else self._tokens + count
+            if self.objective.own_loss:
+                loss = self.objective.loss(model, inputs)
+            else:
+                loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            penalty = self.method.penalty()
+            if penalty is None:
+                return loss
+            # A loss that is already divided by the items of all accumulated batches is summed over them.
+            scaled = not self.objective.own_loss and self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            return loss + (penalty / self.args.gradient_accumulation_steps if scaled else penalty)
+
+        def tokens(self) -> int:
+            return 0 if self._tokens is None else int(self._tokens)
+
+    def make(
+        objective: Objective, method: Method, features: list[dict[str, Any]], seed: int, callbacks: Sequence[Any]
+    ) -> TaskTrainer:
+        with tempfile.TemporaryDirectory() as nowhere:  # nothing is saved by the Trainer itself
+            arguments = TrainingArguments(
+                output_dir=nowhere,
+                save_strategy="no",
+                seed=seed,
+                data_seed=seed,
+                num_train_epochs=config.epochs,
+                max_steps=config.max_steps,
+                per_device_train_batch_size=config.batch_size,
+                learning_rate=config.learning_rate,
+                lr_scheduler_type=config.lr_scheduler,
+                weight_decay=config.weight_decay,
+                gradient_accumulation_steps=config.gradient_accumulation,
+                bf16=config.bf16,
+                report_to=config.report_to,
+                remove_unused_columns=False,
+                **_renamed(TrainingArguments, config),
+                **config.arguments,
+            )
+        trainer = TaskTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=features,  # a list of dicts is a map-style data set
+            data_collator=objective.collate,
+            callbacks=list(callbacks),
+        )
+        trainer.objective, trainer.method = objective, method
+        if objective.own_loss:
+            # A mean over the batch: the Trainer divides it by the accumulation steps.
+            trainer.model_accepts_loss_kwargs = False
+            trainer.loss_is_scaled_for_ga = False
+        if callbacks:
+            # Whoever brings a progress display of their own does not want the Trainer's per-task one as well.
+            trainer.remove_callback(PrinterCallback)
+            trainer.remove_callback(ProgressCallback)
+        return trainer
+
+    return make
