@@ -110,10 +110,10 @@ def _default_name(options: argparse.Namespace, completed: dict[str, Any]) -> str
 
 def _run(options: argparse.Namespace) -> int:
     completed = settings_from(options)
+    from transformers.utils import logging as transformers_logging
+
     from .report import table, write_report
     from .run import Run
-
-    from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # one bar per run is enough; loading takes a second
     folder = Path(options.runs) / completed["name"]

@@ -27,8 +27,10 @@ class TrainConfig:
     """How every task is trained. Each task gets a fresh optimiser and schedule, as in the papers.
 
     max_steps: optimiser steps a task, instead of epochs, when positive. batch_size: rows a step and device, before
-    accumulation. group_by_length: batches of rows of similar length, so that less of them is padding. evaluate: "all" scores every task of the stream after each task (forward transfer needs it), "seen"
-    only those trained so far. arguments: anything else that transformers.TrainingArguments takes.
+    accumulation. group_by_length: batches of rows of similar length, so that less of them is padding (transformers
+    does it where a task has at least eight batches). evaluate: "all" scores every task of the stream after each task
+    (forward transfer needs it), "seen" only those trained so far. arguments: anything else that
+    transformers.TrainingArguments takes.
     """
 
     epochs: float = 1.0
@@ -70,6 +72,7 @@ _OURS = (
     "lr_scheduler_type",
     "gradient_accumulation_steps",
     "remove_unused_columns",
+    "dataloader_pin_memory",
 )
 
 
@@ -261,6 +264,7 @@ def _train_once(model: nn.Module, config: TrainConfig) -> Callable[..., Any]:
                 bf16=config.bf16,
                 report_to=config.report_to,
                 remove_unused_columns=False,
+                dataloader_pin_memory=torch.cuda.is_available(),
                 **_renamed(TrainingArguments, config),
                 **config.arguments,
             )
