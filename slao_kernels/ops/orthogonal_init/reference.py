@@ -29,6 +29,6 @@ def orthogonal_init_(As: list[Tensor], return_r: bool) -> tuple[list[Tensor], Te
         R = R * sign[:, None]
         tiny = R.diagonal() <= EPS.get(A.dtype, EPS["else"]) * torch.linalg.vector_norm(R, dim=0)
         A.copy_(torch.where(proceed, (Q * sign).T, rows))
-        triangles += [R.to(r_dtype(A.dtype))] if return_r else []
+        triangles += [R.to(r_dtype(A.dtype)).contiguous()] if return_r else []
         states.append(torch.where(is_finite, tiny.any().int(), 2))
     return triangles, torch.stack(states).to(torch.int32)

@@ -1,0 +1,240 @@
+"""orthogonal_init_: the contract of the design, on every backend that this device has."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import slao_kernels
+from slao_kernels import dispatch
+
+BACKENDS = [name for name in dispatch.BACKENDS[1:] if dispatch.why_not("orthogonal_init", name, "cpu") is None]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# Half a unit of the storage dtype on entries of size 1/√n, times the worst case of r rows adding up.
+STORAGE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def orthogonality(A: Tensor) -> float:
+    """‖A Aᵀ − I‖₂."""
+    wide = A.detach().double()
+    return torch.linalg.matrix_norm(wide @ wide.T - torch.eye(wide.shape[0], dtype=torch.float64), 2).item()
+
+
+def conditioned(r: int, n: int, kappa: float, seed: int = 0) -> Tensor:
+    """(r, n) in fp64 with singular values from 1 down to 1/kappa, spread evenly in the exponent."""
+    g = torch.Generator().manual_seed(seed)
+    U = torch.linalg.qr(torch.randn(r, r, generator=g, dtype=torch.float64))[0]
+    V = torch.linalg.qr(torch.randn(n, r, generator=g, dtype=torch.float64))[0]
+    return U @ torch.diag(torch.logspace(0, -math.log10(kappa), r, dtype=torch.float64)) @ V.T
+
+
+def exact(A: Tensor) -> tuple[Tensor, Tensor]:
+    """(Qᵀ, R) of Aᵀ = Q R with diag(R) > 0, in fp64, by LAPACK."""
+    Q, R = torch.linalg.qr(A.detach().double().T)
+    sign = torch.where(R.diagonal() < 0, -1.0, 1.0)
+    return (Q * sign).T, R * sign[:, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 7), (3, 3), (8, 33), (12, 100), (16, 768), (64, 200), (256, 256)], ids=str
+)
+def test_is_the_unique_qr(shape, dtype, backend):
+    A = torch.randn(shape, dtype=torch.float64).to(dtype)
+    Q, R = exact(A)
+    report = slao_kernels.orthogonal_init_([A], return_r=True, backend=backend)
+    assert A.dtype == dtype
+    assert report.deficient == []
+    # 256×256 Gaussians have κ near 1e3, where rows of Q move by κ·eps.
+    slack = 100 if shape == (256, 256) else 1
+    assert (A.double() - Q).abs().max() <= (1e-5 if dtype != torch.float64 else 1e-12 * slack) + torch.finfo(dtype).eps
+    assert orthogonality(A) <= STORAGE[dtype] * math.sqrt(shape[0])
+    (found,) = report.r
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (found.double() - R).abs().max() <= 1e-5 * R.abs().max()
+    assert (found.diagonal() > 0).all()
+    assert not found.tril(-1).any()
+
+
+@pytest.mark.parametrize("kappa", [1.0, 1e2, 1e4, 1e6, 1e7])
+@pytest.mark.parametrize("r", [8, 16, 64])
+def test_orthonormal_up_to_a_condition_of_1e7(r, kappa, backend):
+    A = conditioned(r, 512, kappa).float()
+    Q, _ = exact(A)
+    slao_kernels.orthogonal_init_([A], backend=backend)
+    assert orthogonality(A) <= 1e-6
+    if kappa <= 1e3:
+        assert (A.double() - Q).abs().max() <= 1e-5
+
+
+def _half_rank() -> Tensor:
+    return torch.randn(16, 8) @ torch.randn(8, 300)
+
+
+def _with_zero_row() -> Tensor:
+    A = torch.randn(16, 300)
+    A[5] = 0
+    return A
+
+
+def _with_duplicate() -> Tensor:
+    A = torch.randn(16, 300)
+    A[9] = A[2]
+    return A
+
+
+DEFICIENT = {
+    "half rank": _half_rank,
+    "zero row": _with_zero_row,
+    "all zero": lambda: torch.zeros(16, 300),
+    "duplicate row": _with_duplicate,
+    "kappa 1e10": lambda: conditioned(16, 300, 1e10).float(),
+    "square zero": lambda: torch.zeros(4, 4),
+}
+
+
+@pytest.mark.parametrize("case", DEFICIENT)
+def test_deficient_input_is_completed_and_reported(case, backend):
+    torch.manual_seed(1)
+    A, regular = DEFICIENT[case](), torch.randn(16, 300)
+    directions = A.clone()
+    report = slao_kernels.orthogonal_init_([regular, A], backend=backend)
+    assert report.deficient == [1]
+    assert orthogonality(A) <= 5e-6
+    # The completed set still spans the input's row space.
+    residual = directions - directions @ A.T @ A
+    assert residual.norm() <= 1e-5 * max(1.0, directions.norm())
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1.0, 1e25, 1e37])
+def test_magnitude_does_not_matter(scale, backend):
+    torch.manual_seed(2)
+    A = torch.randn(16, 300)
+    scaled = A * scale  # 1e-38: many entries are denormal
+    reference, _ = exact(scaled)
+    report = slao_kernels.orthogonal_init_([scaled], backend=backend)
+    assert report.deficient == []
+    assert orthogonality(scaled) <= 1e-6
+    assert (scaled.double() - reference).abs().max() <= 1e-5
+
+
+def test_rows_of_very_different_size(backend):
+    torch.manual_seed(3)
+    A = torch.randn(16, 300) * torch.logspace(0, -8, 16)[:, None]
+    reference, _ = exact(A)
+    report = slao_kernels.orthogonal_init_([A], backend=backend)
+    assert report.deficient == []
+    assert (A.double() - reference).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nothing_is_written_when_any_matrix_is_not_finite(bad, backend):
+    As = [torch.randn(4, 20) for _ in range(4)]
+    As[1][2, 3] = As[3][0, 0] = bad
+    before = [A.clone() for A in As]
+    with pytest.raises(ValueError, match=r"As\[1\]: has NaN or infinite.*As\[3\].*Nothing was written"):
+        slao_kernels.orthogonal_init_(As, backend=backend)
+    for A, old in zip(As, before, strict=True):
+        assert torch.equal(A.view(torch.int32), old.view(torch.int32))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    r=st.integers(1, 24),
+    extra=st.integers(0, 40),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["plain", "transposed", "sliced", "every other row"]),
+    count=st.integers(1, 4),
+    seed=st.integers(0, 2**20),
+)
+def test_any_shape_and_layout(r, extra, dtype, layout, count, seed):
+    g = torch.Generator().manual_seed(seed)
+    for name in BACKENDS:
+        As, guards = [], []
+        for i in range(count):
+            n = r + extra + i
+            whole = torch.randn(2 * r, n + 3, generator=g, dtype=torch.float64).to(dtype)
+            if layout == "transposed":
+                whole = whole.t().contiguous().t()
+            A = {"plain": lambda w: w[:r].clone(), "every other row": lambda w: w[::2]}.get(
+                layout, lambda w: w[:r, :n]
+            )(whole)
+            As.append(A)
+            guards.append((whole, whole.clone()))
+        slao_kernels.orthogonal_init_(As, backend=name)
+        for A, (whole, before) in zip(As, guards, strict=True):
+            assert orthogonality(A) <= STORAGE[dtype] * r + 1e-6
+            if layout in ("transposed", "sliced"):  # what lies around the view is untouched
+                assert torch.equal(whole[r:], before[r:])
+                assert torch.equal(whole[:, -3:], before[:, -3:])
+
+
+def test_runs_are_bitwise_equal_and_parameters_work(backend):
+    torch.manual_seed(4)
+    A = torch.randn(16, 500)
+    first, second = torch.nn.Parameter(A.clone()), A.clone()
+    version = first._version
+    slao_kernels.orthogonal_init_([first], backend=backend)
+    slao_kernels.orthogonal_init_([second], backend=backend)
+    assert torch.equal(first, second)
+    assert first.requires_grad
+    assert first.grad_fn is None
+    assert first._version > version
+
+
+def test_empty_list():
+    report = slao_kernels.orthogonal_init_([], return_r=True)
+    assert report.deficient == []
+    assert report.r == []
+
+
+def test_operator_contract():
+    # Out-of-place arguments that are overwritten would no longer be what opcheck compares; it clones them itself.
+    torch.library.opcheck(
+        torch.ops.slao_kernels.orthogonal_init_.default, ([torch.randn(4, 9), torch.randn(3, 5)], True, "reference")
+    )
+
+
+shared = torch.randn(6, 40)
+BAD = {
+    "r > n": ([torch.randn(5, 4)], r"As\[0\]: is \(5, 4\); it needs the shape \(r, n\)"),
+    "vector": ([torch.randn(5)], r"As\[0\]: is \(5,\)"),
+    "no rows": ([torch.randn(0, 5)], r"As\[0\]: is \(0, 5\)"),
+    "integers": ([torch.ones(2, 4, dtype=torch.int32)], r"As\[0\]: is torch.int32"),
+    "meta": ([torch.empty(2, 4, device="meta")], r"As\[0\]: is on the meta device; load the weights first"),
+    "list": ([[1.0]], r"As\[0\]: is a list, expected a tensor"),
+    "twice": ([shared, shared], r"As\[1\]: overlaps the memory of As\[0\]"),
+    "overlap": ([shared[:4], shared[3:]], r"As\[1\]: overlaps the memory of As\[0\]"),
+    "expanded": ([torch.randn(1, 9).expand(3, 9)], r"As\[0\]: is an expanded view"),
+    "sparse": ([torch.eye(3).to_sparse()], r"As\[0\]: has layout torch.sparse_coo"),
+    "many": ([torch.randn(5, 4)] * 20, "and 12 more"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_before_anything_is_written(case):
+    As, message = BAD[case]
+    good = torch.randn(3, 7)
+    before, shared_before = good.clone(), shared.clone()
+    with pytest.raises(ValueError, match=message):
+        slao_kernels.orthogonal_init_([*As, good])
+    assert torch.equal(good, before)
+    assert torch.equal(shared, shared_before)
+
+
+def test_side_by_side_views_are_not_an_overlap():
+    """Columns of one matrix interleave in memory without sharing a byte (stacked A of q, k and v)."""
+    both = torch.randn(4, 30)
+    slao_kernels.orthogonal_init_([both[:, :13], both[:, 13:]])
+    assert orthogonality(both[:, :13]) <= 1e-6
+    assert orthogonality(both[:, 13:]) <= 1e-6

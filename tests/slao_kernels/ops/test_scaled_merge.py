@@ -1,0 +1,123 @@
+"""scaled_merge_: torch.lerp's answer, exactly at 0 and 1, for any mix of dtypes and layouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import slao_kernels
+from slao_kernels import dispatch
+
+BACKENDS = [name for name in dispatch.BACKENDS[1:] if dispatch.why_not("scaled_merge", name, "cpu") is None]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def one_unit_apart(found: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Whether every element of `found` is within one unit in the last place of its dtype from fp64 `exact`."""
+    eps = torch.finfo(found.dtype)
+    unit = torch.maximum(exact.abs() * eps.eps, torch.tensor(eps.smallest_normal * eps.eps, dtype=torch.float64))
+    return bool(((found.double() - exact).abs() <= unit).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+@pytest.mark.parametrize("target", DTYPES, ids=str)
+@pytest.mark.parametrize("lam", [0.1, 0.4999, 0.5, 0.7071067811865476, 0.999])
+def test_within_one_unit_of_the_exact_merge(target, source, lam, backend):
+    merged = [torch.randn(shape).to(target) for shape in ((33, 7), (5,), (2, 3, 4), ())]
+    tuned = [torch.randn(m.shape).to(source) for m in merged]
+    exact = [m.double() + lam * (f.double() - m.double()) for m, f in zip(merged, tuned, strict=True)]
+    scale = [torch.maximum(m.double().abs(), f.double().abs()) for m, f in zip(merged, tuned, strict=True)]
+    before = [f.clone() for f in tuned]
+    slao_kernels.scaled_merge_(merged, tuned, lam, backend=backend)
+    for m, e, big in zip(merged, exact, scale, strict=True):
+        # Where the operands cancel, fp32 arithmetic leaves one fp32 unit of the operands, as torch.lerp does.
+        slack = big * (
+            torch.finfo(torch.float64).eps if target == torch.float64 else 2 * torch.finfo(torch.float32).eps
+        )
+        near = (m.double() - e).abs() <= slack + e.abs() * torch.finfo(target).eps + torch.finfo(target).tiny
+        assert near.all()
+    assert all(torch.equal(f, old) for f, old in zip(tuned, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ends_are_exact(dtype, backend):
+    merged, tuned = torch.randn(50, 9).to(dtype), torch.randn(50, 9).to(dtype)
+    tuned[0, 0] = float("inf")
+    start = merged.clone()
+    slao_kernels.scaled_merge_([merged], [tuned], 0.0, backend=backend)
+    assert torch.equal(merged, start)
+    slao_kernels.scaled_merge_([merged], [tuned], 1.0, backend=backend)
+    assert torch.equal(merged, tuned)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_torch_lerp_in_fp32_bitwise_or_by_one_unit(backend):
+    merged, tuned = torch.randn(4096), torch.randn(4096)
+    exact = torch.lerp(merged, tuned, 0.3)
+    slao_kernels.scaled_merge_([merged], [tuned], 0.3, backend=backend)
+    assert one_unit_apart(merged, exact.double())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=5),
+    layout=st.sampled_from(["plain", "transposed", "strided"]),
+    target=st.sampled_from(DTYPES),
+    source=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**20),
+)
+def test_lists_of_any_shape_layout_and_weight(shapes, layout, target, source, seed):
+    g = torch.Generator().manual_seed(seed)
+    for backend in BACKENDS:
+        whole = [torch.randn(2 * a, b, generator=g).to(target) for a, b in shapes]
+        merged = [{"plain": lambda w: w[: len(w) // 2]}.get(layout, lambda w: w[::2])(w) for w in whole]
+        merged = [m.t() if layout == "transposed" else m for m in merged]
+        tuned = [torch.randn(m.shape, generator=g).to(source) for m in merged]
+        lam = torch.rand(len(shapes), generator=g).tolist()
+        exact = [m.double() + w * (f.double() - m.double()) for m, f, w in zip(merged, tuned, lam, strict=True)]
+        slao_kernels.scaled_merge_(merged, tuned, lam, backend=backend)
+        for m, e in zip(merged, exact, strict=True):
+            torch.testing.assert_close(m.double(), e, rtol=torch.finfo(target).eps, atol=4e-6)
+
+
+def test_a_tensor_merged_into_itself_stays():
+    x = torch.randn(7)
+    old = x.clone()
+    slao_kernels.scaled_merge_([x], [x], 0.25)
+    torch.testing.assert_close(x, old, rtol=1e-6, atol=0)
+
+
+def test_operator_contract():
+    torch.library.opcheck(
+        torch.ops.slao_kernels.scaled_merge_.default,
+        ([torch.randn(5), torch.randn(2, 3)], [torch.randn(5), torch.randn(2, 3)], [0.3, 0.8], "reference"),
+    )
+
+
+shared = torch.zeros(10)
+BAD = {
+    "length": (([torch.zeros(2)], [], 0.5), "lengths differ: merged 1, finetuned 0"),
+    "lambdas": (([torch.zeros(2)], [torch.zeros(2)], [0.5, 0.5]), "lam 2"),
+    "shape": (([torch.zeros(2)], [torch.zeros(3)], 0.5), r"finetuned\[0\]: is \(3,\), merged \(2,\)"),
+    "range": (([torch.zeros(2)], [torch.zeros(2)], 1.5), r"lam\[0\]: is 1.5, expected a number in \[0, 1\]"),
+    "nan": (([torch.zeros(2)], [torch.zeros(2)], float("nan")), r"lam\[0\]: is nan"),
+    "device": (([torch.zeros(2)], [torch.zeros(2, device="meta")], 0.5), r"finetuned\[0\]: is on the meta device"),
+    "integers": (([torch.zeros(2, dtype=torch.long)], [torch.zeros(2)], 0.5), r"merged\[0\]: is torch.int64"),
+    "targets overlap": (([shared[:6], shared[5:]], [torch.zeros(6), torch.zeros(5)], 0.5), r"merged\[1\]: overlaps"),
+    "source overlaps": (([shared[:6]], [shared[4:]], 0.5), r"finetuned\[0\]: overlaps the memory of merged\[0\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_before_anything_is_written(case):
+    (merged, tuned, lam), message = BAD[case]
+    good, target = torch.ones(3), torch.zeros(3)
+    more = [0.5] if isinstance(lam, list) else []
+    with pytest.raises(ValueError, match=message):
+        slao_kernels.scaled_merge_([target, *merged], [good, *tuned], [*more, *lam] if more else lam)
+    assert not target.any()
+    assert not shared.any()
