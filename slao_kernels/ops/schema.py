@@ -31,8 +31,9 @@ LIBRARY.define(
     "float scaling, bool need_x, bool need_dropped, bool need_A, bool need_B, str backend) "
     "-> (Tensor dx, Tensor dx_dropped, Tensor dA, Tensor dB, Tensor g)"
 )
-# status (int32, one per matrix): 0 done, 1 done but rank-deficient, 2 not finite: then nothing at all was written.
-LIBRARY.define("orthogonal_init_(Tensor(a!)[] As, bool return_r, str backend) -> (Tensor[] r, Tensor status)")
+# r: one (r, r) matrix per A to be filled, or an empty list. status (int32, one per matrix): 0 done, 1 done but
+# rank-deficient, 2 not finite: then no A at all was written.
+LIBRARY.define("orthogonal_init_(Tensor(a!)[] As, Tensor(b!)[] r, Tensor(c!) status, str backend) -> ()")
 LIBRARY.define("scaled_merge_(Tensor(a!)[] merged, Tensor[] finetuned, float[] lam, str backend) -> ()")
 LIBRARY.define("fold_(Tensor(a!)[] weights, Tensor[] As, Tensor[] Bs, float[] scalings, str backend) -> ()")
 
@@ -109,13 +110,8 @@ def _lora_linear_backward_fake(
     )
 
 
-def _orthogonal_init(As: list[Tensor], return_r: bool, backend: str) -> tuple[list[Tensor], Tensor]:
-    return dispatch.implementation("orthogonal_init", backend).orthogonal_init_(As, return_r)
-
-
-def _orthogonal_init_fake(As: list[Tensor], return_r: bool, backend: str) -> tuple[list[Tensor], Tensor]:
-    r = [A.new_empty((A.shape[0], A.shape[0]), dtype=r_dtype(A.dtype)) for A in As] if return_r else []
-    return r, As[0].new_empty((len(As),), dtype=torch.int32)
+def _orthogonal_init(As: list[Tensor], r: list[Tensor], status: Tensor, backend: str) -> None:
+    dispatch.implementation("orthogonal_init", backend).orthogonal_init_(As, r, status)
 
 
 def _scaled_merge(merged: list[Tensor], finetuned: list[Tensor], lam: list[float], backend: str) -> None:
@@ -140,15 +136,10 @@ def _without_autocast(run: Any, x: Tensor, *args: Any) -> Any:
         return run(x, *args)
 
 
-def r_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which R of a matrix stored as `dtype` comes back: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 for _name, _kernel, _fake in (
     ("lora_linear", _lora_linear, _lora_linear_fake),
     ("lora_linear_backward", _lora_linear_backward, _lora_linear_backward_fake),
-    ("orthogonal_init_", _orthogonal_init, _orthogonal_init_fake),
+    ("orthogonal_init_", _orthogonal_init, _nothing),
     ("scaled_merge_", _scaled_merge, _nothing),
     ("fold_", _fold, _nothing),
 ):

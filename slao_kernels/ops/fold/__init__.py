@@ -37,7 +37,6 @@ def fold_(
     problems = checks.Problems("fold_")
     if checks.lengths(problems, weights=weights, As=As, Bs=Bs, scalings=factors):
         device = next((tensor.device for tensor in weights if isinstance(tensor, Tensor)), None)
-        plain = True
         for index, (W, A, B, factor) in enumerate(zip(weights, As, Bs, factors, strict=True)):
             fine = checks.tensor(problems, f"weights[{index}]", W, device)
             fine &= checks.tensor(problems, f"As[{index}]", A, device)
@@ -49,8 +48,7 @@ def fold_(
                 problems.add(f"weights[{index}]", f"{shapes} do not fit W (N, K) += B (N, r) A (r, K)")
             if not math.isfinite(factor):
                 problems.add(f"scalings[{index}]", f"is {factor}, expected a finite number")
-            plain &= fine
-        if plain:
+        if not problems.found:
             checks.distinct_memory(problems, "weights", weights, As=As, Bs=Bs)
     problems.raise_if_any()
     if not weights:

@@ -18,8 +18,8 @@ class OrthogonalInitReport:
     """What `orthogonal_init_` did. On a GPU nothing is read back until an attribute is looked at.
 
     deficient: indices of the matrices that had rows without a direction of their own (linearly dependent or zero);
-    those rows were completed to an orthonormal set. r: per matrix R (r, r), upper triangular with a positive
-    diagonal (zero or tiny on completed rows), or None if it was not asked for.
+    those rows were completed to an orthonormal set. r: per matrix R (r, r) in fp32 (fp64 for fp64), upper triangular
+    with a positive diagonal (zero or tiny on completed rows), or None if it was not asked for.
     Reading either raises ValueError if an input was not finite; then no matrix was changed.
     """
 
@@ -68,15 +68,21 @@ def orthogonal_init_(As: Sequence[Tensor], *, return_r: bool = False, backend: s
     for index, (A, is_plain) in enumerate(zip(As, plain, strict=True)):
         if is_plain and (A.dim() != 2 or A.shape[0] > A.shape[1] or A.shape[0] == 0):
             problems.add(f"As[{index}]", f"is {tuple(A.shape)}; it needs the shape (r, n) with 1 <= r <= n")
-    if all(plain):
+    if not problems.found:
         checks.distinct_memory(problems, "As", As)
     problems.raise_if_any()
     if not As or device is None:
         return OrthogonalInitReport([] if return_r else None, torch.empty(0, dtype=torch.int32))
     chosen = dispatch.choose("orthogonal_init", device.type, backend)
+    r = [A.new_empty((A.shape[0], A.shape[0]), dtype=_r_dtype(A.dtype)) for A in As] if return_r else []
+    status = torch.empty(len(As), dtype=torch.int32, device=device)
     with torch.no_grad():
-        r, status = torch.ops.slao_kernels.orthogonal_init_(As, return_r, chosen)
+        torch.ops.slao_kernels.orthogonal_init_(As, r, status, chosen)
     report = OrthogonalInitReport(r if return_r else None, status)
     if device.type == "cpu":
         report.check()
     return report
+
+
+def _r_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -36,7 +36,6 @@ def scaled_merge_(
     problems = checks.Problems("scaled_merge_")
     if checks.lengths(problems, merged=merged, finetuned=finetuned, lam=weights):
         device = next((tensor.device for tensor in merged if isinstance(tensor, Tensor)), None)
-        plain = True
         for index, (target, source, weight) in enumerate(zip(merged, finetuned, weights, strict=True)):
             fine = checks.tensor(problems, f"merged[{index}]", target, device)
             fine &= checks.tensor(problems, f"finetuned[{index}]", source, device)
@@ -44,8 +43,7 @@ def scaled_merge_(
                 problems.add(f"finetuned[{index}]", f"is {tuple(source.shape)}, merged {tuple(target.shape)}")
             if not (math.isfinite(weight) and 0.0 <= weight <= 1.0):
                 problems.add(f"lam[{index}]", f"is {weight}, expected a number in [0, 1]")
-            plain &= fine
-        if plain:
+        if not problems.found:
             checks.distinct_memory(problems, "merged", merged, finetuned=finetuned)
     problems.raise_if_any()
     if not merged:

@@ -100,15 +100,15 @@ def test_operator_contract():
 
 shared = torch.zeros(10)
 BAD = {
-    "length": (([torch.zeros(2)], [], 0.5), "lengths differ: merged 1, finetuned 0"),
-    "lambdas": (([torch.zeros(2)], [torch.zeros(2)], [0.5, 0.5]), "lam 2"),
-    "shape": (([torch.zeros(2)], [torch.zeros(3)], 0.5), r"finetuned\[0\]: is \(3,\), merged \(2,\)"),
+    "length": (([torch.zeros(2)], [], 0.5), "lengths differ: merged 2, finetuned 1"),
+    "lambdas": (([torch.zeros(2)], [torch.zeros(2)], [0.5, 0.5]), "lam 3"),
+    "shape": (([torch.zeros(2)], [torch.zeros(3)], 0.5), r"finetuned\[1\]: is \(3,\), merged \(2,\)"),
     "range": (([torch.zeros(2)], [torch.zeros(2)], 1.5), r"lam\[0\]: is 1.5, expected a number in \[0, 1\]"),
     "nan": (([torch.zeros(2)], [torch.zeros(2)], float("nan")), r"lam\[0\]: is nan"),
-    "device": (([torch.zeros(2)], [torch.zeros(2, device="meta")], 0.5), r"finetuned\[0\]: is on the meta device"),
-    "integers": (([torch.zeros(2, dtype=torch.long)], [torch.zeros(2)], 0.5), r"merged\[0\]: is torch.int64"),
-    "targets overlap": (([shared[:6], shared[5:]], [torch.zeros(6), torch.zeros(5)], 0.5), r"merged\[1\]: overlaps"),
-    "source overlaps": (([shared[:6]], [shared[4:]], 0.5), r"finetuned\[0\]: overlaps the memory of merged\[0\]"),
+    "device": (([torch.zeros(2)], [torch.zeros(2, device="meta")], 0.5), r"finetuned\[1\]: is on the meta device"),
+    "integers": (([torch.zeros(2, dtype=torch.long)], [torch.zeros(2)], 0.5), r"merged\[1\]: is torch.int64"),
+    "targets overlap": (([shared[:6], shared[5:]], [torch.zeros(6), torch.zeros(5)], 0.5), r"merged\[2\]: overlaps"),
+    "source overlaps": (([shared[:6]], [shared[4:]], 0.5), r"finetuned\[1\]: overlaps the memory of merged\[1\]"),
 }
 
 
