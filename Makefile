@@ -1,0 +1,44 @@
+# The two commands of the README are `make demo` and `make test`; the rest is for whoever works on the code.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_VENV ?= .venv-demo
+BIN = $(VENV)/bin
+INSTALL = pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test lint format clean
+
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+## make demo    fresh environment, install, train MiniLM task after task: SeqLoRA against SLAO (minutes, CPU)
+demo:
+	rm -rf $(DEMO_VENV) build
+	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/$(INSTALL) torch
+	$(DEMO_VENV)/bin/$(INSTALL) ".[demo]"
+	$(DEMO_VENV)/bin/slao run --preset demo --overwrite
+
+## make test    environment (if there is none), install, all tests
+test: $(VENV)/.installed
+	$(BIN)/pytest $(ARGS)
+
+## make lint    ruff and mypy
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+## make format  rewrite the code in the project's format
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+## make clean   remove environments and build products (runs/ stays)
+clean:
+	rm -rf $(VENV) $(DEMO_VENV) build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/$(INSTALL) torch
+	$(BIN)/$(INSTALL) -e ".[dev]"
+	touch $@

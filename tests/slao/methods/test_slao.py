@@ -1,0 +1,366 @@
+"""SLAO against an independent NumPy computation of Algorithm 1, its closed form, and each of its options."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import slao_kernels
+from slao import SLAO, make_method
+from slao.metrics import merge_weights
+from slao.schedules import MergeStats
+from slao_kernels.testing import tiny_model
+
+State = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return get_peft_model(tiny_model("llama"), LoraConfig(r=6, target_modules=["q_proj", "v_proj", "down_proj"]))
+
+
+def live(method: SLAO) -> State:
+    return {p.name: (p.A.detach().double().numpy().copy(), p.B.detach().double().numpy().copy()) for p in method.pairs}
+
+
+def answers(method: SLAO) -> State:
+    with method.merged():
+        return live(method)
+
+
+def pretend_training(method: SLAO, seed: int) -> None:
+    """Move A and B as far as a task's training does."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for pair in method.pairs:
+            for tensor, size in ((pair.A, 0.1), (pair.B, 0.2)):
+                tensor.add_(torch.randn(tensor.shape, generator=g) * size)
+
+
+def run_tasks(method: SLAO, count: int, first: int = 0) -> list[tuple[State, State]]:
+    """Per task what it started from and what it was fine-tuned to."""
+    recorded = []
+    for i in range(first, first + count):
+        method.begin_task(f"task {i}")
+        start = live(method)
+        pretend_training(method, seed=i)
+        recorded.append((start, live(method)))
+        method.end_task()
+    return recorded
+
+
+def numpy_qr(A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    Q, R = np.linalg.qr(A.T)
+    sign = np.where(np.diag(R) < 0, -1.0, 1.0)
+    return (Q * sign).T, R * sign[:, None]
+
+
+def close(found: State, expected: State, tolerance: float = 1e-6) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        for a, b in zip(found[name], expected[name], strict=True):
+            assert np.abs(a - b).max() <= tolerance, name
+
+
+def test_four_tasks_equal_algorithm_1(model):
+    method = SLAO(model)
+    recorded = run_tasks(method, 4)
+    B_merge: dict[str, np.ndarray] = {}
+    for i, (start, tuned) in enumerate(recorded, start=1):
+        for name, (A_ft, B_ft) in tuned.items():
+            if i > 1:
+                A_last, B_last = recorded[i - 2][1][name]
+                assert np.abs(start[name][0] - numpy_qr(A_last)[0]).max() <= 1e-6
+                assert np.abs(start[name][0] @ start[name][0].T - np.eye(6)).max() <= 1e-6
+                assert np.array_equal(start[name][1], B_last)
+            B_merge[name] = B_ft if i == 1 else B_merge[name] + (B_ft - B_merge[name]) / math.sqrt(i)
+    close(answers(method), {name: (recorded[-1][1][name][0], B_merge[name]) for name in B_merge})
+    assert method.lambdas == pytest.approx([1, 1 / math.sqrt(2), 1 / math.sqrt(3), 0.5])
+    assert method.names == [f"task {i}" for i in range(4)]
+    assert method.task == 4
+
+
+@pytest.mark.parametrize("tasks", [1, 4, 15])
+def test_merge_equals_the_closed_form(model, tasks):
+    method = SLAO(model)
+    recorded = run_tasks(method, tasks)
+    weights = merge_weights(method.lambdas)
+    assert sum(weights) == pytest.approx(1.0)
+    if tasks == 4:
+        assert weights == pytest.approx([0.062, 0.149, 0.289, 0.5], abs=5e-4)
+    if tasks == 15:
+        assert weights[0] == pytest.approx(0.0007, abs=5e-5)
+        assert weights[-1] == pytest.approx(0.258, abs=5e-4)
+    for name, (_, B) in answers(method).items():
+        expected = sum(w * tuned[name][1] for w, (_, tuned) in zip(weights, recorded, strict=True))
+        assert np.abs(B - expected).max() <= 1e-6
+
+
+def test_training_goes_on_from_the_tuned_weights_not_the_merged_ones(model):
+    method = SLAO(model)
+    recorded = run_tasks(method, 3)
+    close(live(method), recorded[-1][1], 0.0)
+
+
+def test_while_a_task_runs_the_merge_is_that_of_the_tasks_before(model):
+    method = SLAO(model)
+    run_tasks(method, 3)
+    before = answers(method)
+    method.begin_task("next")
+    pretend_training(method, 9)
+    during = live(method)
+    close(answers(method), before, 0.0)
+    close(live(method), during, 0.0)
+
+
+def test_merged_swaps_storages_and_restores_them_after_an_error(model):
+    method = SLAO(model)
+    run_tasks(method, 2)
+    pointers = [t.data_ptr() for pair in method.pairs for t in pair.parameters]
+    parameters = [id(p) for p in model.parameters()]
+    with pytest.raises(KeyError), method.merged() as same:
+        assert same is model
+        inside = [t.data_ptr() for pair in method.pairs for t in pair.parameters]
+        assert sum(a != b for a, b in zip(inside, pointers, strict=True)) == len(method.pairs)  # every B, no A
+        raise KeyError
+    assert [t.data_ptr() for pair in method.pairs for t in pair.parameters] == pointers
+    assert [id(p) for p in model.parameters()] == parameters
+
+
+INITS = [
+    ("last_ft", True),
+    ("last_ft", False),
+    ("merged", True),
+    ("merged", False),
+    ("random", True),
+    ("random", False),
+]
+
+
+@pytest.mark.parametrize(("init", "orthogonal"), INITS)
+@pytest.mark.parametrize("merge", ["B", "A", "AB"])
+def test_every_ablation_against_numpy(model, init, orthogonal, merge):
+    method = SLAO(model, init=init, orthogonal=orthogonal, merge=merge, schedule=0.3)
+    merged: dict[str, list[np.ndarray]] = {}
+    previous: State = {}
+    for i in range(3):
+        method.begin_task(str(i))
+        start = live(method)
+        for name in start if i else ():
+            A, B = previous[name] if init == "last_ft" else merged[name]
+            if init == "random":
+                assert not start[name][1].any()
+                assert np.linalg.matrix_rank(start[name][0]) == 6
+                assert np.abs(start[name][0] - previous[name][0]).max() > 0.01
+            else:
+                assert np.abs(start[name][1] - B).max() <= 1e-6
+                assert np.abs(start[name][0] - (numpy_qr(A)[0] if orthogonal else A)).max() <= 1e-5
+            if orthogonal:
+                assert np.abs(start[name][0] @ start[name][0].T - np.eye(6)).max() <= 2e-6
+            elif init == "random":
+                assert np.abs(start[name][0]).max() <= start[name][0].shape[1] ** -0.5
+        pretend_training(method, i)
+        previous = live(method)
+        method.end_task()
+        for name, factors in previous.items():
+            old = merged.get(name, factors)
+            merged[name] = [
+                o + 0.3 * (new - o) if letter in merge else new
+                for letter, o, new in zip("AB", old, factors, strict=True)
+            ]
+    close(answers(method), {name: tuple(value) for name, value in merged.items()})
+    assert method.lambdas == [1.0, 0.3, 0.3]
+
+
+def test_preserve_keeps_the_function(model):
+    """B Rᵀ with Qᵀ is the same ΔW; without it the paper's init moves ΔW a lot."""
+    deltas = {}
+    for preserve in (True, False):
+        method = SLAO(model, preserve=preserve)
+        run_tasks(method, 1)
+        before = {name: B @ A for name, (A, B) in live(method).items()}
+        method.begin_task("next")
+        deltas[preserve] = max(
+            np.linalg.norm(B @ A - before[name]) / np.linalg.norm(before[name]) for name, (A, B) in live(method).items()
+        )
+    assert deltas[True] <= 1e-6
+    assert deltas[False] > 0.1
+
+
+def test_random_init_depends_on_its_seed_alone(model):
+    starts = []
+    for seed, noise in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(noise)
+        method = SLAO(model, init="random", seed=seed)
+        method.begin_task("a")
+        method.end_task()
+        method.begin_task("b")
+        starts.append(np.concatenate([A.ravel() for A, _ in live(method).values()]))
+    assert np.array_equal(starts[0], starts[1])
+    assert not np.array_equal(starts[0], starts[2])
+
+
+def test_a_callable_schedule_sees_the_task_and_may_answer_per_layer(model):
+    seen: list[MergeStats] = []
+
+    def schedule(i: int, stats: MergeStats) -> list[float]:
+        seen.append(stats)
+        assert stats.task == i == len(stats.lambdas) + 1
+        cosines = stats.cosine()
+        for cosine, A, B, Am, Bm in zip(cosines, stats.A, stats.B, stats.A_merged, stats.B_merged, strict=True):
+            first, second = (B.double() @ A.double()).flatten(), (Bm.double() @ Am.double()).flatten()
+            dense = torch.nn.functional.cosine_similarity(first, second, dim=0)
+            assert cosine == pytest.approx(dense.item(), abs=1e-9)
+        return [0.1 * (index + 1) for index in range(len(stats.layers))]
+
+    method = SLAO(model, schedule=schedule)
+    recorded = run_tasks(method, 2)
+    assert [stats.name for stats in seen] == ["task 1"]
+    for index, (name, (_, B)) in enumerate(answers(method).items()):
+        first, second = recorded[0][1][name][1], recorded[1][1][name][1]
+        assert np.abs(B - (first + 0.1 * (index + 1) * (second - first))).max() <= 1e-6
+    assert method.lambdas[1] == pytest.approx([0.1 * (i + 1) for i in range(len(method.pairs))])
+
+
+def test_inverse_schedule_is_the_plain_mean(model):
+    method = SLAO(model, schedule="inverse")
+    recorded = run_tasks(method, 5)
+    for name, (_, B) in answers(method).items():
+        assert np.abs(B - np.mean([tuned[name][1] for _, tuned in recorded], axis=0)).max() <= 1e-6
+
+
+def test_memory_does_not_grow_with_the_tasks(model):
+    def floats(method: SLAO) -> int:
+        return sum(t.numel() for tensors in method._merged.values() for t in tensors or [])
+
+    method = SLAO(model)
+    run_tasks(method, 2)
+    after_two = floats(method)
+    run_tasks(method, 48, first=2)
+    assert floats(method) == after_two == sum(pair.B.numel() for pair in method.pairs)
+
+
+def test_a_diverged_task_is_refused_and_changes_nothing(model):
+    method = SLAO(model)
+    run_tasks(method, 2)
+    before = answers(method)
+    method.begin_task("bad")
+    good = method.pairs[3].B.detach().clone()
+    method.pairs[3].B.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"task 'bad' diverged: NaN or infinite adapter weights in 1 layers"):
+        method.end_task()
+    close(answers(method), before, 0.0)
+    assert method.in_task
+    method.pairs[3].B.data.copy_(good)
+    method.end_task()
+    assert method.task == 3
+
+
+def test_dependent_rows_are_completed_and_logged(model, caplog):
+    method = SLAO(model)
+    method.begin_task("a")
+    with torch.no_grad():
+        method.pairs[1].A[2].copy_(method.pairs[1].A[0])
+    method.end_task()
+    method.begin_task("b")
+    A = method.pairs[1].A.detach().double()
+    assert (A @ A.T - torch.eye(6)).abs().max() <= 5e-6
+    assert (
+        f"linearly dependent rows in 1 layers, completed to an orthonormal set: {method.pairs[1].name}" in caplog.text
+    )
+
+
+BAD = {
+    "init": ({"init": "zeros"}, "unknown init 'zeros'; choose one of last_ft, merged, random"),
+    "merge": ({"merge": "BA"}, "unknown merge 'BA'; choose one of B, A, AB"),
+    "schedule": ({"schedule": "sqrt"}, "unknown schedule 'sqrt'; choose one of inv_sqrt, inverse"),
+    "constant": ({"schedule": 1.5}, r"must lie in \[0, 1\], not 1.5"),
+    "preserve": ({"preserve": True, "orthogonal": False}, "it needs orthogonal=True"),
+    "adapter": ({"adapter": "other"}, "no LoRA adapter 'other': it has 'default'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options_are_named(model, case):
+    options, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        SLAO(model, **options)
+
+
+def test_rank_above_the_width_is_refused_before_training():
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=40, target_modules=["q_proj", "down_proj"]))
+    with pytest.raises(ValueError, match=r"q_proj \(40, 32\).*lower r there"):
+        SLAO(model)
+    SLAO(model, orthogonal=False)
+
+
+def test_unknown_names_and_options(model):
+    with pytest.raises(ValueError, match="unknown method 'ewc'; choose one of seqlora, slao"):
+        make_method("ewc", model)
+    with pytest.raises(ValueError, match="method 'slao'.*unexpected keyword argument 'lam'"):
+        make_method("slao", model, lam=0.5)
+
+
+def test_calls_out_of_order(model):
+    method = SLAO(model)
+    with pytest.raises(ValueError, match="no task is running; call begin_task"):
+        method.end_task()
+    method.begin_task("a")
+    with pytest.raises(ValueError, match="task 'a' is still running; call end_task"):
+        method.begin_task("b")
+    with method.merged():
+        for call in (method.end_task, lambda: method.save("x"), lambda: method.load("x"), method.merged().__enter__):
+            with pytest.raises(ValueError, match=r"was called inside merged\(\)"):
+                call()
+    method.end_task()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "t5"])
+def test_other_architectures_and_injected_adapters(kind):
+    model = tiny_model(kind)
+    slao_kernels.patch(model)
+    method = SLAO(model)
+    recorded = run_tasks(method, 2)
+    for name, (A, B) in answers(method).items():
+        first, second = recorded[0][1][name][1], recorded[1][1][name][1]
+        assert np.abs(B - (first + (second - first) / math.sqrt(2))).max() <= 1e-6
+        assert np.array_equal(A, recorded[1][1][name][0])
+
+
+def test_embedding_and_convolution_adapters_take_part():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(40, 12)
+            self.conv = nn.Conv1d(12, 16, 3)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.embed(ids).transpose(1, 2))
+
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), LoraConfig(r=4, target_modules=["embed", "conv"]))
+    method = SLAO(model)
+    assert sorted(tuple(pair.A.shape) for pair in method.pairs) == [(4, 36), (4, 40)]
+    ids = torch.randint(0, 40, (2, 9))
+    run_tasks(method, 2)
+    trained = model(ids)
+    with method.merged():
+        merged = model(ids)
+    assert (merged - trained).abs().max() > 1e-3
+    assert torch.equal(model(ids), trained)
+    method.begin_task("third")
+    for pair in method.pairs:
+        A = pair.parameters[0].detach().flatten(1).double()
+        assert (A @ A.T - torch.eye(4)).abs().max() <= 1e-6
+
+
+def test_parts_that_the_method_cannot_treat_are_refused():
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match="slao cannot treat 2 layers: .*DoraLinearVariant trains more than A and B"):
+        SLAO(model)
