@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ _IDENTITY = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_
 
 
 def inject(model: nn.Module, config: LoraConfig | None) -> Callable[[], None]:
-    """Inject `config` in place; returns a function that takes the adapter out again.
+    """Inject `config` in place, its weights in fp32; returns a function that takes the adapter out again.
 
     Raises ValueError when there is nothing to inject into: no config and no transformers model, or no layer matches.
     """
@@ -41,6 +42,7 @@ def inject(model: nn.Module, config: LoraConfig | None) -> Callable[[], None]:
     except ValueError as error:
         _remove(model, trainable)
         raise ValueError(f"no LoRA adapter could be injected into {type(model).__name__}: {error}") from error
+    _widen(model)
     return lambda: _remove(model, trainable)
 
 
@@ -55,6 +57,16 @@ def check_same(model: nn.Module, config: LoraConfig) -> None:
             f"{key} {getattr(there, key, None)} (config: {getattr(config, key, None)})" for key in differing
         )
         raise ValueError(f"the model already has a LoRA adapter with other settings: {what}; leave config out")
+
+
+def _widen(model: nn.Module) -> None:
+    """16-bit adapter weights to fp32, as `get_peft_model` does: an optimiser's small steps vanish in 16 bits."""
+    from .adapters import find_pairs
+
+    for pair in find_pairs(model, ADAPTER)[0]:
+        for parameter in pair.parameters:
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
 
 
 def _remove(model: nn.Module, trainable: dict[nn.Parameter, bool]) -> None:

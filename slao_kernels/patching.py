@@ -64,7 +64,7 @@ def patch(
     """Give every eligible LoRA layer of `model` the fused forward, in place; calling it again changes nothing more.
 
     model: anything with PEFT LoRA layers; or a model without any, then `config` (a peft.LoraConfig; for transformers
-    models it defaults to r=8, lora_alpha=16, target_modules="all-linear") is injected first, through PEFT.
+    models it defaults to r=8, lora_alpha=16, target_modules="all-linear") is injected first, through PEFT, in fp32.
     backend: "auto", or one of `python -m slao_kernels`' list, for every layer. precision: "base" computes the LoRA
     branch in the base's dtype, "adapter" keeps PEFT's wider branch (see `lora_linear`). strict: any layer that would
     be skipped is an error.
