@@ -13,18 +13,24 @@ from torch import Tensor, nn
 class LoraPair:
     """One adapted layer of one adapter.
 
-    name: the layer's dotted name in the model. layer: PEFT's LoRA layer. A: (r, n) and B: (m, r), the trained
-    parameters themselves or, for a convolution, a 2-D view of them: writing into them writes the adapter.
-    scaling: PEFT's factor (alpha/r, or alpha/√r for rsLoRA). parameters: the two nn.Parameters, for whoever swaps
-    their storage instead of writing into it.
+    name: the layer's dotted name in the model. layer: PEFT's LoRA layer. parameters: the nn.Parameters of A and B.
+    scaling: PEFT's factor (alpha/r, or alpha/√r for rsLoRA).
     """
 
     name: str
     layer: nn.Module
-    A: Tensor
-    B: Tensor
-    scaling: float
     parameters: tuple[Tensor, Tensor]
+    scaling: float
+
+    @property
+    def A(self) -> Tensor:
+        """(r, n), without a graph: writing into it writes the adapter. A convolution's is a 2-D view."""
+        return _flat(self.parameters[0])
+
+    @property
+    def B(self) -> Tensor:
+        """(m, r), likewise."""
+        return _flat(self.parameters[1])
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -84,19 +90,17 @@ def _pair(name: str, layer: nn.Module, adapter: str) -> LoraPair | str:
             return "lora_bias trains more than A and B"
     if not isinstance(A, Tensor) or not isinstance(B, Tensor):
         return f"{type(layer).__name__} keeps no plain A and B"
-    parameters = (A, B)
-    if A.dim() > 2:
-        if not (A.is_contiguous() and B.is_contiguous()):
-            return "a convolution's A and B that are not contiguous have no 2-D view"
-        A, B = _flat(A), _flat(B)
-    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+    if A.dim() > 2 and not (A.is_contiguous() and B.is_contiguous()):
+        return "a convolution's A and B that are not contiguous have no 2-D view"
+    if A.dim() < 2 or B.dim() < 2 or A.shape[0] != _flat(B).shape[1]:
         return f"A {tuple(A.shape)} and B {tuple(B.shape)} are not (r, n) and (m, r)"
-    return LoraPair(name, layer, A, B, float(layer.scaling[adapter]), parameters)
+    return LoraPair(name, layer, (A, B), float(layer.scaling[adapter]))
 
 
-def _flat(kernel: Tensor) -> Tensor:
-    """(rows, everything else): a view that shares the kernel's memory and carries no graph."""
-    return kernel.detach().view(kernel.shape[0], -1)
+def _flat(parameter: Tensor) -> Tensor:
+    """(rows, everything else): a view that shares the memory and carries no graph."""
+    detached = parameter.detach()
+    return detached if detached.dim() == 2 else detached.view(detached.shape[0], -1)
 
 
 def group_by_shape(

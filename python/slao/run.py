@@ -16,7 +16,7 @@ from .models import default_objective, load_model, load_tokenizer, model_path
 from .objectives import make_objective
 from .settings import train_config
 from .streams import Stream, make_stream
-from .train import Result, seed_everything, train
+from .train import Result, seed_everything, train, training_arguments
 
 Say = Callable[[str], None]
 
@@ -33,6 +33,7 @@ class Run:
     ) -> None:
         self.settings, self.folder, self.say = settings, folder, say
         self.config = train_config(settings)
+        training_arguments(self.config)  # raises what transformers objects to
         occupied = folder.exists() and any(folder.iterdir())
         if occupied and not (resume or overwrite):
             raise ValueError(f"{folder} is not empty: pass --resume to continue it, or --overwrite to start afresh")
@@ -46,8 +47,12 @@ class Run:
         self.objective_options = options
         self.tokenizer = load_tokenizer(self.path)
         self.report: str = ""
-        for label in settings["methods"]:
-            self._build(label, self.stream)  # raises what a method or the adapter's shapes object to
+        # The first model that is needed anyway: methods and objective raise here what they object to in it.
+        first = next(iter(settings["methods"]))
+        self._ready: dict[tuple[str, int], tuple[nn.Module, Method, Any]] = {}
+        self._ready[first, settings["seeds"][0]] = ready = self._build(first, settings["seeds"][0])
+        for label in list(settings["methods"])[1:]:
+            self._method(label, ready[0])
         self._overwrite = overwrite and not resume
 
     def _stream(self) -> Stream:
@@ -68,12 +73,20 @@ class Run:
                 f"{self.folder} has other settings ({', '.join(differing)}): choose another --name or --overwrite"
             )
 
-    def _build(self, label: str, stream: Stream) -> tuple[nn.Module, Method, Any]:
-        """A fresh model with its adapter, the method and the objective; the same for every method of a seed."""
+    def _ordered(self, seed: int) -> Stream:
+        return self.stream.shuffled(seed) if self.settings["shuffle_tasks"] else self.stream
+
+    def _method(self, label: str, model: nn.Module) -> Method:
+        options = dict(self.settings["methods"][label])
+        return make_method(options.pop("method", label), model, **options)
+
+    def _build(self, label: str, seed: int) -> tuple[nn.Module, Method, Any]:
+        """A fresh model with its adapter, the method and the objective; the model is the same for all of a seed."""
         from peft import LoraConfig
 
         from slao_kernels import patch, unpatch
 
+        seed_everything(seed)  # the adapter's first A is drawn here
         model = load_model(self.path, self.objective_name, self.settings["dtype"], self.settings["device"])
         try:
             config = LoraConfig(**self.settings["lora"])
@@ -85,10 +98,10 @@ class Run:
             self.report = "fused layers are off (--no-patch)"
         else:
             self.report = str(report)
-        options = dict(self.settings["methods"][label])
-        method = make_method(options.pop("method", label), model, **options)
-        objective = make_objective(self.objective_name, model, self.tokenizer, stream, **self.objective_options)
-        return model, method, objective
+        objective = make_objective(
+            self.objective_name, model, self.tokenizer, self._ordered(seed), **self.objective_options
+        )
+        return model, self._method(label, model), objective
 
     def execute(self) -> dict[str, Any]:
         """Train everything; returns what results.json holds."""
@@ -111,9 +124,9 @@ class Run:
     def _one(self, label: str, seed: int) -> Result:
         from .progress import RunProgress
 
-        stream = self.stream.shuffled(seed) if self.settings["shuffle_tasks"] else self.stream
-        seed_everything(seed)  # the adapter's first A is drawn while the model is built
-        model, method, objective = self._build(label, stream)
+        stream = self._ordered(seed)
+        ready = self._ready.pop((label, seed)) if (label, seed) in self._ready else self._build(label, seed)
+        model, method, objective = ready
         progress = RunProgress(f"{label} seed {seed}", [task.name for task in stream.tasks])
         try:
             state = self.folder / "state" / f"{label}-{seed}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import metrics
+from . import checkpoint, metrics
 from .methods import Method
+from .methods.base import STATE_FILE
 from .objectives import Objective
 from .streams import Stream
 
@@ -73,6 +75,7 @@ _OURS = (
     "gradient_accumulation_steps",
     "remove_unused_columns",
     "dataloader_pin_memory",
+    "use_cpu",
 )
 
 
@@ -131,16 +134,17 @@ def train(
     state_dir: after every task the whole state is written there (atomically); a call that finds one continues after
     its last finished task and ends bit-identical to an uninterrupted run. callbacks: further TrainerCallbacks.
     on_task(index, result) is called after each task. Scores use the merged weights, on the test rows.
-    Raises ValueError for a state of another stream or seed.
+    Raises ValueError, with nothing changed, for a state of another stream or seed.
     """
     config = config or TrainConfig()
     result = Result([task.name for task in stream.tasks])
-    if state_dir is not None and (Path(state_dir) / "slao_state.safetensors").exists():
-        saved = method.load(state_dir)
+    if state_dir is not None and (Path(state_dir) / STATE_FILE).exists():
+        saved = checkpoint.read_state(Path(state_dir) / STATE_FILE)[1]["extra"]
         if saved.get("seed") != seed or saved.get("result", {}).get("tasks") != result.tasks:
             raise ValueError(f"the state in {state_dir} belongs to another stream or seed; choose another folder")
-        result = Result(**saved["result"])
+        result = Result(**method.load(state_dir)["result"])
     trained = _train_once(model, config)
+    reset_peak_memory()
     if not result.zero_shot:
         result.zero_shot = _scores(model, method, objective, stream, len(stream.tasks), config)
     for index in range(len(result.matrix), len(stream.tasks)):
@@ -151,7 +155,8 @@ def train(
         result.merge_seconds += time.perf_counter() - started
         trainer = trained(objective, method, objective.features(task, task.train), seed * 10_007 + index, callbacks)
         started = time.perf_counter()
-        trainer.train()
+        with _own_forward(model):
+            trainer.train()
         result.train_seconds += time.perf_counter() - started
         result.tokens += trainer.tokens()
         result.losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
@@ -186,15 +191,43 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@contextlib.contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Take back the autocast that accelerate wraps around `model.forward` for good.
+
+    Every score, the zero-shot row included, is then computed in the model's own precision.
+    """
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = {name: vars(model)[name] for name in names if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement of `peak_memory_mb`, where the platform can (CUDA, Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+
+
 def peak_memory_mb() -> float:
-    """Peak so far: allocated on the GPU where there is one, else the process's resident memory."""
+    """Peak since `reset_peak_memory`, in MiB: allocated on the GPU where there is one, else the resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    try:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
+    with contextlib.suppress(ImportError):  # Windows
         import resource
-    except ImportError:  # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return 0.0
 
 
 def _renamed(arguments: Any, config: TrainConfig) -> dict[str, Any]:
@@ -210,9 +243,38 @@ def _renamed(arguments: Any, config: TrainConfig) -> dict[str, Any]:
     return chosen
 
 
+def training_arguments(config: TrainConfig, seed: int = 0, device: str = "cpu") -> Any:
+    """transformers' TrainingArguments for one task. ValueError for what transformers does not take."""
+    from transformers import TrainingArguments
+
+    with tempfile.TemporaryDirectory() as nowhere:  # nothing is saved by the Trainer itself
+        ours = {
+            "output_dir": nowhere,
+            "save_strategy": "no",
+            "seed": seed,
+            "data_seed": seed,
+            "num_train_epochs": config.epochs,
+            "max_steps": config.max_steps,
+            "per_device_train_batch_size": config.batch_size,
+            "learning_rate": config.learning_rate,
+            "lr_scheduler_type": config.lr_scheduler,
+            "weight_decay": config.weight_decay,
+            "gradient_accumulation_steps": config.gradient_accumulation,
+            "bf16": config.bf16,
+            "report_to": config.report_to,
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "use_cpu": device == "cpu",  # else the Trainer moves the model to whatever accelerator it finds
+        }
+        try:
+            return TrainingArguments(**{**ours, **_renamed(TrainingArguments, config), **config.arguments})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"train: {error}") from error
+
+
 def _train_once(model: nn.Module, config: TrainConfig) -> Callable[..., Any]:
     """A function that makes the Trainer of one task (transformers loads when this is called)."""
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     class TaskTrainer(Trainer):
@@ -238,9 +300,10 @@ def _train_once(model: nn.Module, config: TrainConfig) -> Callable[..., Any]:
             penalty = self.method.penalty()
             if penalty is None:
                 return loss
-            # A loss that is already divided by the items of all accumulated batches is summed over them.
+            # A loss that is already divided by the items of all accumulated batches is summed over them; how many
+            # these are may differ in the last step of an epoch.
             scaled = not self.objective.own_loss and self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            return loss + (penalty / self.args.gradient_accumulation_steps if scaled else penalty)
+            return loss + (penalty / self.current_gradient_accumulation_steps if scaled else penalty)
 
         def tokens(self) -> int:
             return 0 if self._tokens is None else int(self._tokens)
@@ -248,29 +311,9 @@ def _train_once(model: nn.Module, config: TrainConfig) -> Callable[..., Any]:
     def make(
         objective: Objective, method: Method, features: list[dict[str, Any]], seed: int, callbacks: Sequence[Any]
     ) -> TaskTrainer:
-        with tempfile.TemporaryDirectory() as nowhere:  # nothing is saved by the Trainer itself
-            arguments = TrainingArguments(
-                output_dir=nowhere,
-                save_strategy="no",
-                seed=seed,
-                data_seed=seed,
-                num_train_epochs=config.epochs,
-                max_steps=config.max_steps,
-                per_device_train_batch_size=config.batch_size,
-                learning_rate=config.learning_rate,
-                lr_scheduler_type=config.lr_scheduler,
-                weight_decay=config.weight_decay,
-                gradient_accumulation_steps=config.gradient_accumulation,
-                bf16=config.bf16,
-                report_to=config.report_to,
-                remove_unused_columns=False,
-                dataloader_pin_memory=torch.cuda.is_available(),
-                **_renamed(TrainingArguments, config),
-                **config.arguments,
-            )
         trainer = TaskTrainer(
             model=model,
-            args=arguments,
+            args=training_arguments(config, seed, next(model.parameters()).device.type),
             train_dataset=features,  # a list of dicts is a map-style data set
             data_collator=objective.collate,
             callbacks=list(callbacks),
