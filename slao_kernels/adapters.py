@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,21 @@ def find_pairs(model: nn.Module, adapter: str = "default") -> tuple[list[LoraPai
     """
     pairs: list[LoraPair] = []
     left_out: dict[str, str] = {}
-    seen: set[int] = set()
+    owners: dict[int, str] = {}  # address of a weight -> the layer that it was first met in
     for name, layer in lora_layers(model):
         if adapter not in layer.lora_A and adapter not in layer.lora_embedding_A:
             continue
         pair = _pair(name, layer, adapter)
         if isinstance(pair, str):
             left_out[name] = pair
-        elif id(layer) not in seen:
-            seen.add(id(layer))
+            continue
+        addresses = _addresses(pair)
+        owner = next((owners[address] for address in addresses if address in owners), None)
+        if owner is None:
+            owners.update(dict.fromkeys(addresses, name))
             pairs.append(pair)
+        else:
+            left_out[name] = f"shares its weights with {owner} (tied adapters)"
     if not pairs and not left_out:
         names = adapter_names(model)
         hint = f"it has {', '.join(map(repr, names))}" if names else "it has no LoRA layers; add some, or call patch"
@@ -88,6 +94,8 @@ def _pair(name: str, layer: nn.Module, adapter: str) -> LoraPair | str:
         A, B = getattr(down, "weight", None), getattr(up, "weight", None)
         if getattr(up, "bias", None) is not None:
             return "lora_bias trains more than A and B"
+        if any(isinstance(part, nn.Module) and parametrize.is_parametrized(part) for part in (down, up)):
+            return "lora_A or lora_B is parametrized: its weight is computed, not kept"
     if not isinstance(A, Tensor) or not isinstance(B, Tensor):
         return f"{type(layer).__name__} keeps no plain A and B"
     if A.dim() > 2 and not (A.is_contiguous() and B.is_contiguous()):
@@ -95,6 +103,12 @@ def _pair(name: str, layer: nn.Module, adapter: str) -> LoraPair | str:
     if A.dim() < 2 or B.dim() < 2 or A.shape[0] != _flat(B).shape[1]:
         return f"A {tuple(A.shape)} and B {tuple(B.shape)} are not (r, n) and (m, r)"
     return LoraPair(name, layer, (A, B), float(layer.scaling[adapter]))
+
+
+def _addresses(pair: LoraPair) -> list[int]:
+    """Where the pair's weights begin in memory; nothing for those that are elsewhere (sharded, meta, empty)."""
+    plain = [p for p in pair.parameters if type(p) in (nn.Parameter, Tensor) and p.numel() > 0]
+    return [p.data_ptr() for p in plain if p.device.type != "meta"]
 
 
 def _flat(parameter: Tensor) -> Tensor:

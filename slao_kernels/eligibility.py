@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 _BASE_TYPES = (nn.Linear, Conv1D)
@@ -20,7 +21,7 @@ def layer_reason(layer: nn.Module) -> str | None:
 
     if type(layer) not in (lora.Linear, FusedLoraLinear):
         return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no fused forward"
-    if "forward" in layer.__dict__:
+    if type(layer) is lora.Linear and "forward" in layer.__dict__:  # swapping the class would not change it
         return "its forward was replaced on the instance (accelerate hooks?)"
     return base_reason(layer.base_layer)
 
@@ -81,24 +82,28 @@ def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs
         return f"x is a {type(x).__name__}"
     if x.dim() == 0 or x.dtype not in _DTYPES:
         return f"x is a {x.dim()}-dimensional tensor of {x.dtype}"
+    if x.device != base.weight.device:
+        return f"x is on {x.device}, the base weight on {base.weight.device}"
+    reason = base_reason(base) or _transform_reason()
+    if reason is not None:
+        return reason
     if torch.is_autocast_enabled(x.device.type):
         if torch.float64 in (x.dtype, base.weight.dtype):
             return "fp64 under autocast"
     elif x.dtype != base.weight.dtype:
         return f"x is {x.dtype}, the base weight {base.weight.dtype}"
-    if x.device != base.weight.device:
-        return f"x is on {x.device}, the base weight on {base.weight.device}"
     if _global_hooks():
         return "a global module hook is registered"
-    reason = base_reason(base)
     for adapter in adapters:
-        reason = reason or adapter_reason(layer, adapter)
-        reason = reason or _hooks_reason(layer.lora_dropout[adapter], "lora_dropout")
-        if reason is None and layer.lora_dropout[adapter].training:
+        dropout = layer.lora_dropout[adapter]
+        reason = adapter_reason(layer, adapter) or _hooks_reason(dropout, "lora_dropout")
+        if reason is None and (dropout.training or dropout_of(layer, adapter) < 0.0):
             reason = dropout_reason(layer, adapter)
         if reason is None and layer.lora_A[adapter].weight.device != x.device:
             reason = f"adapter {adapter!r} is on {layer.lora_A[adapter].weight.device}, x on {x.device}"
-    return reason
+        if reason is not None:
+            return reason
+    return None
 
 
 def _module_reason(module: nn.Module, what: str) -> str | None:
@@ -110,11 +115,25 @@ def _module_reason(module: nn.Module, what: str) -> str | None:
     return _hooks_reason(module, what)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the instance has another forward than its class; accelerate, taking a hook off, binds the class's."""
+    return "forward" in module.__dict__ and getattr(module.forward, "__func__", None) is not type(module).forward
+
+
 def _hooks_reason(module: nn.Module, what: str) -> str | None:
-    if "forward" in module.__dict__:
+    if has_own_forward(module):
         return f"{what}'s forward was replaced on the instance (accelerate hooks?)"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{what} has hooks"
+    return None
+
+
+def _transform_reason() -> str | None:
+    """The fused node has a backward formula and no other: no batching rule, no forward-mode derivative."""
+    if torch._C._are_functorch_transforms_active():
+        return "inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
     return None
 
 

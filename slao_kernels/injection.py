@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,15 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 # What must agree for a second `patch(model, config)` to mean the adapter that is there already.
-_IDENTITY = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
+_IDENTITY = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern")
+_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")  # what PEFT and transformers set on the model itself
 
 
 def inject(model: nn.Module, config: LoraConfig | None) -> Callable[[], None]:
     """Inject `config` in place, its weights in fp32; returns a function that takes the adapter out again.
 
-    Raises ValueError when there is nothing to inject into: no config and no transformers model, or no layer matches.
+    Raises ValueError, with the model as it was, when there is nothing to inject into: no config and no transformers
+    model, or no layer matches.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import PreTrainedModel
@@ -32,18 +35,23 @@ def inject(model: nn.Module, config: LoraConfig | None) -> Callable[[], None]:
                 "pass a peft.LoraConfig with target_modules, or a model that has an adapter"
             )
         config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"config is a {type(config).__name__}, expected a peft.LoraConfig")
+    config = copy.deepcopy(config)  # PEFT writes the layers that it found into it
+    undo = _undo(model)
     try:
         if is_transformers:
             # The model's own method: it also tells save_pretrained and the Trainer that an adapter is there.
             model.add_adapter(config, adapter_name=ADAPTER)
         else:
             inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    except ValueError as error:
-        _remove(model, trainable)
-        raise ValueError(f"no LoRA adapter could be injected into {type(model).__name__}: {error}") from error
-    _widen(model)
-    return lambda: _remove(model, trainable)
+        _widen(model)
+    except Exception as error:
+        undo()
+        if isinstance(error, ValueError):
+            raise ValueError(f"no LoRA adapter could be injected into {type(model).__name__}: {error}") from error
+        raise
+    return undo
 
 
 def check_same(model: nn.Module, config: LoraConfig) -> None:
@@ -51,12 +59,39 @@ def check_same(model: nn.Module, config: LoraConfig) -> None:
     there: Any = getattr(model, "peft_config", {}).get(ADAPTER)
     if there is None:
         raise ValueError("the model has LoRA layers already: leave config out, or pass a model without an adapter")
-    differing = [key for key in _IDENTITY if getattr(there, key, None) != getattr(config, key, None)]
+    differing = [
+        f"{key} {getattr(there, key, None)} (config: {getattr(config, key, None)})"
+        for key in _IDENTITY
+        if getattr(there, key, None) != getattr(config, key, None)
+    ]
+    differing += _differing_targets(model, config)
     if differing:
-        what = ", ".join(
-            f"{key} {getattr(there, key, None)} (config: {getattr(config, key, None)})" for key in differing
+        raise ValueError(
+            f"the model already has a LoRA adapter with other settings: {', '.join(differing)}; leave config out"
         )
-        raise ValueError(f"the model already has a LoRA adapter with other settings: {what}; leave config out")
+
+
+def _differing_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    """At most one line: layers that `config` does not name but that are adapted, or the other way round."""
+    if config.target_modules in (None, "all-linear"):  # PEFT resolves these against a model without adapters
+        return []
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    from .adapters import lora_layers
+
+    root = model.base_model.model if isinstance(model, PeftModel) else model  # where target_modules' names begin
+    adapted = {name for name, _ in lora_layers(root)}
+    wanted = {
+        name
+        for name, _ in root.named_modules()
+        if name
+        and check_target_module_exists(config, name)
+        and not any(name.startswith(f"{layer}.") for layer in adapted)
+    }
+    if wanted == adapted or config.target_parameters:
+        return []
+    return [f"target_modules {sorted(adapted - wanted)[:4]} (config: {sorted(wanted - adapted)[:4]})"]
 
 
 def _widen(model: nn.Module) -> None:
@@ -69,14 +104,26 @@ def _widen(model: nn.Module) -> None:
                 parameter.data = parameter.data.float()
 
 
-def _remove(model: nn.Module, trainable: dict[nn.Parameter, bool]) -> None:
-    from .adapters import lora_layers
+def _undo(model: nn.Module) -> Callable[[], None]:
+    """A function that gives `model` the modules, weights and trainability back that it has now.
 
-    for name, layer in list(lora_layers(model)):
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.base_layer)
-    for parameter, flag in trainable.items():
-        parameter.requires_grad_(flag)
-    model.__dict__.pop("peft_config", None)
-    if getattr(model, "_hf_peft_config_loaded", False):
-        model._hf_peft_config_loaded = False
+    No tensor is copied: PEFT's initialisations that change the base weight (PiSSA) give it a new storage. The one
+    that does not, "olora" on an fp32 model, is not undone.
+    """
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
+    attributes = {key: model.__dict__[key] for key in _ATTRIBUTES if key in model.__dict__}
+
+    def undo() -> None:
+        for module, before in children:
+            module._modules.clear()
+            module._modules.update(before)
+        for parameter, data, requires_grad in parameters:
+            if type(parameter) is nn.Parameter and parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+            parameter.requires_grad_(requires_grad)
+        for key in _ATTRIBUTES:
+            model.__dict__.pop(key, None)
+        model.__dict__.update(attributes)
+
+    return undo

@@ -28,12 +28,15 @@ class FusedOptions:
 
     def fell_back(self, reason: str) -> None:
         """Put the reason into the report, and into the log once per reason."""
-        if self.fallbacks.get(self.name) == reason:
-            return
         self.fallbacks[self.name] = reason
-        if reason not in _logged:
-            _logged.add(reason)
-            logger.warning("%s falls back to PEFT's own forward: %s", self.name, reason)
+        log_once(self.name, reason)
+
+
+def log_once(name: str, reason: str) -> None:
+    """One warning per reason and process, naming the first layer that it concerns."""
+    if reason not in _logged:
+        _logged.add(reason)
+        logger.warning("%s runs PEFT's own forward: %s", name, reason)
 
 
 class FusedLoraLinear(lora.Linear):

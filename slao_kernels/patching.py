@@ -78,7 +78,7 @@ def patch(
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     from . import adapters, eligibility, injection
-    from .layers import FusedLoraLinear, FusedOptions
+    from .layers import FusedLoraLinear, FusedOptions, log_once
 
     undo = None
     if not any(True for _ in adapters.lora_layers(model)):
@@ -105,6 +105,8 @@ def patch(
             undo()
         some = "; ".join(f"{name}: {why}" for name, why in list(report.skipped.items())[:8])
         raise ValueError(f"patch(strict=True): {len(report.skipped)} LoRA layers would be skipped: {some}")
+    for name, reason in report.skipped.items():
+        log_once(name, reason)
     for name, layer in chosen:
         layer.__class__ = FusedLoraLinear
         layer.slao_options = FusedOptions(name, backend, precision, report.fallbacks)
@@ -113,13 +115,24 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> int:
-    """Give every fused layer its PEFT class back; returns how many there were. Adapters stay, trained or not."""
+    """Give every fused layer its PEFT class back; returns how many there were. Adapters stay, trained or not.
+
+    Raises ValueError, with the model as it was, when something has wrapped a fused layer's forward since.
+    """
     from peft.tuners.lora import layer as lora
 
+    from .eligibility import has_own_forward
     from .layers import FusedLoraLinear
 
     layers: list[Any] = [module for module in model.modules() if type(module) is FusedLoraLinear]
+    wrapped = [layer.slao_options.name for layer in layers if has_own_forward(layer)]
+    if wrapped:
+        raise ValueError(
+            f"{', '.join(wrapped[:8])}: its forward was replaced on the instance after patch (accelerate hooks?), and "
+            "the replacement calls the fused one; remove it, then unpatch"
+        )
     for layer in layers:
         layer.__class__ = lora.Linear
-        layer.__dict__.pop("slao_options", None)
+        for key in ("slao_options", "forward"):
+            layer.__dict__.pop(key, None)
     return len(layers)

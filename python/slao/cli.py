@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # flag -> setting; the value is parsed as YAML, so 3, 0.5, true and [a, b] mean what they say.
 FLAGS = {
@@ -35,8 +35,15 @@ FLAGS = {
 _LISTS = ("lora.target_modules",)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Objects like everything else here: with one line, not with the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="slao", description="Continual learning with one LoRA.")
+    top = _Parser(prog="slao", description="Continual learning with one LoRA.")
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train methods over a stream of tasks and report")
     source = run.add_mutually_exclusive_group()
@@ -82,9 +89,14 @@ def settings_from(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{key} is set by a flag and by --set: drop one of them")
         changes[key] = value
     for key, value in changes.items():
-        parsed = yaml.safe_load(value)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"the value of {key} is not YAML: {value!r}") from None
         if key in _LISTS and isinstance(parsed, str) and parsed != "all-linear":
             parsed = [name.strip() for name in parsed.split(",")]
+        if key.startswith("methods.") and "methods" in given:
+            given["methods"] = settings.methods_section(given["methods"])
         settings.assign(given, key, parsed)
     if options.seeds:
         try:
@@ -117,7 +129,12 @@ def _run(options: argparse.Namespace) -> int:
 
     transformers_logging.disable_progress_bar()  # one bar per run is enough; loading takes a second
     folder = Path(options.runs) / completed["name"]
-    run = Run(completed, folder, resume=options.resume, overwrite=options.overwrite)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # an objection is one line; execute() loads the models again
+    try:
+        run = Run(completed, folder, resume=options.resume, overwrite=options.overwrite)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     results = run.execute()
     print("\n" + table(results))
     print(f"\nreport: {write_report(folder)}")
@@ -126,12 +143,12 @@ def _run(options: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    options = parser().parse_args(argv)
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     # A run reads local folders first; what it has to fetch it may fetch, but it should not phone home on its own.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        options = parser().parse_args(argv)
         if options.command == "run":
             return _run(options)
         if options.command == "report":

@@ -45,7 +45,11 @@ def load_model(path: str, objective: str, dtype: str, device: str) -> nn.Module:
     model: nn.Module = _from_pretrained(loader, path, dtype=getattr(torch, dtype))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device)
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"the model cannot go to device {device!r}: {reason}; choose auto, cpu or cuda") from error
 
 
 def load_tokenizer(path: str) -> Any:

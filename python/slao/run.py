@@ -37,6 +37,8 @@ class Run:
         occupied = folder.exists() and any(folder.iterdir())
         if occupied and not (resume or overwrite):
             raise ValueError(f"{folder} is not empty: pass --resume to continue it, or --overwrite to start afresh")
+        if overwrite and occupied and not (folder / "settings.json").is_file():
+            raise ValueError(f"{folder} is no run's folder, so it is not emptied: choose another --name or --runs")
         if resume and occupied:
             self._check_same_run()
         self.stream = self._stream()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from .methods import METHODS, check_method
-from .objectives import check_objective
+from .objectives import OBJECTIVES, check_objective
 from .streams import STREAMS
 from .train import TrainConfig
 
@@ -33,6 +35,29 @@ DEFAULTS: dict[str, Any] = {
     "train": {},
 }
 DTYPES = ("float32", "bfloat16", "float16")
+# What a plain setting must be, in the words of an annotation.
+_PLAIN = {
+    "name": "str",
+    "model": "str",
+    "shuffle_tasks": "bool",
+    "train_rows": "int | None",
+    "train_fraction": "float | None",
+    "lora.r": "int",
+    "lora.lora_alpha": "float",
+    "lora.lora_dropout": "float",
+    "lora.target_modules": "str | list",
+    "patch": "bool",
+    "device": "str",
+}
+_KINDS = {"str": str, "bool": bool, "int": int, "float": int | float, "list": list, "dict": dict, "None": type(None)}
+_WORDS = {
+    "str": "a text",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "list": "a list",
+    "dict": "a section",
+}
 
 
 def presets() -> list[str]:
@@ -88,7 +113,7 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     settings = copy.deepcopy(DEFAULTS)
     for key, value in given.items():
         if key == "methods":
-            settings[key] = _methods(value)
+            settings[key] = methods_section(value)
         elif key == "lora":
             settings[key] |= _section(key, value)
         elif isinstance(DEFAULTS[key], dict):
@@ -105,7 +130,7 @@ def _section(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _methods(value: Any) -> dict[str, dict[str, Any]]:
+def methods_section(value: Any) -> dict[str, dict[str, Any]]:
     """From a name, a comma-separated text, a list of names, or a mapping name -> options."""
     if isinstance(value, str):
         value = [name.strip() for name in value.split(",") if name.strip()]
@@ -113,13 +138,44 @@ def _methods(value: Any) -> dict[str, dict[str, Any]]:
         value = dict.fromkeys(value)
     if not isinstance(value, dict) or not value:
         raise ValueError(f"methods must name at least one of {', '.join(sorted(METHODS))}")
-    return {name: dict(options or {}) for name, options in value.items()}
+    return {str(name): dict(_section(f"methods.{name}", options or {})) for name, options in value.items()}
+
+
+def _typed(key: str, value: Any, kind: str) -> Any:
+    """`value` if it is of `kind`, the text of an annotation, or one of its alternatives."""
+    kinds = [part.strip().partition("[")[0] for part in kind.split("|")]
+    if "float" in kinds and isinstance(value, str):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads "1e-3" as text
+            value = float(value)
+    for name in kinds:
+        if isinstance(value, _KINDS[name]) and (name == "bool" or not isinstance(value, bool)):
+            return value
+    wanted = " or ".join(_WORDS[name] for name in kinds if name != "None")
+    raise ValueError(f"{key} must be {wanted}, not {value!r}")
+
+
+def _check_types(settings: dict[str, Any]) -> None:
+    for key, kind in _PLAIN.items():
+        section, _, last = key.rpartition(".")
+        place = settings[section] if section else settings
+        place[last] = _typed(key, place[last], kind)
+    for field in fields(TrainConfig):
+        if field.name in settings["train"]:
+            settings["train"][field.name] = _typed(
+                f"train.{field.name}", settings["train"][field.name], str(field.type)
+            )
+    options = settings["objective"]
+    for objective in OBJECTIVES.values():
+        for name, parameter in inspect.signature(objective).parameters.items():
+            if name in options and parameter.kind is parameter.KEYWORD_ONLY:
+                options[name] = _typed(f"objective.{name}", options[name], str(parameter.annotation))
 
 
 def _check(settings: dict[str, Any]) -> None:
     from slao_kernels.dispatch import check_backend
     from slao_kernels.ops.lora_linear import PRECISIONS
 
+    _check_types(settings)
     for label, options in settings["methods"].items():
         check_method(options.get("method", label))
     stream = settings["stream"].get("name")
@@ -152,11 +208,4 @@ def train_config(settings: dict[str, Any]) -> TrainConfig:
     unknown = sorted(set(section) - set(known))
     if unknown:
         raise ValueError(f"unknown setting 'train.{unknown[0]}'; train has {', '.join(known)}")
-    for field in fields(TrainConfig):
-        # YAML 1.1 reads "1e-3" as text.
-        if field.name in section and field.type == "float" and isinstance(section[field.name], str):
-            try:
-                section[field.name] = float(section[field.name])
-            except ValueError:
-                raise ValueError(f"train.{field.name} must be a number, not {section[field.name]!r}") from None
     return TrainConfig(**section)

@@ -246,6 +246,7 @@ def _renamed(arguments: Any, config: TrainConfig) -> dict[str, Any]:
 def training_arguments(config: TrainConfig, seed: int = 0, device: str = "cpu") -> Any:
     """transformers' TrainingArguments for one task. ValueError for what transformers does not take."""
     from transformers import TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
 
     with tempfile.TemporaryDirectory() as nowhere:  # nothing is saved by the Trainer itself
         ours = {
@@ -267,7 +268,9 @@ def training_arguments(config: TrainConfig, seed: int = 0, device: str = "cpu") 
             "use_cpu": device == "cpu",  # else the Trainer moves the model to whatever accelerator it finds
         }
         try:
-            return TrainingArguments(**{**ours, **_renamed(TrainingArguments, config), **config.arguments})
+            arguments = TrainingArguments(**{**ours, **_renamed(TrainingArguments, config), **config.arguments})
+            get_reporting_integration_callbacks(arguments.report_to)  # names the trackers there are
+            return arguments
         except (TypeError, ValueError) as error:
             raise ValueError(f"train: {error}") from error
 

@@ -48,6 +48,9 @@ class CausalLM(Objective):
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._eos
         if self._eos is None:
             raise ValueError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+        for task in stream.tasks:  # what cannot fit is found here, before anything is trained
+            self._check_room(task, train_candidates)
+            self._check_room(task, eval_candidates)
 
     def features(self, task: Task, rows: Sequence[Row]) -> Features:
         return [self._encode(task, row.prompt, row.answer, self.train_candidates) for row in rows]
@@ -65,7 +68,7 @@ class CausalLM(Objective):
         return self._score_generated(model, task, rows, batch_size)
 
     def _score_labels(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
-        candidates = task.labels if self.eval_candidates == "own" else self.labels
+        candidates = self._candidates(task, self.eval_candidates)
         features = [self._encode(task, row.prompt, label, self.eval_candidates) for row in rows for label in candidates]
         likelihood = torch.empty(len(features))
         with evaluating(model) as device:
@@ -98,9 +101,18 @@ class CausalLM(Objective):
         prompt = self._prompt(task, text, len(target), candidates)
         return {"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target}
 
+    def _candidates(self, task: Task, whose: str) -> tuple[str, ...]:
+        """A free-form task has none, whatever the others have."""
+        return task.labels if whose == "own" or not task.labels else self.labels
+
+    def _check_room(self, task: Task, candidates: str) -> None:
+        answers = self._candidates(task, candidates) or tuple({row.answer for row in task.train})
+        ids = self.tokenizer([" " + answer for answer in answers], add_special_tokens=False)["input_ids"]
+        self._prompt(task, "", max(map(len, ids)) + 1, candidates)
+
     def _prompt(self, task: Task, text: str, reserved: int, candidates: str) -> list[int]:
         """Token ids up to and with "Answer:", at most max_length - reserved; the text is what gets cut."""
-        labels = task.labels if candidates == "own" else self.labels
+        labels = self._candidates(task, candidates)
         lines = [task.instruction] if task.instruction else []
         lines += [f"Option: {', '.join(labels)}"] if labels else []
         head = self.tokenizer("".join(line + "\n" for line in lines))["input_ids"]

@@ -1,0 +1,104 @@
+"""A seed decides a run, and an interrupted run that is continued ends as if nothing had happened: all bitwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from slao.methods import SeqLoRA
+from slao.train import TrainConfig
+
+KINDS = ["bert", "llama"]  # LabelMatching, CausalLM
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_decides_everything(tiny, kind):
+    """Dropout, batches by length, shuffled rows: bitwise the same again, and different with another seed."""
+    stream = tiny.stream(train=18, extra=3, tasks=2)
+    config = TrainConfig(batch_size=2, learning_rate=1e-2, arguments={"logging_steps": 1})
+    runs = []
+    for seed in (3, 3, 4):
+        job = tiny.Job(kind, tasks=stream, seed=seed, lora={"lora_dropout": 0.1})
+        job.train(config)
+        torch.rand(7)  # what else draws numbers between runs does not matter
+        runs.append(job)
+    first, again, other = runs
+    assert first.result.losses == again.result.losses
+    assert first.result.matrix == again.result.matrix
+    assert tiny.differing(again.weights(), first.weights()) == []
+    assert first.result.losses != other.result.losses
+    # (Only the pooler, which the loss does not reach, keeps its weights.)
+    still = [name for name, value in other.weights().items() if torch.equal(value, first.weights()[name])]
+    assert all(name.startswith("pooler.") for name in still)
+
+
+class Stop(Exception):
+    """What kills a run in these tests."""
+
+
+class StopInStep(TrainerCallback):
+    def __init__(self, task: int) -> None:
+        self.left = task
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.left -= 1
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.left == 0:
+            raise Stop
+
+
+@pytest.mark.parametrize("where", ["after task 2", "within task 3", "within task 1"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny, kind, where, tmp_path):
+    config = TrainConfig(batch_size=4, learning_rate=1e-2, arguments={"logging_steps": 1})
+    lora = {"lora_dropout": 0.1}
+    whole = tiny.Job(kind, lora=lora)
+    whole.train(config)
+    options: dict[str, Any] = {"callbacks": [StopInStep(int(where[-1]))]}
+    if where == "after task 2":
+
+        def stop(index: int, result: Any) -> None:
+            if index == 1:
+                raise Stop
+
+        options = {"on_task": stop}
+    with pytest.raises(Stop):
+        tiny.Job(kind, lora=lora).train(config, state_dir=tmp_path, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["slao_state.safetensors"][: where != "within task 1"]
+    resumed = tiny.Job(kind, lora=lora)
+    done: list[int] = []
+    resumed.train(config, state_dir=tmp_path, on_task=lambda index, result: done.append(index))
+    assert done == ([0, 1, 2] if where == "within task 1" else [2])
+    for name in ("matrix", "zero_shot", "lambdas", "losses", "tokens", "tasks"):
+        assert getattr(resumed.result, name) == getattr(whole.result, name), name
+    assert tiny.differing(resumed.weights(), whole.weights()) == []
+    # A finished run is not trained again.
+    finished = tiny.Job(kind, lora=lora)
+    finished.train(config, state_dir=tmp_path, on_task=lambda index, result: done.append(index))
+    assert done[-1] == 2
+    assert len(done) == (3 if where == "within task 1" else 1)
+    assert finished.result == resumed.result
+    assert tiny.differing(finished.weights(), whole.weights()) == []
+
+
+def test_a_state_of_something_else_is_refused_unread(tiny, tmp_path):
+    config = TrainConfig(max_steps=1, batch_size=4)
+    tiny.Job().train(config, state_dir=tmp_path)
+    others = {
+        "another stream or seed": [{"seed": 1}, {"tasks": tiny.stream(tasks=2)}],
+        "saved with method 'slao', this is 'seqlora'": [{"method": SeqLoRA}],
+        "saved with options": [{"init": "merged"}],
+        "the model has": [{"lora": {"r": 2}}],
+    }
+    for message, jobs in others.items():
+        for options in jobs:
+            job = tiny.Job(**options)
+            before = job.weights()
+            with pytest.raises(ValueError, match=message):
+                job.train(config, state_dir=tmp_path)
+            assert job.method.task == 0
+            assert tiny.differing(job.weights(), before) == []

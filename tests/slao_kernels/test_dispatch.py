@@ -1,0 +1,193 @@
+"""Which backend an op takes, who decides, and what importing the package does (nothing) and `-m` prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import slao_kernels
+from slao_kernels import dispatch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ALL = "auto, reference, eager, native, triton"
+
+
+def python(*args: str, **environment: str) -> subprocess.CompletedProcess:
+    """A fresh interpreter, without this one's SLAO_KERNELS_BACKEND."""
+    env = {key: value for key, value in os.environ.items() if key != "SLAO_KERNELS_BACKEND"}
+    command = [sys.executable, *args]
+    return subprocess.run(command, env=env | environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    """The variable as the package reads it at import."""
+    monkeypatch.setattr(dispatch, "_environment", "auto")
+
+
+def test_automatic_choice():
+    assert {op: dispatch.choose(op, "cpu") for op in dispatch.OPS} == {
+        "lora_linear": "eager",
+        "orthogonal_init": "reference",
+        "scaled_merge": "reference",
+        "fold": "reference",
+    }
+
+
+def test_every_choice_can_be_imported():
+    for op in dispatch.OPS:
+        for backend in dispatch.BACKENDS[1:]:
+            if dispatch.why_not(op, backend, "cpu") is None:
+                module = dispatch.implementation(op, backend)
+                assert module.__name__.startswith(f"slao_kernels.ops.{op}.")
+
+
+def test_use_backend():
+    with slao_kernels.use_backend("reference"):
+        assert dispatch.choose("lora_linear", "cpu") == "reference"
+        assert dispatch.choose("lora_linear", "cpu", "eager") == "reference"  # wins over a layer's own wish
+        with slao_kernels.use_backend("auto"):  # lifts the outer wish
+            assert dispatch.choose("lora_linear", "cpu") == "eager"
+            with slao_kernels.use_backend("eager"):
+                assert dispatch.choose("lora_linear", "cpu") == "eager"
+        assert dispatch.choose("lora_linear", "cpu") == "reference"
+    assert dispatch.choose("lora_linear", "cpu") == "eager"
+
+
+def test_auto_inside_the_block_wins_over_a_layers_wish():
+    with slao_kernels.use_backend("auto"):
+        assert dispatch.choose("lora_linear", "cpu", "reference") == "eager"
+
+
+def test_use_backend_ends_with_an_exception():
+    with pytest.raises(KeyError), slao_kernels.use_backend("reference"):
+        raise KeyError
+    assert dispatch.choose("lora_linear", "cpu") == "eager"
+
+
+def test_a_layers_wish():
+    assert dispatch.choose("lora_linear", "cpu", "reference") == "reference"
+    assert dispatch.choose("fold", "cpu", "eager") == "reference"  # "eager" is torch's calls; fold has one order
+
+
+def test_unknown_names_list_the_valid_ones():
+    message = f"unknown backend 'cuda'; choose one of {ALL}"
+    with pytest.raises(ValueError, match=message), slao_kernels.use_backend("cuda"):
+        raise AssertionError("must not be entered")
+    with pytest.raises(ValueError, match=message):
+        dispatch.choose("lora_linear", "cpu", "cuda")
+    assert dispatch.choose("lora_linear", "cpu") == "eager"
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_backend_without_an_implementation(backend):
+    """An explicit wish that cannot be met is an error where the op is called, with what could be had instead."""
+    x, w, A, B = torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)
+    message = f"backend '{backend}' cannot run lora_linear on cpu: .*; available here: eager, reference"
+    with slao_kernels.use_backend(backend), pytest.raises(ValueError, match=message):
+        slao_kernels.lora_linear(x, w, None, A, B, 1.0)
+    message = f"backend '{backend}' cannot run fold on cpu: .*; available here: reference"
+    with slao_kernels.use_backend(backend), pytest.raises(ValueError, match=message):
+        slao_kernels.fold_([w], [A], [B], [1.0])
+    assert torch.equal(w, torch.ones(3, 4))
+
+
+def test_patched_layers_take_their_backend(twins):
+    """ "reference" is plain operations: our operator does not run; the numbers are the same."""
+    model, twin = twins.net(), twins.net()
+    assert slao_kernels.patch(model, backend="reference").backend == "reference"
+    x = twins.net_input()
+    with twins.CountOps() as ops:
+        found = twins.net_step(model, x)
+    assert ops.counts == {}
+    twins.check_close(found, twins.net_step(twin, x))
+    with slao_kernels.use_backend("eager"):
+        twins.check_fused(model)
+
+
+def test_the_choice_is_traced_and_guarded():
+    """torch.compile sees the backend as a constant, and compiles again when the wish changes."""
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def which(x):
+        return x + dispatch.BACKENDS.index(dispatch.choose("lora_linear", "cpu"))
+
+    zero = torch.zeros(())
+    assert which(zero) == dispatch.BACKENDS.index("eager")
+    with slao_kernels.use_backend("reference"):
+        assert which(zero) == dispatch.BACKENDS.index("reference")
+    assert which(zero) == dispatch.BACKENDS.index("eager")
+
+
+ENVIRONMENT = """
+import json, torch, slao_kernels
+from slao_kernels import dispatch
+found = {"auto": dispatch.choose("lora_linear", "cpu"), "wish": dispatch.choose("lora_linear", "cpu", "eager")}
+with slao_kernels.use_backend("eager"):
+    found["block"] = dispatch.choose("lora_linear", "cpu")
+print(json.dumps(found))
+"""
+
+
+def test_environment_variable():
+    """Weaker than a layer's own wish, weaker than use_backend."""
+    done = python("-c", ENVIRONMENT, SLAO_KERNELS_BACKEND="reference")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"auto": "reference", "wish": "eager", "block": "eager"}
+
+
+def test_environment_variable_with_an_unknown_name():
+    """Importing works; the first op says what is wrong."""
+    code = "import slao_kernels; print('imported'); slao_kernels.dispatch.choose('fold', 'cpu')"
+    done = python("-c", code, SLAO_KERNELS_BACKEND="gpu")
+    assert (done.returncode, done.stdout.strip()) == (1, "imported")
+    assert f"ValueError: SLAO_KERNELS_BACKEND='gpu' is not a backend; choose one of {ALL}" in done.stderr
+
+
+IMPORT = """
+import json, os, sys, threading
+import torch
+before, tasks = set(sys.modules), len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
+import slao_kernels
+new = sorted({name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))
+started = len(os.listdir("/proc/self/task")) - tasks if tasks else 0
+print(json.dumps({
+    "new": new,
+    "loaded": [name for name in ("peft", "transformers", "triton", "accelerate") if name in sys.modules],
+    "threads": started + threading.active_count() - 1,
+    "cuda": torch.cuda.is_initialized(),
+}))
+"""
+
+
+def test_import_does_nothing():
+    """torch alone is needed; no thread is started, no CUDA context made."""
+    done = python("-c", IMPORT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"new": ["slao_kernels"], "loaded": [], "threads": 0, "cuda": False}
+
+
+def test_main_prints_every_op_with_its_backend():
+    done = python("-m", "slao_kernels")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("  ")]
+    chosen = {line[0]: line[1] for line in lines}
+    assert chosen.items() >= {op: dispatch.choose(op, "cpu") for op in dispatch.OPS}.items()
+    assert "native: this version has no such implementation" in done.stdout
+    assert f"torch         {torch.__version__}" in done.stdout
+    assert "\ncpu: " in done.stdout
+
+
+@pytest.mark.parametrize("name", ["native", "gpu"])
+def test_main_explains_a_wish_that_cannot_be_met(name):
+    """The command that is there to explain the choice must not end in a traceback."""
+    done = python("-m", "slao_kernels", SLAO_KERNELS_BACKEND=name)
+    assert done.returncode == 0, done.stderr
+    assert repr(name) in done.stdout
+    assert all(op in done.stdout for op in dispatch.OPS)

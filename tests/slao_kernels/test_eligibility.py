@@ -1,0 +1,292 @@
+"""Layers and adapters that patch must not touch: PEFT's own forward runs, bit for bit, and the reason is told once.
+
+What a single call can have against the fused forward is in test_eligibility_calls.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import slao_kernels
+from slao_kernels.layers import FusedLoraLinear
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Doubling(nn.Linear):
+    """A base layer that computes something else than its parent class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Twice(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class OtherParameter(nn.Parameter):
+    """A weight that is not a plain parameter, as quantised ones are."""
+
+
+def half(module, *args):
+    return args[-1] / 2  # the output
+
+
+def replace_forward(module: nn.Module) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Half(ModelHook):
+        def post_forward(self, module, output):
+            return output / 2
+
+    add_hook_to_module(module, Half())
+
+
+def set_class(module: nn.Module, cls: type) -> None:
+    module.__class__ = cls
+
+
+def part(name: str) -> Callable[[nn.Module], nn.Module]:
+    return {
+        "base layer": lambda layer: layer.base_layer,
+        "lora_A": lambda layer: layer.lora_A["default"],
+        "lora_B": lambda layer: layer.lora_B["default"],
+    }[name]
+
+
+CHANGES: dict[str, tuple[Callable[[nn.Module], object], str]] = {}
+for _name in ("base layer", "lora_A", "lora_B"):
+    _get = part(_name)
+    CHANGES |= {
+        f"{_name}: hook": (lambda m, g=_get: g(m).register_forward_hook(half), f"{_name} has hooks"),
+        f"{_name}: pre-hook": (
+            lambda m, g=_get: g(m).register_forward_pre_hook(lambda _, args: (args[0] / 2,)),
+            f"{_name} has hooks",
+        ),
+        f"{_name}: backward hook": (
+            lambda m, g=_get: g(m).register_full_backward_hook(lambda _, dx, dy: (dx[0] / 2,)),
+            f"{_name} has hooks",
+        ),
+        f"{_name}: forward replaced": (
+            lambda m, g=_get: replace_forward(g(m)),
+            f"{_name}'s forward was replaced on the instance (accelerate hooks?)",
+        ),
+        f"{_name}: ZeRO-3": (
+            lambda m, g=_get: setattr(g(m).weight, "ds_id", 0),
+            f"{_name}'s weight is partitioned by DeepSpeed ZeRO-3",
+        ),
+        f"{_name}: other parameter": (
+            lambda m, g=_get: setattr(g(m), "weight", OtherParameter(g(m).weight.detach())),
+            f"{_name}'s weight is a OtherParameter",
+        ),
+    }
+CHANGES |= {
+    "base layer: subclass": (lambda m: set_class(m.base_layer, Doubling), "base layer is"),
+    "base layer: parametrized": (
+        lambda m: parametrize.register_parametrization(m.base_layer, "weight", Twice()),
+        "base layer is torch's ParametrizedLinear",
+    ),
+    "lora_A: parametrized": (
+        lambda m: parametrize.register_parametrization(m.lora_A["default"], "weight", Twice()),
+        "lora_A is a ParametrizedLinear, lora_B a Linear, not plain nn.Linear",
+    ),
+    "lora_B: subclass": (
+        lambda m: set_class(m.lora_B["default"], Doubling),
+        "lora_A is a Linear, lora_B a Doubling, not plain nn.Linear",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_layer_changed_before_patch(change, twins, told):
+    alter, reason = CHANGES[change]
+    model, twin = twins.net(), twins.net()
+    alter(twin.proj)
+    alter(model.proj)
+    check_skipped(model, twin, reason, twins, told)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_layer_changed_after_patch(change, twins, told):
+    alter, reason = CHANGES[change]
+    model, twin = twins.net(), twins.net()
+    alter(twin.proj)
+    report = slao_kernels.patch(model)
+    twins.check_fused(model)
+    alter(model.proj)
+    twins.check_peft_runs(model, twin, report.fallbacks, reason, told)
+
+
+def narrow(module: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    module.to(dtype)
+
+
+# Weights that PEFT's forward cannot multiply either (as they are; FSDP and ZeRO-3 put others there for the call).
+BROKEN = {
+    "fp8 weight": (lambda m: narrow(m.base_layer, torch.float8_e4m3fn), "base weight is stored as torch.float8_e4m3fn"),
+    "bias dtype": (
+        lambda m: setattr(m.base_layer, "bias", nn.Parameter(m.base_layer.bias.detach().bfloat16())),
+        "base bias is torch.bfloat16, weight torch.float32",
+    ),
+    "lora_A flat": (
+        lambda m: setattr(m.lora_A["default"], "weight", nn.Parameter(torch.ones(0))),
+        "lora_A or lora_B is not a plain floating matrix (sharded or quantised?)",
+    ),
+    "lora_B fp8": (
+        lambda m: narrow(m.lora_B["default"], torch.float8_e4m3fn),
+        "lora_A or lora_B is not a plain floating matrix (sharded or quantised?)",
+    ),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_weights_that_peft_refuses(kind, when, twins, told):
+    """PEFT's own exception, not one of ours."""
+    alter, reason = BROKEN[kind]
+    model, twin = twins.net(), twins.net()
+    alter(twin.proj)
+    if when == "before":
+        alter(model.proj)
+    report = slao_kernels.patch(model)
+    if when == "after":
+        alter(model.proj)
+    errors = []
+    for net in (twin, model):
+        with pytest.raises(RuntimeError) as caught:
+            net(twins.net_input())
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+    assert (report.skipped if when == "before" else report.fallbacks) == {"proj": reason}
+    assert told() == [f"proj runs PEFT's own forward: {reason}"]
+
+
+def check_skipped(model, twin, reason, twins, told, *args) -> None:
+    report = slao_kernels.patch(model)
+    assert (report.patched, report.fallbacks) == ([], {})
+    assert not isinstance(model.proj, FusedLoraLinear)
+    twins.check_peft_runs(model, twin, report.skipped, reason, told, *args)
+
+
+def test_forward_replaced_on_the_lora_layer(twins, told):
+    """Swapping the class of such a layer would do nothing."""
+    model, twin = twins.net(), twins.net()
+    replace_forward(model.proj)
+    replace_forward(twin.proj)
+    check_skipped(model, twin, "its forward was replaced on the instance (accelerate hooks?)", twins, told)
+
+
+def test_forward_replaced_after_patch(twins):
+    """The hook then wraps the fused forward; unpatch cannot take that apart, so it refuses and changes nothing."""
+    from accelerate.hooks import remove_hook_from_module
+
+    model, twin = twins.net(), twins.net()
+    slao_kernels.patch(model)
+    replace_forward(model.proj)
+    replace_forward(twin.proj)
+    twins.check_fused(model)
+    x = twins.net_input()
+    twins.check_close(twins.net_step(model, x), twins.net_step(twin, x))
+    assert slao_kernels.patch(model).patched == ["proj"]  # it is still fused, inside the hook
+    with pytest.raises(ValueError, match="proj: its forward was replaced"):
+        slao_kernels.unpatch(model)
+    twins.check_fused(model)
+    remove_hook_from_module(model.proj)
+    remove_hook_from_module(twin.proj)
+    assert slao_kernels.unpatch(model) == 1
+    twins.check_equal(twins.net_step(model, x), twins.net_step(twin, x))
+
+
+def test_hooks_taken_off_again(twins):
+    """accelerate leaves the class's own forward bound on the instance: that is no replacement."""
+    from accelerate.hooks import remove_hook_from_module
+
+    model, twin = twins.net(), twins.net()
+    for module in (model.proj.base_layer, model.proj.lora_A["default"]):
+        replace_forward(module)
+        remove_hook_from_module(module)
+        assert "forward" in module.__dict__
+    assert slao_kernels.patch(model).patched == ["proj"]
+    twins.check_fused(model)
+    x = twins.net_input()
+    twins.check_close(twins.net_step(model, x), twins.net_step(twin, x))
+
+
+# Adapters that are not plain LoRA on a plain linear layer: options of the adapter, base layer, input, reason.
+KINDS = {
+    "DoRA": ({"use_dora": True}, lambda: nn.Linear(24, 20), (2, 5, 24), "Dora: not plain LoRA"),
+    "lora_bias": ({"lora_bias": True}, lambda: nn.Linear(24, 20), (2, 5, 24), "lora_bias"),
+    "Embedding": ({}, lambda: nn.Embedding(30, 20), None, "lora.layer.Embedding has no fused forward"),
+    "Conv2d": ({}, lambda: nn.Conv2d(6, 8, 3), (2, 6, 7, 7), "lora.layer.Conv2d has no fused forward"),
+    "Conv1d": ({}, lambda: nn.Conv1d(6, 8, 3), (2, 6, 7), "lora.layer.Conv1d has no fused forward"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_adapters(kind, twins, told):
+    options, base, shape, reason = KINDS[kind]
+    x = torch.arange(12).view(3, 4) if shape is None else twins.net_input(*shape)
+    check_skipped(twins.net(base, **options), twins.net(base, **options), reason, twins, told, x)
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "lora_bias"])
+def test_other_adapter_activated_after_patch(kind, twins, told):
+    """A second adapter may be of a kind that has no kernel; the first one is fused again when it is active."""
+    model, twin = twins.net(), twins.net()
+    report = slao_kernels.patch(model)
+    for net in (model, twin):
+        torch.manual_seed(4)
+        other = twins.config(target_modules=["proj"], init_lora_weights=False, **KINDS[kind][0])
+        peft.inject_adapter_in_model(other, net, adapter_name="other")
+        net.proj.set_adapter("other")
+    twins.check_peft_runs(model, twin, report.fallbacks, KINDS[kind][3], told)
+    for net in (model, twin):
+        net.proj.set_adapter("default")
+    twins.check_fused(model)
+    twins.check_close(twins.net_step(model, twins.net_input()), twins.net_step(twin, twins.net_input()))
+
+
+@pytest.mark.parametrize("what", ["model", "adapter"])
+def test_meta_device(what, twins, told):
+    """Weights on meta have no values to compare: the shape of the output, then the real thing after loading."""
+    torch.manual_seed(0)
+    with torch.device("meta" if what == "model" else "cpu"):
+        model = twins.Net(nn.Linear(24, 20))
+    config = twins.config(target_modules=["proj"])
+    peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+    report = slao_kernels.patch(model)
+    assert (report.patched, list(report.skipped)) == ([], ["proj"])
+    whose = "its weights are" if what == "model" else "its adapter is"
+    assert report.skipped["proj"].startswith(f"{whose} on the meta device; load")
+    assert told() == [f"proj runs PEFT's own forward: {report.skipped['proj']}"]
+    assert model(twins.net_input().to("meta") if what == "model" else twins.net_input()).shape == (2, 5, 20)
+    twin = twins.net()
+    model.load_state_dict(twin.state_dict(), assign=True)
+    assert slao_kernels.patch(model).patched == ["proj"]
+    twins.check_fused(model)
+    x = twins.net_input()
+    twins.check_close({"y": model(x)}, {"y": twin(x)})
+
+
+def test_modules_to_save_are_left_alone(twins):
+    model, twin = (twins.peft_model("llama", modules_to_save=["lm_head"]) for _ in range(2))
+    wrapper = model.base_model.model.lm_head
+    before = (type(wrapper), [(name, type(module)) for name, module in wrapper.named_modules()])
+    report = slao_kernels.patch(model)
+    assert len(report.patched) == 14
+    assert report.skipped == {}
+    assert (type(wrapper), [(name, type(module)) for name, module in wrapper.named_modules()]) == before
+    found, expected = twins.step(model), twins.step(twin)
+    assert any("modules_to_save" in name for name in expected)
+    twins.check_close(found, expected)
