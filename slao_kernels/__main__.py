@@ -39,7 +39,11 @@ def describe() -> str:
     for device, what in devices().items():
         lines += ["", f"{device}: {what}"]
         for op in dispatch.OPS:
-            chosen = dispatch.choose(op, device)
+            try:
+                chosen = dispatch.choose(op, device)
+            except ValueError as error:  # SLAO_KERNELS_BACKEND asks for what this op has not
+                lines.append(f"  {op:<16} {error}")
+                continue
             others = [
                 f"{name}: {dispatch.why_not(op, name, device) or 'available'}"
                 for name in dispatch.BACKENDS[1:]

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ def inject(model: nn.Module, config: LoraConfig | None) -> Callable[[], None]:
     model, or no layer matches.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import cast_adapter_dtype
     from transformers import PreTrainedModel
 
     is_transformers = isinstance(model, PreTrainedModel)
@@ -45,7 +45,8 @@ def inject(model: nn.Module, config: LoraConfig | None) -> Callable[[], None]:
             model.add_adapter(config, adapter_name=ADAPTER)
         else:
             inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-        _widen(model)
+        # As get_peft_model does: in 16 bits an optimiser's small steps would vanish.
+        cast_adapter_dtype(model, adapter_name=ADAPTER)
     except Exception as error:
         undo()
         if isinstance(error, ValueError):
@@ -92,16 +93,6 @@ def _differing_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     if wanted == adapted or config.target_parameters:
         return []
     return [f"target_modules {sorted(adapted - wanted)[:4]} (config: {sorted(wanted - adapted)[:4]})"]
-
-
-def _widen(model: nn.Module) -> None:
-    """16-bit adapter weights to fp32, as `get_peft_model` does: an optimiser's small steps vanish in 16 bits."""
-    from .adapters import find_pairs
-
-    for pair in find_pairs(model, ADAPTER)[0]:
-        for parameter in pair.parameters:
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()
 
 
 def _undo(model: nn.Module) -> Callable[[], None]:

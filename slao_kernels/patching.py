@@ -107,6 +107,10 @@ def patch(
         raise ValueError(f"patch(strict=True): {len(report.skipped)} LoRA layers would be skipped: {some}")
     for name, reason in report.skipped.items():
         log_once(name, reason)
+        layer = model.get_submodule(name)
+        if type(layer) is FusedLoraLinear and not eligibility.has_own_forward(layer):
+            # Patched before, and something about it has changed since.
+            _unfuse(layer)
     for name, layer in chosen:
         layer.__class__ = FusedLoraLinear
         layer.slao_options = FusedOptions(name, backend, precision, report.fallbacks)
@@ -119,8 +123,6 @@ def unpatch(model: nn.Module) -> int:
 
     Raises ValueError, with the model as it was, when something has wrapped a fused layer's forward since.
     """
-    from peft.tuners.lora import layer as lora
-
     from .eligibility import has_own_forward
     from .layers import FusedLoraLinear
 
@@ -132,7 +134,14 @@ def unpatch(model: nn.Module) -> int:
             "the replacement calls the fused one; remove it, then unpatch"
         )
     for layer in layers:
-        layer.__class__ = lora.Linear
-        for key in ("slao_options", "forward"):
-            layer.__dict__.pop(key, None)
+        _unfuse(layer)
     return len(layers)
+
+
+def _unfuse(layer: Any) -> None:
+    from peft.tuners.lora import layer as lora
+
+    layer.__class__ = lora.Linear
+    # Removing an accelerate hook leaves the class's own forward bound on the instance.
+    for key in ("slao_options", "forward"):
+        layer.__dict__.pop(key, None)

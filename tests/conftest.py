@@ -1,4 +1,4 @@
-"""What every test sees: fixed seeds, two threads, no hub, and a GPU marker that skips with its reason."""
+"""What every test sees: fixed seeds, one thread, no hub, and a GPU marker that skips with its reason."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits (a whole file took 64 s with two, 7 s with one)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

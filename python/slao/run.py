@@ -100,10 +100,11 @@ class Run:
             self.report = "fused layers are off (--no-patch)"
         else:
             self.report = str(report)
+        method = self._method(label, model)  # before the objective runs the model: it may have to refuse it
         objective = make_objective(
             self.objective_name, model, self.tokenizer, self._ordered(seed), **self.objective_options
         )
-        return model, self._method(label, model), objective
+        return model, method, objective
 
     def execute(self) -> dict[str, Any]:
         """Train everything; returns what results.json holds."""

@@ -78,7 +78,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.fixture
-def refused(saved_bert, stream_folder, tmp_path, capfd) -> Callable[..., str]:
+def refused(saved_bert, stream_folder, tmp_path, capfd, caplog) -> Callable[..., str]:
     """The one line that a command is refused with, on the process's own standard error; no run folder is left."""
 
     def run(*flags: str, model: Path = saved_bert, stream: Path = stream_folder) -> str:
@@ -95,6 +95,7 @@ def refused(saved_bert, stream_folder, tmp_path, capfd) -> Callable[..., str]:
         assert out == ""
         assert err.startswith("slao: ")
         assert err.count("\n") == 1, err
+        assert caplog.records == [], "a library's warnings would stand on standard error too"
         assert not (tmp_path / "runs").exists()
         return err
 
@@ -153,6 +154,7 @@ def test_a_stream_without_labels_or_room(refused, saved_llama, tiny, tmp_path):
 
 
 def test_a_model_that_is_no_language_model(refused):
+    """transformers has much to say about such a checkpoint; none of it stands beside our line."""
     assert "no end-of-sequence token" in refused("--objective", "causal_lm")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from peft import PeftModel
 
 from slao.methods import SeqLoRA
 from slao.progress import RunProgress
+from slao.streams import Stream
 from slao.train import TrainConfig, training_arguments
 
 KINDS = ["bert", "llama"]  # LabelMatching, CausalLM
@@ -165,10 +167,14 @@ def test_callbacks_and_progress(tiny, monkeypatch):
 
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    job = tiny.Job()
+    tasks = tiny.stream().tasks
+    unequal = [replace(task, train=tiny.rows(task.labels, n)) for task, n in zip(tasks, (8, 4, 12), strict=True)]
+    job = tiny.Job(tasks=Stream("unequal", tuple(unequal)))
     progress = RunProgress("slao seed 0", [task.name for task in job.stream.tasks])
-    job.train(TrainConfig(batch_size=4, epochs=2), callbacks=[progress])
-    assert (progress.bar.n, progress.bar.total) == (12, 12)
+    totals = []
+    config = TrainConfig(batch_size=4, epochs=2)
+    job.train(config, callbacks=[progress], on_task=lambda i, r: totals.append((progress.bar.n, progress.bar.total)))
+    assert totals == [(4, 12), (6, 8), (12, 12)], "what is left is taken to be like the running task"
     progress.close()
     for number, name in enumerate(("first", "second", "third"), 1):
         assert f"slao seed 0 task {number}/3 {name}" in screen.getvalue()

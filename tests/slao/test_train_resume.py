@@ -85,6 +85,37 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny, kind, where, tmp_path)
     assert tiny.differing(finished.weights(), whole.weights()) == []
 
 
+class Draws(SeqLoRA):
+    """Draws a number before each task, as a method with a random start would."""
+
+    name = "draws"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.drawn: list[float] = []
+
+    def _begin(self, task: int) -> None:
+        self.drawn.append(torch.rand(()).item())
+
+
+def test_a_task_draws_from_its_seed_and_place_alone(tiny, tmp_path):
+    def stop(index: int, result: Any) -> None:
+        torch.rand(5)
+        if index == 1:
+            raise Stop
+
+    config = TrainConfig(batch_size=4, max_steps=1)
+    whole, first, second, other = (tiny.Job(method=Draws, seed=seed) for seed in (2, 2, 2, 3))
+    whole.train(config)
+    with pytest.raises(Stop):
+        first.train(config, state_dir=tmp_path, on_task=stop)
+    torch.manual_seed(99)
+    second.train(config, state_dir=tmp_path)
+    assert first.method.drawn + second.method.drawn == whole.method.drawn
+    other.train(config)
+    assert len({*whole.method.drawn, *other.method.drawn}) == 6
+
+
 def test_a_state_of_something_else_is_refused_unread(tiny, tmp_path):
     config = TrainConfig(max_steps=1, batch_size=4)
     tiny.Job().train(config, state_dir=tmp_path)

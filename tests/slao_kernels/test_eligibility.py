@@ -76,6 +76,10 @@ for _name in ("base layer", "lora_A", "lora_B"):
             lambda m, g=_get: g(m).register_full_backward_hook(lambda _, dx, dy: (dx[0] / 2,)),
             f"{_name} has hooks",
         ),
+        f"{_name}: backward pre-hook": (
+            lambda m, g=_get: g(m).register_full_backward_pre_hook(lambda _, dy: (dy[0] / 2,)),
+            f"{_name} has hooks",
+        ),
         f"{_name}: forward replaced": (
             lambda m, g=_get: replace_forward(g(m)),
             f"{_name}'s forward was replaced on the instance (accelerate hooks?)",

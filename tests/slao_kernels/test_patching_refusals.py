@@ -7,6 +7,7 @@ import re
 import peft
 import pytest
 import torch
+from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
 import slao_kernels
@@ -198,3 +199,16 @@ def test_report_text_without_fallbacks(twins):
     assert lines[0] == "slao_kernels: 2 of 2 LoRA layers fused (backend: auto)"
     assert [line.split() for line in lines[1:]] == [["fused", "2", "×", "base_model.model.transformer.h.*.attn.c_attn"]]
     assert not report.injected
+
+
+def test_a_layer_that_is_eligible_no_more_gets_its_class_back(twins):
+    model = twins.peft_model("llama")
+    names = slao_kernels.patch(model).patched
+    layer = model.get_submodule(names[3])
+    handle = layer.base_layer.register_forward_hook(lambda *_: None)
+    report = slao_kernels.patch(model)
+    assert report.skipped == {names[3]: "base layer has hooks"}
+    assert type(layer) is lora.Linear
+    assert "slao_options" not in vars(layer)
+    handle.remove()
+    assert slao_kernels.patch(model).patched == names
