@@ -129,12 +129,16 @@ def _run(options: argparse.Namespace) -> int:
 
     transformers_logging.disable_progress_bar()  # one bar per run is enough; loading takes a second
     folder = Path(options.runs) / completed["name"]
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # an objection is one line; execute() loads the models again
+    # An objection is one line; what patch skipped is in the report that execute() prints.
+    loggers = [logging.getLogger(name) for name in ("transformers", "slao_kernels")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         run = Run(completed, folder, resume=options.resume, overwrite=options.overwrite)
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
     results = run.execute()
     print("\n" + table(results))
     print(f"\nreport: {write_report(folder)}")

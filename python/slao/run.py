@@ -16,7 +16,7 @@ from .models import default_objective, load_model, load_tokenizer, model_path
 from .objectives import make_objective
 from .settings import train_config
 from .streams import Stream, make_stream
-from .train import Result, seed_everything, train, training_arguments
+from .train import Result, seed_everything, train
 
 Say = Callable[[str], None]
 
@@ -33,6 +33,8 @@ class Run:
     ) -> None:
         self.settings, self.folder, self.say = settings, folder, say
         self.config = train_config(settings)
+        from .trainer import training_arguments
+
         training_arguments(self.config)  # raises what transformers objects to
         occupied = folder.exists() and any(folder.iterdir())
         if occupied and not (resume or overwrite):

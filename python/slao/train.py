@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import random
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import checkpoint, metrics
 from .methods import Method
@@ -83,8 +82,9 @@ _OURS = (
 class Result:
     """One method, one seed. matrix[t][i]: score on task i after task t, None where it was not taken.
 
-    zero_shot: scores before any training. train_seconds: in training steps, evaluation and merging aside.
-    tokens: real (not padding) ones that were trained on. merge_seconds: in begin_task and end_task together.
+    zero_shot: scores before any training. losses: per task, as the Trainer logged them (every 10 steps).
+    train_seconds: in training steps, evaluation and merging aside. tokens: real (not padding) ones that were trained
+    on. merge_seconds: in begin_task and end_task together. peak_memory_mb: see `peak_memory_mb`.
     """
 
     tasks: list[str]
@@ -143,7 +143,8 @@ def train(
         if saved.get("seed") != seed or saved.get("result", {}).get("tasks") != result.tasks:
             raise ValueError(f"the state in {state_dir} belongs to another stream or seed; choose another folder")
         result = Result(**method.load(state_dir)["result"])
-    trained = _train_once(model, config)
+    from .trainer import make_trainer, own_forward
+
     reset_peak_memory()
     if not result.zero_shot:
         result.zero_shot = _scores(model, method, objective, stream, len(stream.tasks), config)
@@ -153,9 +154,10 @@ def train(
         started = time.perf_counter()
         method.begin_task(task.name)
         result.merge_seconds += time.perf_counter() - started
-        trainer = trained(objective, method, objective.features(task, task.train), seed * 10_007 + index, callbacks)
+        features = objective.features(task, task.train)
+        trainer = make_trainer(model, method, objective, config, features, seed * 10_007 + index, callbacks)
         started = time.perf_counter()
-        with _own_forward(model):
+        with own_forward(model):
             trainer.train()
         result.train_seconds += time.perf_counter() - started
         result.tokens += trainer.tokens()
@@ -191,22 +193,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-@contextlib.contextmanager
-def _own_forward(model: nn.Module) -> Iterator[None]:
-    """Take back the autocast that accelerate wraps around `model.forward` for good.
-
-    Every score, the zero-shot row included, is then computed in the model's own precision.
-    """
-    names = ("forward", "_original_forward", "_is_accelerate_prepared")
-    before = {name: vars(model)[name] for name in names if name in vars(model)}
-    try:
-        yield
-    finally:
-        for name in names:
-            vars(model).pop(name, None)
-        vars(model).update(before)
-
-
 def reset_peak_memory() -> None:
     """Start a new measurement of `peak_memory_mb`, where the platform can (CUDA, Linux)."""
     if torch.cuda.is_available():
@@ -228,108 +214,3 @@ def peak_memory_mb() -> float:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return 0.0
-
-
-def _renamed(arguments: Any, config: TrainConfig) -> dict[str, Any]:
-    """Settings that TrainingArguments took other names for in the course of transformers 5."""
-    known = {field.name for field in fields(arguments)}
-    chosen: dict[str, Any] = {}
-    if config.gradient_checkpointing:
-        chosen["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
-    if config.group_by_length and "train_sampling_strategy" in known:
-        chosen["train_sampling_strategy"] = "group_by_length"
-    elif config.group_by_length:
-        chosen["group_by_length"] = True
-    return chosen
-
-
-def training_arguments(config: TrainConfig, seed: int = 0, device: str = "cpu") -> Any:
-    """transformers' TrainingArguments for one task. ValueError for what transformers does not take."""
-    from transformers import TrainingArguments
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    with tempfile.TemporaryDirectory() as nowhere:  # nothing is saved by the Trainer itself
-        ours = {
-            "output_dir": nowhere,
-            "save_strategy": "no",
-            "seed": seed,
-            "data_seed": seed,
-            "num_train_epochs": config.epochs,
-            "max_steps": config.max_steps,
-            "per_device_train_batch_size": config.batch_size,
-            "learning_rate": config.learning_rate,
-            "lr_scheduler_type": config.lr_scheduler,
-            "weight_decay": config.weight_decay,
-            "gradient_accumulation_steps": config.gradient_accumulation,
-            "bf16": config.bf16,
-            "report_to": config.report_to,
-            "remove_unused_columns": False,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            "use_cpu": device == "cpu",  # else the Trainer moves the model to whatever accelerator it finds
-        }
-        try:
-            arguments = TrainingArguments(**{**ours, **_renamed(TrainingArguments, config), **config.arguments})
-            get_reporting_integration_callbacks(arguments.report_to)  # names the trackers there are
-            return arguments
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"train: {error}") from error
-
-
-def _train_once(model: nn.Module, config: TrainConfig) -> Callable[..., Any]:
-    """A function that makes the Trainer of one task (transformers loads when this is called)."""
-    from transformers import Trainer
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    class TaskTrainer(Trainer):
-        """transformers' Trainer with the objective's loss, the method's penalty, and a count of tokens."""
-
-        objective: Objective
-        method: Method
-        _tokens: Tensor | None = None
-
-        def compute_loss(
-            self,
-            model: nn.Module,
-            inputs: dict[str, Any],
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,
-        ) -> Any:
-            count = inputs["attention_mask"].sum()  # stays on the device: no sync in a step
-            self._tokens = count if self._tokens is None else self._tokens + count
-            if self.objective.own_loss:
-                loss = self.objective.loss(model, inputs)
-            else:
-                loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-            penalty = self.method.penalty()
-            if penalty is None:
-                return loss
-            # A loss that is already divided by the items of all accumulated batches is summed over them; how many
-            # these are may differ in the last step of an epoch.
-            scaled = not self.objective.own_loss and self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            return loss + (penalty / self.current_gradient_accumulation_steps if scaled else penalty)
-
-        def tokens(self) -> int:
-            return 0 if self._tokens is None else int(self._tokens)
-
-    def make(
-        objective: Objective, method: Method, features: list[dict[str, Any]], seed: int, callbacks: Sequence[Any]
-    ) -> TaskTrainer:
-        trainer = TaskTrainer(
-            model=model,
-            args=training_arguments(config, seed, next(model.parameters()).device.type),
-            train_dataset=features,  # a list of dicts is a map-style data set
-            data_collator=objective.collate,
-            callbacks=list(callbacks),
-        )
-        trainer.objective, trainer.method = objective, method
-        if objective.own_loss:
-            # A mean over the batch: the Trainer divides it by the accumulation steps.
-            trainer.model_accepts_loss_kwargs = False
-            trainer.loss_is_scaled_for_ga = False
-        if callbacks:
-            # Whoever brings a progress display of their own does not want the Trainer's per-task one as well.
-            trainer.remove_callback(PrinterCallback)
-            trainer.remove_callback(ProgressCallback)
-        return trainer
-
-    return make

@@ -122,6 +122,9 @@ def test_label_matching_refuses_what_it_cannot_do(tiny, encoder):
         LabelMatching(encoder, tokenizer, free)
     with pytest.raises(ValueError, match="temperature must be positive, not 0"):
         LabelMatching(encoder, tokenizer, stream, temperature=0)
+    objective = LabelMatching(encoder, tiny.tokenizer("llama"), stream)  # adds no special tokens
+    with pytest.raises(ValueError, match="makes no token of ' '; remove or correct that row"):
+        objective.features(stream.tasks[0], [Row("a", "red"), Row(" ", "red")])
     for name in ("train_candidates", "eval_candidates"):
         with pytest.raises(ValueError, match=f"unknown {name} 'some'; choose one of own, all"):
             LabelMatching(encoder, tokenizer, stream, **{name: "some"})

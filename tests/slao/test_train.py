@@ -13,7 +13,8 @@ from peft import PeftModel
 from slao.methods import SeqLoRA
 from slao.progress import RunProgress
 from slao.streams import Stream
-from slao.train import TrainConfig, training_arguments
+from slao.train import TrainConfig
+from slao.trainer import training_arguments
 
 KINDS = ["bert", "llama"]  # LabelMatching, CausalLM
 

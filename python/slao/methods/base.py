@@ -67,7 +67,10 @@ class Method:
         self.lambdas.append(self._end(self.task))
 
     def penalty(self) -> Tensor | None:
-        """A scalar to add to the loss of every training step, or None."""
+        """A scalar to add to the loss of every training step, or None.
+
+        Build it from `pair.parameters`: `pair.A` and `pair.B` carry no graph.
+        """
         return None
 
     @contextmanager

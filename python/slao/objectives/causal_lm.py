@@ -69,7 +69,10 @@ class CausalLM(Objective):
 
     def _score_labels(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
         candidates = self._candidates(task, self.eval_candidates)
-        features = [self._encode(task, row.prompt, label, self.eval_candidates) for row in rows for label in candidates]
+        answers = [self._answer(label) for label in candidates]
+        longest = max(map(len, answers))  # so that all candidates of a row follow the very same prompt
+        prompts = [self._prompt(task, row.prompt, longest, self.eval_candidates) for row in rows]
+        features = [_supervised(prompt, answer) for prompt in prompts for answer in answers]
         likelihood = torch.empty(len(features))
         with evaluating(model) as device:
             for indices, batch in in_batches(features, batch_size, self.collate, device):
@@ -97,9 +100,11 @@ class CausalLM(Objective):
         return correct / len(rows)
 
     def _encode(self, task: Task, text: str, answer: str, candidates: str) -> dict[str, Any]:
-        target = [*self._ids(" " + answer), self._eos]
-        prompt = self._prompt(task, text, len(target), candidates)
-        return {"input_ids": prompt + target, "labels": [IGNORED] * len(prompt) + target}
+        target = self._answer(answer)
+        return _supervised(self._prompt(task, text, len(target), candidates), target)
+
+    def _answer(self, text: str) -> list[int]:
+        return [*self._ids(" " + text), self._eos]
 
     def _candidates(self, task: Task, whose: str) -> tuple[str, ...]:
         """A free-form task has none, whatever the others have."""
@@ -148,6 +153,11 @@ class CausalLM(Objective):
         if "labels" in features[0]:
             batch["labels"] = stack("labels", IGNORED)
         return batch
+
+
+def _supervised(prompt: list[int], answer: list[int]) -> dict[str, Any]:
+    """A row whose loss is on the answer only."""
+    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
 
 def _same(text: str, answer: str) -> bool:

@@ -89,6 +89,9 @@ class LabelMatching(Objective):
 
     def _tokenize(self, texts: Sequence[str]) -> Features:
         encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)
+        for text, ids in zip(texts, encoded["input_ids"], strict=True):
+            if not ids:  # a mean over no token is NaN
+                raise ValueError(f"the tokenizer makes no token of {text!r}; remove or correct that row")
         pairs = zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
         return [{"input_ids": ids, "attention_mask": mask} for ids, mask in pairs]
 

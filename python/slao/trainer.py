@@ -1,0 +1,141 @@
+"""transformers' Trainer for one task. Importing this module loads transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from .methods import Method
+from .objectives import Objective
+
+if TYPE_CHECKING:
+    from .train import TrainConfig
+
+
+class TaskTrainer(Trainer):
+    """transformers' Trainer with the objective's loss, the method's penalty, and a count of tokens."""
+
+    objective: Objective
+    method: Method
+    _tokens: Tensor | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        count = inputs["attention_mask"].sum()  # stays on the device: no sync in a step
+        self._tokens = count if self._tokens is None else self._tokens + count
+        if self.objective.own_loss:
+            loss = self.objective.loss(model, inputs)
+        else:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        penalty = self.method.penalty()
+        if penalty is None:
+            return loss
+        # A loss that is already divided by the items of all accumulated batches is summed over them; how many
+        # these are may differ in the last step of an epoch.
+        scaled = not self.objective.own_loss and self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return loss + (penalty / self.current_gradient_accumulation_steps if scaled else penalty)
+
+    def tokens(self) -> int:
+        return 0 if self._tokens is None else int(self._tokens)
+
+
+def make_trainer(
+    model: nn.Module,
+    method: Method,
+    objective: Objective,
+    config: TrainConfig,
+    features: list[dict[str, Any]],
+    seed: int,
+    callbacks: Sequence[Any],
+) -> TaskTrainer:
+    """A Trainer over `features`, with a fresh optimiser and schedule."""
+    trainer = TaskTrainer(
+        model=model,
+        args=training_arguments(config, seed, next(model.parameters()).device.type),
+        train_dataset=features,  # a list of dicts is a map-style data set
+        data_collator=objective.collate,
+        callbacks=list(callbacks),
+    )
+    trainer.objective, trainer.method = objective, method
+    if objective.own_loss:
+        # A mean over the batch: the Trainer divides it by the accumulation steps.
+        trainer.model_accepts_loss_kwargs = False
+        trainer.loss_is_scaled_for_ga = False
+    if callbacks:
+        # Whoever brings a progress display of their own does not want the Trainer's per-task one as well.
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def _renamed(arguments: Any, config: TrainConfig) -> dict[str, Any]:
+    """Settings that TrainingArguments took other names for in the course of transformers 5."""
+    known = {field.name for field in fields(arguments)}
+    chosen: dict[str, Any] = {}
+    if config.gradient_checkpointing:
+        chosen["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
+    if config.group_by_length and "train_sampling_strategy" in known:
+        chosen["train_sampling_strategy"] = "group_by_length"
+    elif config.group_by_length:
+        chosen["group_by_length"] = True
+    return chosen
+
+
+def training_arguments(config: TrainConfig, seed: int = 0, device: str = "cpu") -> Any:
+    """transformers' TrainingArguments for one task. ValueError for what transformers does not take."""
+    with tempfile.TemporaryDirectory() as nowhere:  # nothing is saved by the Trainer itself
+        ours = {
+            "output_dir": nowhere,
+            "save_strategy": "no",
+            "seed": seed,
+            "data_seed": seed,
+            "num_train_epochs": config.epochs,
+            "max_steps": config.max_steps,
+            "per_device_train_batch_size": config.batch_size,
+            "learning_rate": config.learning_rate,
+            "lr_scheduler_type": config.lr_scheduler,
+            "weight_decay": config.weight_decay,
+            "gradient_accumulation_steps": config.gradient_accumulation,
+            "bf16": config.bf16,
+            "report_to": config.report_to,
+            "logging_steps": 10,
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "use_cpu": device == "cpu",  # else the Trainer moves the model to whatever accelerator it finds
+        }
+        try:
+            arguments = TrainingArguments(**{**ours, **_renamed(TrainingArguments, config), **config.arguments})
+            get_reporting_integration_callbacks(arguments.report_to)  # names the trackers there are
+            return arguments
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"train: {error}") from error
+
+
+@contextlib.contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Take back the autocast that accelerate wraps around `model.forward` for good.
+
+    Every score, the zero-shot row included, is then computed in the model's own precision.
+    """
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = {name: vars(model)[name] for name in names if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
