@@ -22,9 +22,9 @@ _MODULES = {"reference": "reference", "eager": "eager", "native": "native", "tri
 _PREFERENCE: dict[str, tuple[str, ...]] = {
     # "eager": one autograd node around torch's own GEMMs (cuBLAS, oneDNN, MKL); torch runs wherever we do.
     "lora_linear": ("eager", "reference"),
-    "orthogonal_init": ("reference",),
-    "scaled_merge": ("reference",),
-    "fold": ("reference",),
+    "orthogonal_init": ("native", "reference"),
+    "scaled_merge": ("native", "reference"),
+    "fold": ("native", "reference"),
 }
 
 OPS = tuple(_PREFERENCE)
@@ -61,6 +61,10 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
     """Why `backend` cannot serve `op` on that kind of device; None if it can."""
     if backend not in _PREFERENCE[op]:
         return "this version has no such implementation"
+    if backend == "native":
+        from . import native
+
+        return native.why_not(device_type)
     return None
 
 

@@ -1,0 +1,108 @@
+// fold: W <- W + scaling B A over a table of records. W is read and written once; the only temporaries are a panel of
+// A and a few rows of W, both in the cache.
+#include <vector>
+
+#include "isa.h"
+#include "rows.h"
+
+namespace slao::SLAO_ISA {
+namespace {
+
+constexpr int kRows = kBytes == 64 ? 6 : 2, kVectors = 4;  // accumulators that fit the register file
+constexpr int64_t kUnitRows = 96;                          // rows of W that share one conversion of A's panel
+constexpr int64_t kPanelBytes = 128 << 10;                 // of A: half of a small L2
+
+template <typename T> struct Workspace {
+  std::vector<T> A, B, W;
+};
+
+template <int MI, int MJ, typename T>
+void tile(const T* b, int64_t r, const T* a, int64_t pitch, T* w, int64_t ldw) {
+  using V = typename Lanes<T>::V;
+  constexpr int n = Lanes<T>::n;
+  V sums[MI][MJ];
+  for (int i = 0; i < MI; ++i)
+    for (int j = 0; j < MJ; ++j) sums[i][j] = loadu<V>(w + i * ldw + j * n);
+  for (int64_t k = 0; k < r; ++k) {
+    V columns[MJ];
+    for (int j = 0; j < MJ; ++j) columns[j] = loadu<V>(a + k * pitch + j * n);
+    for (int i = 0; i < MI; ++i) {
+      const V factor = splat(b[i * r + k]);
+      for (int j = 0; j < MJ; ++j) sums[i][j] += factor * columns[j];
+    }
+  }
+  for (int i = 0; i < MI; ++i)
+    for (int j = 0; j < MJ; ++j) storeu(w + i * ldw + j * n, sums[i][j]);
+}
+
+int64_t panel_width(int64_t r, int64_t cols, int64_t step, int64_t size) {
+  const int64_t fits = std::max<int64_t>(step, kPanelBytes / (r * size) / step * step);
+  return std::min(fits, (cols + step - 1) / step * step);
+}
+
+// Rows [row, row_end) and columns [col, col + width) of one record.
+template <typename T>
+void fold_unit(const FoldRecord& record, int64_t row, int64_t row_end, int64_t col, int64_t width, Workspace<T>& work) {
+  constexpr int64_t step = kVectors * Lanes<T>::n;
+  const int64_t r = record.A.rows, count = std::min(width, record.weight.cols - col);
+  const int64_t pitch = (count + step - 1) / step * step;
+  work.A.assign(r * pitch, T(0));
+  for (int64_t k = 0; k < r; ++k) load_span(record.A, k, col, count, work.A.data() + k * pitch);
+  work.B.resize(kRows * r);
+  work.W.assign(kRows * pitch, T(0));
+  for (; row < row_end; row += kRows) {
+    const int64_t rows = std::min<int64_t>(kRows, row_end - row);
+    for (int64_t i = 0; i < rows; ++i) {
+      load_span(record.B, row + i, 0, r, work.B.data() + i * r);
+      for (int64_t k = 0; k < r; ++k) work.B[i * r + k] *= T(record.scaling);
+      load_span(record.weight, row + i, col, count, work.W.data() + i * pitch);
+    }
+    for (int64_t j = 0; j < pitch; j += step) {
+      const T *a = work.A.data() + j, *b = work.B.data();
+      T* w = work.W.data() + j;
+      if (rows == kRows) {
+        tile<kRows, kVectors>(b, r, a, pitch, w, pitch);
+      } else {
+        for (int64_t i = 0; i < rows; ++i) tile<1, kVectors>(b + i * r, r, a, pitch, w + i * pitch, pitch);
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i) store_span(record.weight, row + i, col, count, work.W.data() + i * pitch);
+  }
+}
+
+Matrix transposed(const Matrix& m) { return {m.data, m.cols, m.rows, m.col_stride, m.row_stride, m.dtype}; }
+
+}  // namespace
+
+void fold(const FoldRecord* records, int64_t count, int threads) {
+  std::vector<FoldRecord> table(records, records + count);
+  struct Unit { int64_t record, row, col, width; bool wide; };
+  std::vector<Unit> units;
+  for (int64_t i = 0; i < count; ++i) {
+    FoldRecord& record = table[i];
+    // A weight stored (in, out) has its rows along the columns: Wᵀ += s Aᵀ Bᵀ walks it in memory order.
+    if (record.weight.col_stride != 1 && record.weight.row_stride == 1)
+      record = {transposed(record.weight), transposed(record.B), transposed(record.A), record.scaling};
+    const bool wide = record.weight.dtype == Dtype::f64 || record.A.dtype == Dtype::f64 || record.B.dtype == Dtype::f64;
+    const int64_t width = panel_width(record.A.rows, record.weight.cols, kVectors * kBytes / (wide ? 8 : 4), wide ? 8 : 4);
+    for (int64_t row = 0; row < record.weight.rows; row += kUnitRows)
+      for (int64_t col = 0; col < record.weight.cols; col += width) units.push_back({i, row, col, width, wide});
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    Workspace<float> narrow;
+    Workspace<double> wide;
+#pragma omp for schedule(dynamic, 1)
+    for (size_t u = 0; u < units.size(); ++u) {
+      const Unit& unit = units[u];
+      const FoldRecord& record = table[unit.record];
+      const int64_t end = std::min(unit.row + kUnitRows, record.weight.rows);
+      if (unit.wide)
+        fold_unit(record, unit.row, end, unit.col, unit.width, wide);
+      else
+        fold_unit(record, unit.row, end, unit.col, unit.width, narrow);
+    }
+  }
+}
+
+}  // namespace slao::SLAO_ISA

@@ -1,0 +1,198 @@
+// Vectors of one machine register, and the four storage dtypes in and out of them.
+//
+// Included by kernels that are compiled once per instruction set (see isa.h): SLAO_ISA names the namespace, the
+// compiler's flags set the width. GCC's and Clang's vector extensions do the arithmetic, so one source serves x86-64
+// and aarch64; only 16-bit floats need words of their own.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../tensor_table.h"
+
+namespace slao::SLAO_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+constexpr int kFloats = kBytes / 4;
+constexpr int kDoubles = kBytes / 8;
+
+typedef float vf __attribute__((vector_size(kBytes)));
+typedef double vd __attribute__((vector_size(kBytes)));
+typedef uint32_t vu __attribute__((vector_size(kBytes)));
+typedef int32_t vi __attribute__((vector_size(kBytes)));
+typedef uint16_t vh __attribute__((vector_size(kBytes / 2)));      // kFloats 16-bit words
+typedef float vf_half __attribute__((vector_size(kBytes / 2)));    // kDoubles floats
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+template <typename V> inline V loadu(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename V> inline void storeu(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+inline vf splat(float x) { return x - vf{}; }
+inline vd splat(double x) { return x - vd{}; }
+
+// --- one element -----------------------------------------------------------------------------------------------
+
+inline float to_float(bf16 h) {
+  uint32_t bits = uint32_t(h.bits) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline bf16 to_bf16(float x) {  // round to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return {uint16_t((bits >> 16) | 0x40)};
+  return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+inline float to_float(f16 h) {
+  uint32_t sign = uint32_t(h.bits & 0x8000) << 16, rest = h.bits & 0x7fff, bits;
+  if (rest >= 0x7c00) {
+    bits = sign | 0x7f800000 | ((rest & 0x3ff) << 13);  // infinity, NaN
+  } else if (rest >= 0x400) {
+    bits = sign | ((rest << 13) + (112u << 23));  // normal: rebias the exponent
+  } else {
+    float small = float(rest) * 0x1p-24f;  // denormal: exact
+    std::memcpy(&bits, &small, 4);
+    bits |= sign;
+  }
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline f16 to_f16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+  uint32_t rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) return {uint16_t(sign | 0x7e00 | ((rest >> 13) & 0x3ff))};
+  if (rest >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and up round to infinity
+  if (rest < 0x38800000) {  // below 2^-14: the addition rounds to a multiple of 2^-24, ties to even
+    float magnitude;
+    std::memcpy(&magnitude, &rest, 4);
+    float shifted = magnitude + 0.5f;
+    std::memcpy(&bits, &shifted, 4);
+    return {uint16_t(sign | (bits - 0x3f000000))};
+  }
+  return {uint16_t(sign | ((rest - (112u << 23) + 0xfff + ((rest >> 13) & 1)) >> 13))};
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(double x) { return float(x); }
+inline double to_double(double x) { return x; }
+inline double to_double(float x) { return x; }
+inline double to_double(bf16 x) { return to_float(x); }
+inline double to_double(f16 x) { return to_float(x); }
+
+inline void put(float* p, float x) { *p = x; }
+inline void put(double* p, double x) { *p = x; }
+inline void put(double* p, float x) { *p = x; }
+inline void put(float* p, double x) { *p = float(x); }
+inline void put(bf16* p, float x) { *p = to_bf16(x); }
+inline void put(f16* p, float x) { *p = to_f16(x); }
+// A double that goes to 16 bits is rounded to odd on the way through float, so that the two roundings equal one.
+inline float to_odd_float(double x) {
+  float nearest = float(x);
+  if (double(nearest) == x || nearest != nearest) return nearest;
+  uint32_t bits;
+  std::memcpy(&bits, &nearest, 4);
+  if (!(bits & 1)) {
+    bool away = (x > double(nearest)) == (nearest >= 0);
+    if (nearest == 0) std::memcpy(&bits, &nearest, 4), bits = (x < 0 ? 0x80000001u : 1u);
+    else bits += away ? 1u : 0xffffffffu;
+    std::memcpy(&nearest, &bits, 4);
+  }
+  return nearest;
+}
+inline void put(bf16* p, double x) { *p = to_bf16(to_odd_float(x)); }
+inline void put(f16* p, double x) { *p = to_f16(to_odd_float(x)); }
+
+// --- one register of floats ------------------------------------------------------------------------------------
+
+inline vf load(const float* p) { return loadu<vf>(p); }
+
+inline vf load(const bf16* p) {
+  vu wide = __builtin_convertvector(loadu<vh>(p), vu) << 16;
+  return (vf)wide;
+}
+
+inline vf load(const f16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(loadu<__m256i>(p));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtph_ps(loadu<__m128i>(p));
+#else
+  vf v;
+  for (int i = 0; i < kFloats; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+inline vf load(const double* p) {
+  vf v;
+  vf_half low = __builtin_convertvector(loadu<vd>(p), vf_half);
+  vf_half high = __builtin_convertvector(loadu<vd>(p + kDoubles), vf_half);
+  std::memcpy(&v, &low, sizeof low);
+  std::memcpy((char*)&v + sizeof low, &high, sizeof high);
+  return v;
+}
+
+inline void store(float* p, vf v) { storeu(p, v); }
+
+inline void store(bf16* p, vf v) {
+  vu bits = (vu)v;
+  vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  vu nan = (vu)(v != v);
+  vu quiet = (bits >> 16) | 0x40;
+  storeu(p, __builtin_convertvector((rounded & ~nan) | (quiet & nan), vh));
+}
+
+inline void store(f16* p, vf v) {
+#if defined(__AVX512F__)
+  storeu(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  storeu(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kFloats; ++i) p[i] = to_f16(v[i]);
+#endif
+}
+
+// kDoubles floats, widened.
+inline vd load_wide(const float* p) { return __builtin_convertvector(loadu<vf_half>(p), vd); }
+inline vd load_wide(const double* p) { return loadu<vd>(p); }
+
+inline double sum(vd v) {  // in a fixed order
+  double total = 0;
+  for (int i = 0; i < kDoubles; ++i) total += v[i];
+  return total;
+}
+
+// Calls f(T{}) with the C++ type of a dtype code.
+template <typename F> inline void with_type(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::f64: return f(double{});
+    case Dtype::f32: return f(float{});
+    case Dtype::bf16: return f(bf16{});
+    case Dtype::f16: return f(f16{});
+  }
+}
+
+}  // namespace slao::SLAO_ISA

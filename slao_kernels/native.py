@@ -1,0 +1,86 @@
+"""The compiled core: whether it can be used, and tables of raw pointers for it.
+
+The operators have checked shapes, dtypes, devices and overlap (ops/checks.py) before anything here is called; this
+module turns tensors into the records of csrc/tensor_table.h, passes torch's thread count, and bumps the version
+counters that a write behind torch's back would leave as they were.
+"""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from types import ModuleType
+
+import torch  # before the extension: its OpenMP runtime is then the one that both use
+from torch import Tensor
+
+ABI = 1
+_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+@cache
+def _load() -> ModuleType | str:
+    try:
+        from . import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        if "_C" in str(error):
+            return "the extension was not built (no C++ compiler at install, or SLAO_KERNELS_BUILD=0)"
+        return f"the extension does not load: {error}"
+    if _C.abi != ABI:
+        return f"the extension is of another version (ABI {_C.abi}, expected {ABI}): install slao_kernels again"
+    return _C
+
+
+def why_not(device_type: str) -> str | None:
+    """Why the compiled core cannot serve that kind of device; None if it can."""
+    if device_type != "cpu":
+        return "the extension was built without CUDA" if device_type == "cuda" else "CPU only"
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def core() -> ModuleType:
+    """The extension module. RuntimeError with the reason when there is none."""
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return loaded
+
+
+def instruction_set() -> str:
+    """What the CPU kernels use here: "avx512", "avx2" or "base"; "" without the extension."""
+    loaded = _load()
+    return "" if isinstance(loaded, str) else str(loaded.best_isa())
+
+
+def matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
+    """The record of a 2-D tensor."""
+    (rows, cols), (row_stride, col_stride) = tensor.shape, tensor.stride()
+    return tensor.data_ptr(), rows, cols, row_stride, col_stride, _CODES[tensor.dtype]
+
+
+def table(records: Iterable[tuple[int, ...]]) -> array.array[int]:
+    """Records as one buffer of 64-bit integers."""
+    return array.array("q", [word for record in records for word in record])
+
+
+def elementwise(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two tensors of one shape as pairs of 2-D views that cover them, as few as their strides allow."""
+    if target.numel() == 0:
+        return
+    if target.is_contiguous() and source.is_contiguous():
+        yield target.view(1, -1), source.view(1, -1)
+    elif target.dim() <= 1:
+        yield target.reshape(1, -1) if target.dim() == 0 else target[None], source.expand_as(target)[None]
+    elif target.dim() == 2:
+        flip = target.stride(0) < target.stride(1)
+        yield (target.t(), source.t()) if flip else (target, source)
+    else:
+        for part, other in zip(target.unbind(0), source.unbind(0), strict=True):
+            yield from elementwise(part, other)
+
+
+def written(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that these were changed."""
+    torch.autograd.graph.increment_version(list(tensors))
