@@ -65,17 +65,17 @@ def table(records: Iterable[tuple[int, ...]]) -> array.array[int]:
     return array.array("q", [word for record in records for word in record])
 
 
-def elementwise(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Two tensors of one shape as pairs of 2-D views that cover them, as few as their strides allow."""
-    if target.numel() == 0:
-        return
-    if target.is_contiguous() and source.is_contiguous():
-        yield target.view(1, -1), source.view(1, -1)
-    elif target.dim() <= 1:
-        yield target.reshape(1, -1) if target.dim() == 0 else target[None], source.expand_as(target)[None]
+def elementwise(target: Tensor, source: Tensor) -> Iterator[tuple[int, ...]]:
+    """Two tensors of one shape as records of two matrices each, as few as their strides allow."""
+    if target.is_contiguous() and source.is_contiguous():  # as one row; no view is made, a model has hundreds
+        count = target.numel()
+        row = (1, count, count, 1)
+        yield target.data_ptr(), *row, _CODES[target.dtype], source.data_ptr(), *row, _CODES[source.dtype]
+    elif target.dim() == 1:
+        yield matrix(target[None]) + matrix(source[None])
     elif target.dim() == 2:
         flip = target.stride(0) < target.stride(1)
-        yield (target.t(), source.t()) if flip else (target, source)
+        yield matrix(target.t()) + matrix(source.t()) if flip else matrix(target) + matrix(source)
     else:
         for part, other in zip(target.unbind(0), source.unbind(0), strict=True):
             yield from elementwise(part, other)

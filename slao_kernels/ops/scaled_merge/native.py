@@ -15,8 +15,8 @@ def scaled_merge_(merged: list[Tensor], finetuned: list[Tensor], lam: list[float
     records: list[tuple[int, ...]] = []
     weights = array.array("d")
     for target, source, weight in zip(merged, finetuned, lam, strict=True):
-        for part, other in native.elementwise(target, source):
-            records.append(native.matrix(part) + native.matrix(other))
+        for record in native.elementwise(target, source):
+            records.append(record)
             weights.append(weight)
     native.core().scaled_merge(native.table(records), weights, torch.get_num_threads(), "auto")
     native.written(merged)
