@@ -13,7 +13,7 @@ constexpr int64_t kUnitRows = 96;                          // rows of W that sha
 constexpr int64_t kPanelBytes = 128 << 10;                 // of A: half of a small L2
 
 template <typename T> struct Workspace {
-  std::vector<T> A, B, W;
+  Scratch<T> A, B, W;
 };
 
 template <int MI, int MJ, typename T>

@@ -18,32 +18,22 @@ namespace {
 constexpr double kPivot = 1e-12;
 // One pass leaves about 1e-8 κ; up to κ_F = 5 r that is Householder's own error (measured: 3e-7 at r = 16 to 256).
 constexpr double kOnePass = 5.0;
-// Columns of one sweep: r rows of it stay in the L1 cache up to r = 16, in the L2 beyond.
-constexpr int64_t kChunk = 512;
+// Columns that are widened to fp64 at a time: r rows of them fit the L1 cache up to r = 16 and the L2 up to r = 256.
+int64_t chunk_columns(int64_t r) { return r > 32 && r <= 64 ? 128 : 256; }
 
-int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
-
-// The whole matrix as rows of `pitch` elements, zeros behind the last column.
-template <typename T> void load_matrix(const Matrix& m, T* scratch, int64_t pitch) {
-  for (int64_t i = 0; i < m.rows; ++i) {
-    load_span(m, i, 0, m.cols, scratch + i * pitch);
-    std::fill(scratch + i * pitch + m.cols, scratch + (i + 1) * pitch, T(0));
-  }
-}
-
-// --- G = X Xᵀ in fp64: lower triangle of r×r ---------------------------------------------------------------------
+// --- G = A Aᵀ in fp64: lower triangle of r×r ---------------------------------------------------------------------
 
 // One tile of MI×MJ dot products over `count` columns, added to the vectors in `acc`.
-template <int MI, int MJ, typename T>
-void gram_tile(const T* x, const T* y, int64_t pitch, int64_t count, vd* acc) {
+template <int MI, int MJ>
+void gram_tile(const double* x, const double* y, int64_t pitch, int64_t count, vd* acc) {
   vd sums[MI][MJ];
   for (int i = 0; i < MI; ++i)
     for (int j = 0; j < MJ; ++j) sums[i][j] = acc[i * MJ + j];
   for (int64_t k = 0; k < count; k += kDoubles) {
     vd right[MJ];
-    for (int j = 0; j < MJ; ++j) right[j] = load_wide(y + j * pitch + k);
+    for (int j = 0; j < MJ; ++j) right[j] = loadu<vd>(y + j * pitch + k);
     for (int i = 0; i < MI; ++i) {
-      const vd left = load_wide(x + i * pitch + k);
+      const vd left = loadu<vd>(x + i * pitch + k);
       for (int j = 0; j < MJ; ++j) sums[i][j] += left * right[j];
     }
   }
@@ -54,24 +44,21 @@ void gram_tile(const T* x, const T* y, int64_t pitch, int64_t count, vd* acc) {
 // 16 accumulators fill AVX-512's 32 registers well; the narrower sets have 16 registers.
 constexpr int kTile = kBytes == 64 ? 4 : 2;
 
-template <typename T> void gram(const T* x, int64_t r, int64_t pitch, double* G, std::vector<vd>& acc) {
-  const int64_t tiles = (r + kTile - 1) / kTile, full = r / kTile;
+void gram(const Matrix& m, double* G, Scratch<vd>& acc, Scratch<double>& wide) {
+  // Rows are padded to whole tiles with zeros, and columns to whole vectors: no remainders below.
+  const int64_t r = m.rows, tiles = (r + kTile - 1) / kTile, chunk = chunk_columns(r);
   acc.assign(tiles * (tiles + 1) / 2 * kTile * kTile, vd{});
-  for (int64_t begin = 0; begin < pitch; begin += kChunk) {
-    const int64_t count = std::min(kChunk, pitch - begin);
+  wide.assign(tiles * kTile * chunk, 0.0);
+  for (int64_t begin = 0; begin < m.cols; begin += chunk) {
+    const int64_t count = std::min(chunk, m.cols - begin), whole = (count + kDoubles - 1) / kDoubles * kDoubles;
+    for (int64_t i = 0; i < r; ++i) {
+      load_span(m, i, begin, count, wide.data() + i * chunk);
+      std::fill(wide.data() + i * chunk + count, wide.data() + i * chunk + whole, 0.0);
+    }
     vd* a = acc.data();
     for (int64_t I = 0; I < tiles; ++I)
-      for (int64_t J = 0; J <= I; ++J, a += kTile * kTile) {
-        const T *left = x + I * kTile * pitch + begin, *right = x + J * kTile * pitch + begin;
-        if (I < full) {
-          gram_tile<kTile, kTile>(left, right, pitch, count, a);
-        } else {  // the last rows, one by one (J may be such a tile too)
-          for (int64_t i = I * kTile; i < r; ++i)
-            for (int64_t j = J * kTile; j < std::min(r, (J + 1) * kTile); ++j)
-              gram_tile<1, 1>(x + i * pitch + begin, x + j * pitch + begin, pitch, count,
-                              a + (i - I * kTile) * kTile + (j - J * kTile));
-        }
-      }
+      for (int64_t J = 0; J <= I; ++J, a += kTile * kTile)
+        gram_tile<kTile, kTile>(wide.data() + I * kTile * chunk, wide.data() + J * kTile * chunk, chunk, whole, a);
   }
   const vd* a = acc.data();
   for (int64_t I = 0; I < tiles; ++I)
@@ -122,46 +109,45 @@ bool factor(double* L, double* inverse, int64_t r, double* kappa) {
   return true;
 }
 
-// --- Y = M X for a lower triangular M, a block of columns at a time ------------------------------------------------
+// --- X <- M X for a lower triangular M, in place ---------------------------------------------------------------------
 
-template <int MI, int MJ, typename T>
-void apply_tile(const T* m, int64_t ldm, int64_t k_end, const T* x, int64_t pitch, T* y, int64_t ldy) {
+// MI rows of M, from row i on, times the first i + MI rows of x; the result replaces those MI rows.
+template <int MI, int MJ, typename T> void apply_tile(const T* M, int64_t r, int64_t i, T* x, int64_t pitch) {
   using V = typename Lanes<T>::V;
   constexpr int n = Lanes<T>::n;
+  const T* m = M + i * r;
   V sums[MI][MJ] = {};
-  for (int64_t k = 0; k < k_end; ++k) {
+  for (int64_t k = 0; k < i + MI; ++k) {
     V columns[MJ];
     for (int j = 0; j < MJ; ++j) columns[j] = loadu<V>(x + k * pitch + j * n);
-    for (int i = 0; i < MI; ++i) {
-      const V factor = splat(m[i * ldm + k]);
-      for (int j = 0; j < MJ; ++j) sums[i][j] += factor * columns[j];
+    for (int a = 0; a < MI; ++a) {
+      const V factor = splat(m[a * r + k]);
+      for (int j = 0; j < MJ; ++j) sums[a][j] += factor * columns[j];
     }
   }
-  for (int i = 0; i < MI; ++i)
-    for (int j = 0; j < MJ; ++j) storeu(y + i * ldy + j * n, sums[i][j]);
+  for (int a = 0; a < MI; ++a)
+    for (int j = 0; j < MJ; ++j) storeu(x + (i + a) * pitch + j * n, sums[a][j]);
 }
 
-constexpr int kApplyRows = kBytes == 64 ? 6 : 2, kApplyVectors = 4;
+// From the last rows up, so that a row is overwritten only when no other needs it any more.
+template <int MJ, typename T> void apply_columns(const T* M, int64_t r, T* x, int64_t pitch) {
+  constexpr int MI = kTile;
+  int64_t i = r;
+  for (; i >= MI; i -= MI) apply_tile<MI, MJ>(M, r, i - MI, x, pitch);
+  for (; i >= 1; --i) apply_tile<1, MJ>(M, r, i - 1, x, pitch);
+}
 
-// `sink(i, begin, count, row)` takes row i's columns. M (r, r) has zeros above its diagonal.
-template <typename T, typename Sink>
-void apply(const T* M, int64_t r, const T* x, int64_t pitch, T* block, Sink&& sink) {
-  constexpr int64_t width = kApplyVectors * Lanes<T>::n;
-  for (int64_t begin = 0; begin < pitch; begin += width) {
-    const int64_t count = std::min(width, pitch - begin);
-    const T* columns = x + begin;
-    int64_t i = 0;
-    if (count == width) {
-      for (; i + kApplyRows <= r; i += kApplyRows)
-        apply_tile<kApplyRows, kApplyVectors>(M + i * r, r, i + kApplyRows, columns, pitch, block + i * width, width);
-      for (; i < r; ++i) apply_tile<1, kApplyVectors>(M + i * r, r, i + 1, columns, pitch, block + i * width, width);
-    } else {
-      for (; i < r; ++i)
-        for (int64_t j = 0; j < count; j += Lanes<T>::n)
-          apply_tile<1, 1>(M + i * r, r, i + 1, columns + j, pitch, block + i * width + j, width);
-    }
-    for (i = 0; i < r; ++i) sink(i, begin, count, block + i * width);
-  }
+// M (r, r) has zeros above its diagonal; x has `cols` columns and rows `pitch` apart.
+template <typename T> void apply(const T* M, int64_t r, T* x, int64_t pitch, int64_t cols, Scratch<T>& edge) {
+  constexpr int n = Lanes<T>::n;
+  int64_t j = 0;
+  for (; j + 4 * n <= cols; j += 4 * n) apply_columns<4>(M, r, x + j, pitch);
+  for (; j + n <= cols; j += n) apply_columns<1>(M, r, x + j, pitch);
+  if (j == cols) return;
+  edge.assign(r * n, T(0));  // the last columns, fewer than a vector
+  for (int64_t i = 0; i < r; ++i) std::copy(x + i * pitch + j, x + i * pitch + cols, edge.data() + i * n);
+  apply_columns<1>(M, r, edge.data(), n);
+  for (int64_t i = 0; i < r; ++i) std::copy(edge.data() + i * n, edge.data() + i * n + (cols - j), x + i * pitch + j);
 }
 
 // --- the two phases ------------------------------------------------------------------------------------------------
@@ -171,67 +157,76 @@ struct Plan {
   double kappa = 0;
 };
 
-template <typename T> struct Workspace {
-  std::vector<T> scratch, second, block, triangle;
-  std::vector<vd> acc;
-  T* rows(std::vector<T>& v, int64_t size) {
-    if (int64_t(v.size()) < size) v.resize(size);
-    return v.data();
-  }
+struct Workspace {
+  Scratch<vd> acc;
+  Scratch<double> wide;
+  Scratch<float> narrow_scratch, narrow_edge;
+  Scratch<double> wide_scratch, wide_edge;
+  Scratch<float>& scratch(float) { return narrow_scratch; }
+  Scratch<double>& scratch(double) { return wide_scratch; }
+  Scratch<float>& edge(float) { return narrow_edge; }
+  Scratch<double>& edge(double) { return wide_edge; }
 };
 
-template <typename T> Status inspect(const Matrix& m, Plan& plan, Workspace<T>& work) {
-  const int64_t r = m.rows, pitch = padded(m.cols);
-  T* x = work.rows(work.scratch, r * pitch);
-  load_matrix(m, x, pitch);
+bool all_finite(const Matrix& m, Scratch<double>& row) {
+  row.resize(m.cols);
+  for (int64_t i = 0; i < m.rows; ++i) {
+    load_span(m, i, 0, m.cols, row.data());
+    for (double x : row)
+      if (!std::isfinite(x)) return false;
+  }
+  return true;
+}
+
+Status inspect(const Matrix& m, Plan& plan, Workspace& work) {
+  const int64_t r = m.rows;
   plan.L.assign(r * r, 0.0);
   plan.inverse.assign(r * r, 0.0);
-  gram(x, r, pitch, plan.L.data(), work.acc);
+  gram(m, plan.L.data(), work.acc, work.wide);
   for (int64_t i = 0; i < r; ++i)
-    if (!std::isfinite(plan.L[i * r + i])) {
+    if (!std::isfinite(plan.L[i * r + i]))
       // fp64 storage can overflow its own squares; everything else is finite exactly when its Gram is.
-      bool finite = m.dtype == Dtype::f64;
-      for (int64_t k = 0; finite && k < r * pitch; ++k) finite = std::isfinite(x[k]);
-      return finite ? Status::flagged : Status::not_finite;
-    }
+      return m.dtype == Dtype::f64 && all_finite(m, work.wide) ? Status::flagged : Status::not_finite;
   return factor(plan.L.data(), plan.inverse.data(), r, &plan.kappa) ? Status::done : Status::flagged;
 }
 
-template <typename T> void finish(const Matrix& m, const Matrix& triangle, Plan& plan, Workspace<T>& work) {
-  const int64_t r = m.rows, pitch = padded(m.cols);
-  T* x = work.rows(work.scratch, r * pitch);
-  T* block = work.rows(work.block, r * kApplyVectors * Lanes<T>::n);
-  load_matrix(m, x, pitch);
-  auto to_matrix = [&](int64_t i, int64_t begin, int64_t count, const T* row) {
-    if (begin < m.cols) store_span(m, i, begin, std::min(count, m.cols - begin), row);
-  };
+template <typename T> void finish(const Matrix& m, const Matrix& triangle, Plan& plan, Workspace& work) {
+  const int64_t r = m.rows, cols = m.cols;
+  // Where the storage is what is computed in, the matrix is its own scratch.
+  const bool direct = m.col_stride == 1 && m.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32);
+  Matrix x = m;
+  if (!direct) {
+    auto& scratch = work.scratch(T{});
+    scratch.resize(r * cols);
+    x = {(char*)scratch.data(), r, cols, cols, 1, sizeof(T) == 8 ? Dtype::f64 : Dtype::f32};
+    for (int64_t i = 0; i < r; ++i) load_span(m, i, 0, cols, scratch.data() + i * cols);
+  }
+  T* rows = (T*)x.data;
+  Scratch<T> M(plan.inverse.begin(), plan.inverse.end());
+  apply(M.data(), r, rows, x.row_stride, cols, work.edge(T{}));
   // 16-bit storage rounds by more than the first pass errs, up to κ near 1e3.
   const double limit = m.dtype == Dtype::bf16 || m.dtype == Dtype::f16 ? 1000.0 : kOnePass * r;
-  std::vector<T> M(plan.inverse.begin(), plan.inverse.end());
-  if (plan.kappa <= limit) {
-    apply(M.data(), r, x, pitch, block, to_matrix);
-  } else {
-    T* q = work.rows(work.second, r * pitch);
-    apply(M.data(), r, x, pitch, block, [&](int64_t i, int64_t begin, int64_t count, const T* row) {
-      std::memcpy(q + i * pitch + begin, row, count * sizeof(T));
-    });
+  if (plan.kappa > limit) {
     std::vector<double> L(r * r), inverse(r * r), product(r * r, 0.0);
-    gram(q, r, pitch, L.data(), work.acc);
+    gram(x, L.data(), work.acc, work.wide);
     double ignored;
     factor(L.data(), inverse.data(), r, &ignored);  // of nearly the identity: cannot fail
     for (int64_t i = 0; i < r * r; ++i) M[i] = T(inverse[i]);
-    apply(M.data(), r, q, pitch, block, to_matrix);
+    apply(M.data(), r, rows, x.row_stride, cols, work.edge(T{}));
     for (int64_t i = 0; i < r; ++i)  // A = L₁ (L₂ Q)
       for (int64_t k = 0; k <= i; ++k)
         for (int64_t j = 0; j <= k; ++j) product[i * r + j] += plan.L[i * r + k] * L[k * r + j];
     plan.L.swap(product);
   }
-  if (triangle.data)
-    for (int64_t i = 0; i < r; ++i) {
-      std::vector<double> row(r, 0.0);
-      for (int64_t j = i; j < r; ++j) row[j] = plan.L[j * r + i];  // R = Lᵀ
+  if (!direct)
+    for (int64_t i = 0; i < r; ++i) store_span(m, i, 0, cols, rows + i * cols);
+  if (triangle.data) {
+    std::vector<double> row(r);
+    for (int64_t i = 0; i < r; ++i) {  // R = Lᵀ
+      for (int64_t j = 0; j < r; ++j) row[j] = j < i ? 0.0 : plan.L[j * r + i];
       store_span(triangle, i, 0, r, row.data());
     }
+  }
 }
 
 }  // namespace
@@ -243,12 +238,10 @@ bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, Status* st
   bool finite = true;
 #pragma omp parallel num_threads(threads)
   {
-    Workspace<float> narrow;
-    Workspace<double> wide;
+    Workspace work;
 #pragma omp for schedule(dynamic, 1) reduction(&& : finite)
     for (int64_t i = 0; i < count; ++i) {
-      const bool is_wide = matrices[i].dtype == Dtype::f64;
-      status[i] = is_wide ? inspect(matrices[i], plans[i], wide) : inspect(matrices[i], plans[i], narrow);
+      status[i] = inspect(matrices[i], plans[i], work);
       finite = finite && status[i] != Status::not_finite;
     }
     if (finite) {
@@ -257,9 +250,9 @@ bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, Status* st
         if (status[i] != Status::done) continue;
         const Matrix triangle = triangles ? triangles[i] : Matrix{};
         if (matrices[i].dtype == Dtype::f64)
-          finish(matrices[i], triangle, plans[i], wide);
+          finish<double>(matrices[i], triangle, plans[i], work);
         else
-          finish(matrices[i], triangle, plans[i], narrow);
+          finish<float>(matrices[i], triangle, plans[i], work);
       }
     }
   }

@@ -1,11 +1,25 @@
 // Pieces of a matrix's rows in and out of contiguous scratch of the type that is computed in (float or double).
 #pragma once
 #include <algorithm>
+#include <new>
 #include <type_traits>
+#include <vector>
 
 #include "simd.h"
 
 namespace slao::SLAO_ISA {
+
+// Scratch on cache-line boundaries, so that no vector of 64 bytes straddles two lines.
+template <typename T> struct CacheLines {
+  using value_type = T;
+  CacheLines() = default;
+  template <typename U> CacheLines(const CacheLines<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const CacheLines&) const { return true; }
+  bool operator!=(const CacheLines&) const { return false; }
+};
+template <typename T> using Scratch = std::vector<T, CacheLines<T>>;
 
 template <typename T> struct Lanes;
 template <> struct Lanes<float> {
@@ -29,6 +43,15 @@ template <typename T> void load_span(const Matrix& m, int64_t row, int64_t begin
         return;
       } else if constexpr (std::is_same<T, float>::value && !std::is_same<D, double>::value) {
         for (; j + kFloats <= count; j += kFloats) store(to + j, load(from + j));
+      } else if constexpr (std::is_same<D, float>::value) {
+        for (; j + kDoubles <= count; j += kDoubles) storeu(to + j, load_wide(from + j));
+      } else if constexpr (std::is_same<T, double>::value) {
+        for (; j + kFloats <= count; j += kFloats) {
+          float narrow[kFloats];
+          store(narrow, load(from + j));
+          storeu(to + j, load_wide(narrow));
+          storeu(to + j + kDoubles, load_wide(narrow + kDoubles));
+        }
       }
     }
     for (; j < count; ++j) to[j] = T(to_double(from[j * m.col_stride]));
