@@ -35,14 +35,8 @@ def scaled_merge_(
     weights = [float(lam)] * len(merged) if isinstance(lam, int | float) else [float(value) for value in lam]
     problems = checks.Problems("scaled_merge_")
     if checks.lengths(problems, merged=merged, finetuned=finetuned, lam=weights):
-        device = next((tensor.device for tensor in merged if isinstance(tensor, Tensor)), None)
-        for index, (target, source, weight) in enumerate(zip(merged, finetuned, weights, strict=True)):
-            fine = checks.tensor(problems, f"merged[{index}]", target, device)
-            fine &= checks.tensor(problems, f"finetuned[{index}]", source, device)
-            if fine and target.shape != source.shape:
-                problems.add(f"finetuned[{index}]", f"is {tuple(source.shape)}, merged {tuple(target.shape)}")
-            if not (math.isfinite(weight) and 0.0 <= weight <= 1.0):
-                problems.add(f"lam[{index}]", f"is {weight}, expected a number in [0, 1]")
+        if not _all_fit(merged, finetuned, weights):
+            _name_misfits(problems, merged, finetuned, weights)
         if not problems.found:
             checks.distinct_memory(problems, "merged", merged, finetuned=finetuned)
     problems.raise_if_any()
@@ -51,3 +45,24 @@ def scaled_merge_(
     chosen = dispatch.choose("scaled_merge", merged[0].device.type, backend)
     with torch.no_grad():
         torch.ops.slao_kernels.scaled_merge_(merged, finetuned, weights, chosen)
+
+
+def _all_fit(merged: list[Tensor], finetuned: list[Tensor], weights: list[float]) -> bool:
+    return (
+        checks.plain(merged + finetuned)
+        and all(target.shape == source.shape for target, source in zip(merged, finetuned, strict=True))
+        and all(0.0 <= weight <= 1.0 for weight in weights)
+    )
+
+
+def _name_misfits(
+    problems: checks.Problems, merged: list[Tensor], finetuned: list[Tensor], weights: list[float]
+) -> None:
+    device = next((tensor.device for tensor in merged if isinstance(tensor, Tensor)), None)
+    for index, (target, source, weight) in enumerate(zip(merged, finetuned, weights, strict=True)):
+        fine = checks.tensor(problems, f"merged[{index}]", target, device)
+        fine &= checks.tensor(problems, f"finetuned[{index}]", source, device)
+        if fine and target.shape != source.shape:
+            problems.add(f"finetuned[{index}]", f"is {tuple(source.shape)}, merged {tuple(target.shape)}")
+        if not (math.isfinite(weight) and 0.0 <= weight <= 1.0):
+            problems.add(f"lam[{index}]", f"is {weight}, expected a number in [0, 1]")
