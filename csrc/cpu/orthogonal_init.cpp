@@ -8,8 +8,8 @@
 #include <cmath>
 #include <vector>
 
+#include "gram.h"
 #include "isa.h"
-#include "rows.h"
 
 namespace slao::SLAO_ISA {
 namespace {
@@ -18,57 +18,20 @@ namespace {
 constexpr double kPivot = 1e-12;
 // One pass leaves about 1e-8 κ; up to κ_F = 5 r that stays within the contract's 1e-6 (tests: κ from 1 to 1e7).
 constexpr double kOnePass = 5.0;
-// Columns that are widened to fp64 at a time: r rows of them fit the L1 cache up to r = 16 and the L2 up to r = 256.
-int64_t chunk_columns(int64_t r) { return r > 32 && r <= 64 ? 128 : 256; }
-
-// --- G = A Aᵀ in fp64: lower triangle of r×r ---------------------------------------------------------------------
-
-// One tile of MI×MJ dot products over `count` columns, added to the vectors in `acc`.
-template <int MI, int MJ>
-void gram_tile(const double* x, const double* y, int64_t pitch, int64_t count, vd* acc) {
-  vd sums[MI][MJ];
-  for (int i = 0; i < MI; ++i)
-    for (int j = 0; j < MJ; ++j) sums[i][j] = acc[i * MJ + j];
-  for (int64_t k = 0; k < count; k += kDoubles) {
-    vd right[MJ];
-    for (int j = 0; j < MJ; ++j) right[j] = loadu<vd>(y + j * pitch + k);
-    for (int i = 0; i < MI; ++i) {
-      const vd left = loadu<vd>(x + i * pitch + k);
-      for (int j = 0; j < MJ; ++j) sums[i][j] += left * right[j];
-    }
-  }
-  for (int i = 0; i < MI; ++i)
-    for (int j = 0; j < MJ; ++j) acc[i * MJ + j] = sums[i][j];
-}
-
-// 16 accumulators fill AVX-512's 32 registers well; the narrower sets have 16 registers.
-constexpr int kTile = kBytes == 64 ? 4 : 2;
-
-void gram(const Matrix& m, double* G, Scratch<vd>& acc, Scratch<double>& wide) {
-  // Rows are padded to whole tiles with zeros, and columns to whole vectors: no remainders below.
-  const int64_t r = m.rows, tiles = (r + kTile - 1) / kTile, chunk = chunk_columns(r);
-  acc.assign(tiles * (tiles + 1) / 2 * kTile * kTile, vd{});
-  wide.assign(tiles * kTile * chunk, 0.0);
-  for (int64_t begin = 0; begin < m.cols; begin += chunk) {
-    const int64_t count = std::min(chunk, m.cols - begin), whole = (count + kDoubles - 1) / kDoubles * kDoubles;
-    for (int64_t i = 0; i < r; ++i) {
-      load_span(m, i, begin, count, wide.data() + i * chunk);
-      std::fill(wide.data() + i * chunk + count, wide.data() + i * chunk + whole, 0.0);
-    }
-    vd* a = acc.data();
-    for (int64_t I = 0; I < tiles; ++I)
-      for (int64_t J = 0; J <= I; ++J, a += kTile * kTile)
-        gram_tile<kTile, kTile>(wide.data() + I * kTile * chunk, wide.data() + J * kTile * chunk, chunk, whole, a);
-  }
-  const vd* a = acc.data();
-  for (int64_t I = 0; I < tiles; ++I)
-    for (int64_t J = 0; J <= I; ++J, a += kTile * kTile)
-      for (int64_t i = I * kTile; i < std::min(r, (I + 1) * kTile); ++i)
-        for (int64_t j = J * kTile; j < std::min(r, (J + 1) * kTile); ++j)
-          G[i * r + j] = sum(a[(i - I * kTile) * kTile + (j - J * kTile)]);
-}
-
+// Squared condition up to which the fp32 Gram's 1e-8 stays within the contract: SLAO's A are nearly orthonormal, fresh
+// random ones too. 16-bit storage rounds by far more.
+constexpr double kNarrow = 16.0, kNarrow16 = 1e4;
 // --- G = L Lᵀ, and L⁻¹ -------------------------------------------------------------------------------------------
+
+double dot(const double* x, const double* y, int64_t count) {
+  vd sums[2] = {};
+  int64_t k = 0;
+  for (; k + 2 * kDoubles <= count; k += 2 * kDoubles)
+    for (int j = 0; j < 2; ++j) sums[j] += loadu<vd>(x + k + j * kDoubles) * loadu<vd>(y + k + j * kDoubles);
+  double total = k ? sum(sums[0] + sums[1]) : 0.0;
+  for (; k < count; ++k) total += x[k] * y[k];
+  return total;
+}
 
 // Lower triangles, row-major r×r. False when a pivot is too small (or not a number). kappa: ‖L‖_F ‖L⁻¹‖_F of the
 // matrix with its rows scaled to length 1 (row scaling costs no accuracy).
@@ -78,8 +41,7 @@ bool factor(double* L, double* inverse, int64_t r, double* kappa) {
   for (int64_t i = 0; i < r; ++i) {
     const double diagonal = L[i * r + i];
     for (int64_t j = 0; j <= i; ++j) {
-      double s = L[i * r + j];
-      for (int64_t k = 0; k < j; ++k) s -= L[i * r + k] * L[j * r + k];
+      const double s = L[i * r + j] - dot(L + i * r, L + j * r, j);
       if (j < i) {
         L[i * r + j] = s * inverse[j * r + j];
       } else {
@@ -117,7 +79,7 @@ template <int MI, int MJ, typename T> void apply_tile(const T* M, int64_t r, int
   constexpr int n = Lanes<T>::n;
   const T* m = M + i * r;
   V sums[MI][MJ] = {};
-  for (int64_t k = 0; k < i + MI; ++k) {
+  for (int64_t k = 0; k < i; ++k) {
     V columns[MJ];
     for (int j = 0; j < MJ; ++j) columns[j] = loadu<V>(x + k * pitch + j * n);
     for (int a = 0; a < MI; ++a) {
@@ -125,23 +87,66 @@ template <int MI, int MJ, typename T> void apply_tile(const T* M, int64_t r, int
       for (int j = 0; j < MJ; ++j) sums[a][j] += factor * columns[j];
     }
   }
+  for (int k = 0; k < MI; ++k) {  // the triangle at the diagonal
+    V columns[MJ];
+    for (int j = 0; j < MJ; ++j) columns[j] = loadu<V>(x + (i + k) * pitch + j * n);
+    for (int a = k; a < MI; ++a) {
+      const V factor = splat(m[a * r + i + k]);
+      for (int j = 0; j < MJ; ++j) sums[a][j] += factor * columns[j];
+    }
+  }
   for (int a = 0; a < MI; ++a)
     for (int j = 0; j < MJ; ++j) storeu(x + (i + a) * pitch + j * n, sums[a][j]);
 }
 
-// From the last rows up, so that a row is overwritten only when no other needs it any more.
-template <int MJ, typename T> void apply_columns(const T* M, int64_t r, T* x, int64_t pitch) {
+// From the last rows up, so that a row is overwritten only when no other needs it any more. Before each tile, the same
+// rows of the columns `ahead` further on are asked for.
+template <int MJ, typename T> void apply_columns(const T* M, int64_t r, T* x, int64_t pitch, int64_t ahead = 0) {
   constexpr int MI = kTile;
+  constexpr int64_t line = 64 / sizeof(T), width = MJ * Lanes<T>::n;
   int64_t i = r;
-  for (; i >= MI; i -= MI) apply_tile<MI, MJ>(M, r, i - MI, x, pitch);
+  for (; i >= MI; i -= MI) {
+    if (ahead)
+      for (int a = 1; a <= MI; ++a)
+        for (int64_t j = 0; j < width; j += line) __builtin_prefetch(x + (i - a) * pitch + ahead + j, 1, 2);
+    apply_tile<MI, MJ>(M, r, i - MI, x, pitch);
+  }
   for (; i >= 1; --i) apply_tile<1, MJ>(M, r, i - 1, x, pitch);
+}
+
+// One vector of columns of R rows, all in registers. Rows that lie a multiple of 4 KiB apart, as in a contiguous A of
+// 4096 columns, share one set of a small cache: it holds 8 of them and would read every line again and again.
+template <int R, typename T> void apply_registers(const T* M, T* x, int64_t pitch, int64_t ahead) {
+  using V = typename Lanes<T>::V;
+  constexpr int MI = kBytes == 64 ? 8 : 4;  // chains of multiply-adds that hide each other's latency
+  V rows[R];
+#pragma GCC unroll 16
+  for (int k = 0; k < R; ++k) {
+    rows[k] = loadu<V>(x + k * pitch);
+    __builtin_prefetch(x + k * pitch + ahead, 1, 2);
+  }
+#pragma GCC unroll 16
+  for (int i = R - MI; i >= 0; i -= MI) {
+    V sums[MI] = {};
+#pragma GCC unroll 16
+    for (int k = 0; k < i + MI; ++k)
+#pragma GCC unroll 16
+      for (int a = 0; a < MI; ++a)
+        if (k <= i + a) sums[a] += splat(M[(i + a) * R + k]) * rows[k];
+#pragma GCC unroll 16
+    for (int a = 0; a < MI; ++a) storeu(x + (i + a) * pitch, sums[a]);
+  }
 }
 
 // M (r, r) has zeros above its diagonal; x has `cols` columns and rows `pitch` apart.
 template <typename T> void apply(const T* M, int64_t r, T* x, int64_t pitch, int64_t cols, Scratch<T>& edge) {
   constexpr int n = Lanes<T>::n;
   int64_t j = 0;
-  for (; j + 4 * n <= cols; j += 4 * n) apply_columns<4>(M, r, x + j, pitch);
+  if (r == 8)
+    for (; j + n <= cols; j += n) apply_registers<8>(M, x + j, pitch, 8 * n);
+  if (kBytes == 64 && r == 16)
+    for (; j + n <= cols; j += n) apply_registers<16>(M, x + j, pitch, 8 * n);
+  for (; j + 4 * n <= cols; j += 4 * n) apply_columns<4>(M, r, x + j, pitch, j + 16 * n <= cols ? 12 * n : 0);
   for (; j + n <= cols; j += n) apply_columns<1>(M, r, x + j, pitch);
   if (j == cols) return;
   edge.assign(r * n, T(0));  // the last columns, fewer than a vector
@@ -158,10 +163,12 @@ struct Plan {
 };
 
 struct Workspace {
-  Scratch<vd> acc;
-  Scratch<double> wide;
+  Gram<float> narrow_gram;
+  Gram<double> wide_gram;
   Scratch<float> narrow_scratch, narrow_edge;
   Scratch<double> wide_scratch, wide_edge;
+  Gram<float>& gram(float) { return narrow_gram; }
+  Gram<double>& gram(double) { return wide_gram; }
   Scratch<float>& scratch(float) { return narrow_scratch; }
   Scratch<double>& scratch(double) { return wide_scratch; }
   Scratch<float>& edge(float) { return narrow_edge; }
@@ -178,15 +185,29 @@ bool all_finite(const Matrix& m, Scratch<double>& row) {
   return true;
 }
 
+// Whether an fp32 Gram matrix, wrong by about 1e-8 of its rows' lengths, was good enough for what is stored.
+bool narrow_suffices(const Matrix& m, Plan& plan, Workspace& work) {
+  if (m.dtype == Dtype::f64) return false;
+  const int64_t r = m.rows;
+  work.narrow_gram(m, plan.L.data());
+  for (int64_t i = 0; i < r; ++i)  // far from where squares overflow or lose digits; false for NaN
+    if (!(plan.L[i * r + i] > 1e-24 && plan.L[i * r + i] < 1e+24)) return false;
+  if (!factor(plan.L.data(), plan.inverse.data(), r, &plan.kappa)) return false;
+  // κ² <= κ_F² / r - r + 2: the other r - 1 squared singular values and their inverses sum to at least r - 1 each.
+  const double excess = plan.kappa * plan.kappa / r - r;
+  return excess <= (m.dtype == Dtype::f32 ? kNarrow : kNarrow16);
+}
+
 Status inspect(const Matrix& m, Plan& plan, Workspace& work) {
   const int64_t r = m.rows;
   plan.L.assign(r * r, 0.0);
   plan.inverse.assign(r * r, 0.0);
-  gram(m, plan.L.data(), work.acc, work.wide);
+  if (narrow_suffices(m, plan, work)) return Status::done;
+  work.wide_gram(m, plan.L.data());
   for (int64_t i = 0; i < r; ++i)
     if (!std::isfinite(plan.L[i * r + i]))
       // fp64 storage can overflow its own squares; everything else is finite exactly when its Gram is.
-      return m.dtype == Dtype::f64 && all_finite(m, work.wide) ? Status::flagged : Status::not_finite;
+      return m.dtype == Dtype::f64 && all_finite(m, work.wide_edge) ? Status::flagged : Status::not_finite;
   return factor(plan.L.data(), plan.inverse.data(), r, &plan.kappa) ? Status::done : Status::flagged;
 }
 
@@ -208,7 +229,7 @@ template <typename T> void finish(const Matrix& m, const Matrix& triangle, Plan&
   const double limit = m.dtype == Dtype::bf16 || m.dtype == Dtype::f16 ? 1000.0 : kOnePass * r;
   if (plan.kappa > limit) {
     std::vector<double> L(r * r), inverse(r * r), product(r * r, 0.0);
-    gram(x, L.data(), work.acc, work.wide);
+    work.gram(T{})(x, L.data());
     double ignored;
     factor(L.data(), inverse.data(), r, &ignored);  // of nearly the identity: cannot fail
     for (int64_t i = 0; i < r * r; ++i) M[i] = T(inverse[i]);
@@ -246,7 +267,7 @@ bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, Status* st
     }
     if (finite) {
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < count; ++i) {
+      for (int64_t i = count - 1; i >= 0; --i) {  // backwards: what was read last may still be in a cache
         if (status[i] != Status::done) continue;
         const Matrix triangle = triangles ? triangles[i] : Matrix{};
         if (matrices[i].dtype == Dtype::f64)

@@ -179,10 +179,18 @@ inline void store(f16* p, vf v) {
 inline vd load_wide(const float* p) { return __builtin_convertvector(loadu<vf_half>(p), vd); }
 inline vd load_wide(const double* p) { return loadu<vd>(p); }
 
-inline double sum(vd v) {  // in a fixed order
-  double total = 0;
-  for (int i = 0; i < kDoubles; ++i) total += v[i];
-  return total;
+// In double and in a fixed order: pairs, pairs of pairs.
+inline double sum(vd v) {
+  double lanes[kDoubles];
+  storeu(lanes, v);
+  for (int width = kDoubles / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+inline double sum(vf v) {
+  float lanes[kFloats];
+  storeu(lanes, v);
+  return sum(load_wide(lanes) + load_wide(lanes + kDoubles));
 }
 
 // Calls f(T{}) with the C++ type of a dtype code.
