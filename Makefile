@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 BIN = $(VENV)/bin
+DRIVER = $(MAKE) --silent --no-print-directory -j$(shell getconf _NPROCESSORS_ONLN) -f tests/csrc/Makefile
 INSTALL = pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint asan aarch64 format clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -27,6 +28,17 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+## make asan    the C++ kernels without Python under the address and undefined-behaviour sanitizers (a minute)
+asan:
+	@command -v $(CXX) >/dev/null || { echo "make asan: no C++ compiler ($(CXX)); name one with CXX="; exit 2; }
+	@$(DRIVER) MODE=asan
+
+## make aarch64 the same for aarch64, cross-compiled, without sanitizers; run where qemu-user is installed
+aarch64:
+	@command -v aarch64-linux-gnu-g++ >/dev/null || \
+	  { echo "make aarch64: no aarch64-linux-gnu-g++ (Debian and Ubuntu: g++-aarch64-linux-gnu)"; exit 2; }
+	@$(DRIVER) MODE=aarch64
 
 ## make format  rewrite the code in the project's format
 format: $(VENV)/.installed

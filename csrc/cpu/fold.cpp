@@ -80,6 +80,7 @@ void fold(const FoldRecord* records, int64_t count, int threads) {
   std::vector<Unit> units;
   for (int64_t i = 0; i < count; ++i) {
     FoldRecord& record = table[i];
+    if (record.A.rows == 0) continue;  // r = 0 adds nothing
     // A weight stored (in, out) has its rows along the columns: Wᵀ += s Aᵀ Bᵀ walks it in memory order.
     if (record.weight.col_stride != 1 && record.weight.row_stride == 1)
       record = {transposed(record.weight), transposed(record.B), transposed(record.A), record.scaling};

@@ -211,6 +211,15 @@ Status inspect(const Matrix& m, Plan& plan, Workspace& work) {
   return factor(plan.L.data(), plan.inverse.data(), r, &plan.kappa) ? Status::done : Status::flagged;
 }
 
+// Whether fp32 holds L⁻¹ with all its digits. Rows of denormals have an inverse length above its largest number.
+bool fits_float(const std::vector<double>& inverse, int64_t r) {
+  for (double x : inverse)
+    if (!(std::abs(x) < 0x1p100)) return false;
+  for (int64_t i = 0; i < r; ++i)
+    if (inverse[i * r + i] < 0x1p-100) return false;
+  return true;
+}
+
 template <typename T> void finish(const Matrix& m, const Matrix& triangle, Plan& plan, Workspace& work) {
   const int64_t r = m.rows, cols = m.cols;
   // Where the storage is what is computed in, the matrix is its own scratch.
@@ -270,7 +279,7 @@ bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, Status* st
       for (int64_t i = count - 1; i >= 0; --i) {  // backwards: what was read last may still be in a cache
         if (status[i] != Status::done) continue;
         const Matrix triangle = triangles ? triangles[i] : Matrix{};
-        if (matrices[i].dtype == Dtype::f64)
+        if (matrices[i].dtype == Dtype::f64 || !fits_float(plans[i].inverse, matrices[i].rows))
           finish<double>(matrices[i], triangle, plans[i], work);
         else
           finish<float>(matrices[i], triangle, plans[i], work);

@@ -9,6 +9,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../tensor_table.h"
@@ -139,6 +141,8 @@ inline vf load(const f16* p) {
   return (vf)_mm512_cvtph_ps(loadu<__m256i>(p));
 #elif defined(__AVX2__)
   return (vf)_mm256_cvtph_ps(loadu<__m128i>(p));
+#elif defined(__aarch64__)
+  return (vf)vcvt_f32_f16(loadu<float16x4_t>(p));
 #else
   vf v;
   for (int i = 0; i < kFloats; ++i) v[i] = to_float(p[i]);
@@ -170,6 +174,8 @@ inline void store(f16* p, vf v) {
   storeu(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__AVX2__)
   storeu(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__aarch64__)
+  storeu(p, vcvt_f16_f32((float32x4_t)v));  // to nearest, as the control register stands at the start
 #else
   for (int i = 0; i < kFloats; ++i) p[i] = to_f16(v[i]);
 #endif

@@ -1,0 +1,181 @@
+// Calls the CPU kernels without Python and compares with naive double precision: every instruction set that this
+// processor has, tables of shapes, dtypes, layouts, unaligned starts, NaN and infinity, one and three threads. Meant
+// for the sanitizers (make asan) and for processors that are only emulated (make aarch64). Prints what failed; exits 1.
+#include "../../csrc/cpu/isa.h"
+#include "orthogonal_init.h"
+
+using namespace slao;
+
+namespace {
+
+// --- scaled_merge and fold: one written matrix, some that are only read -------------------------------------------
+
+struct Case {
+  std::string label;
+  Tensor written;
+  std::vector<Tensor> read;
+  double factor;
+  Values expected, tolerance;
+};
+
+void compare(const Case& c) {
+  const Values got = c.written.values();
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double want = c.expected[i], bound = c.tolerance[i];
+    const bool same = got[i] == want && (bound != 0 || std::signbit(got[i]) == std::signbit(want));
+    const bool near = bound != 0 && std::isfinite(want) && std::abs(got[i] - want) <= bound;
+    if (same || near || (std::isnan(got[i]) && std::isnan(want))) continue;
+    char text[160];
+    std::snprintf(text, sizeof text, "element %zu is %.17g, expected %.17g +- %.3g", i, got[i], want, bound);
+    return expect(false, c.label, text);
+  }
+}
+
+// run(threads) calls the kernel on all cases at once.
+template <typename Run> void check_cases(std::vector<Case>& cases, Run run) {
+  for (Case& c : cases) {
+    c.written.lock();
+    for (Tensor& tensor : c.read) tensor.lock();
+  }
+  run(3);
+  std::vector<std::vector<char>> first;
+  for (Case& c : cases) {
+    c.written.unlock();
+    for (Tensor& tensor : c.read) tensor.unlock();
+    compare(c);
+    expect(c.written.unchanged_outside(), c.label, "bytes around the destination changed");
+    for (const Tensor& tensor : c.read) expect(tensor.unchanged(), c.label, "an input changed");
+    first.push_back(c.written.restore());
+  }
+  run(1);
+  for (size_t i = 0; i < cases.size(); ++i)
+    expect(cases[i].written.holds(first[i]), cases[i].label, "one thread gives other bits than three");
+}
+
+using Merge = void (*)(const MergeRecord*, int64_t, int);
+using Fold = void (*)(const FoldRecord*, int64_t, int);
+
+// --- scaled_merge: dst + lam (src - dst) -------------------------------------------------------------------------
+
+Case merge_case(Tensor dst, Tensor src, double lam) {
+  const Dtype D = dst.m.dtype;
+  Case c{"scaled_merge lam " + std::to_string(lam) + " of " + describe(dst.m) + " and " + describe(src.m),
+         std::move(dst), {}, lam, {}, {}};
+  const Values d = c.written.values(), s = src.values();
+  for (size_t i = 0; i < d.size(); ++i) {
+    // torch's two branches: they differ where something is infinite. lam 0 and 1 are exact: tolerance 0.
+    const double exact = lam == 0   ? d[i]
+                         : lam == 1 ? nearest(s[i], D)
+                         : lam < 0.5 ? d[i] + lam * (s[i] - d[i])
+                                     : s[i] - (s[i] - d[i]) * (1 - lam);
+    // Four roundings where it is computed (fp32, or fp64 for fp64), one to storage.
+    const double rounding = 4 * unit(D == Dtype::f64 ? D : Dtype::f32) * (std::abs(d[i]) + std::abs(s[i]));
+    c.expected.push_back(exact);
+    c.tolerance.push_back(lam == 0 || lam == 1 ? 0 : rounding + storage_rounding(exact, D));
+  }
+  c.read.push_back(std::move(src));
+  return c;
+}
+
+void check_merge(Merge kernel) {
+  const int64_t shapes[][2] = {{1, 1}, {1, 7}, {3, 0}, {0, 3}, {7, 33}, {33, 17}, {130, 257}, {1, 40001}, {64, 64}};
+  std::vector<Case> cases;
+  for (double lam : {0.0, 0.25, 0.5, 0.75, 1.0})
+    for (Dtype D : kDtypes)
+      for (Dtype S : kDtypes)
+        for (const auto& shape : shapes) {
+          Tensor dst = random_tensor(shape[0], shape[1], D), src = random_tensor(shape[0], shape[1], S);
+          if (random_numbers.below(3) == 0)
+            for (double value : {kNaN, kInfinity, -kInfinity}) spoil(dst, value), spoil(src, value);
+          cases.push_back(merge_case(std::move(dst), std::move(src), lam));
+        }
+  // lam = 1 converts: all 16-bit patterns; and in wider dtypes ties, their neighbours, denormals, overflow.
+  for (Dtype D : kDtypes)
+    for (Dtype S : kDtypes)
+      for (Layout layout : {dense, strided}) {  // with vectors, without
+        Tensor src(1, 65536, S, layout, 1);
+        for (int64_t j = 0; j < src.m.cols; ++j) {
+          const uint16_t pattern = uint16_t(j);
+          const double tie = std::ldexp(double(random_numbers.below(8192) - 4096), int(random_numbers.below(64)) - 44);
+          const double beside = S == Dtype::f64 ? std::nextafter(tie, 9e9 * (j % 2 ? 1 : -1))
+                                                : std::nextafterf(float(tie), 9e9f * (j % 2 ? 1 : -1));
+          if (element_size(S) == 2)
+            std::memcpy(src.at(0, j), &pattern, 2);
+          else
+            encode(j % 3 ? beside : j % 7 ? tie : std::ldexp(tie, 126), src.at(0, j), S);
+        }
+        cases.push_back(merge_case(Tensor(1, 65536, D, layout, 3), std::move(src), 1.0));
+      }
+  std::vector<MergeRecord> records;
+  for (Case& c : cases) records.push_back({c.written.m, c.read[0].m, c.factor});
+  check_cases(cases, [&](int threads) { kernel(records.data(), int64_t(records.size()), threads); });
+  kernel(nullptr, 0, 3);
+  std::printf("%-7s scaled_merge     %5zu records\n", instruction_set.c_str(), records.size());
+}
+
+// --- fold: W + scaling B A ---------------------------------------------------------------------------------------
+
+Case fold_case(Tensor W, Tensor A, Tensor B, double scaling) {
+  const int64_t rows = W.m.rows, cols = W.m.cols, r = A.m.rows;
+  const bool wide = W.m.dtype == Dtype::f64 || A.m.dtype == Dtype::f64 || B.m.dtype == Dtype::f64;
+  Case c{"fold r " + std::to_string(r) + " W " + describe(W.m) + " A " + describe(A.m) + " B " + describe(B.m),
+         std::move(W), {}, scaling, {}, {}};
+  c.expected = c.written.values();
+  const Values a = A.values(), b = B.values();
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) {
+      double& total = c.expected[i * cols + j];
+      double size = std::abs(total);
+      for (int64_t k = 0; k < r; ++k) {
+        const double term = scaling * b[i * r + k] * a[k * cols + j];
+        total += term, size += std::abs(term);
+      }
+      // Every one of r + 4 roundings errs by at most this much; in practice they are far from all alike.
+      const double rounding = double(r + 4) * unit(wide ? Dtype::f64 : Dtype::f32) * size;
+      c.tolerance.push_back(rounding + storage_rounding(total, c.written.m.dtype));
+    }
+  c.read.push_back(std::move(A));
+  c.read.push_back(std::move(B));
+  return c;
+}
+
+void check_fold(Fold kernel) {
+  const int64_t shapes[][3] = {  // rows of W, columns, r
+      {1, 1, 1},    {1, 5, 1},    {3, 7, 7},      {7, 33, 8},    {5, 64, 12}, {33, 17, 16}, {97, 130, 33}, {6, 700, 64},
+      {50, 31, 130}, {7, 300, 256}, {101, 2100, 1}, {16, 16, 16}, {0, 5, 3},   {5, 0, 3},    {4, 6, 0}};
+  std::vector<Case> cases;
+  for (Dtype w : kDtypes)
+    for (Dtype a : kDtypes)
+      for (Dtype b : kDtypes)
+        for (const auto& [rows, cols, r] : shapes) {
+          Tensor W = random_tensor(rows, cols, w), A = random_tensor(r, cols, a), B = random_tensor(rows, r, b);
+          if (random_numbers.below(4) == 0) spoil(W, kInfinity), spoil(A, kNaN), spoil(B, -kInfinity);
+          cases.push_back(fold_case(std::move(W), std::move(A), std::move(B), random_numbers.normal()));
+        }
+  std::vector<FoldRecord> records;
+  for (Case& c : cases) records.push_back({c.written.m, c.read[0].m, c.read[1].m, c.factor});
+  check_cases(cases, [&](int threads) { kernel(records.data(), int64_t(records.size()), threads); });
+  kernel(nullptr, 0, 3);
+  std::printf("%-7s fold             %5zu records\n", instruction_set.c_str(), records.size());
+}
+
+void check_all(const char* isa, bool here, Merge merge, Fold fold, Orthogonal orthogonal) {
+  if (!here) return void(std::printf("%-7s not run: this processor does not have it\n", isa));
+  instruction_set = isa;
+  check_merge(merge);
+  check_fold(fold);
+  check_orthogonal(orthogonal);
+}
+
+}  // namespace
+
+int main() {
+  std::setvbuf(stdout, nullptr, _IONBF, 0);  // a sanitizer's abort loses nothing
+  check_all("base", true, base::scaled_merge, base::fold, base::orthogonal_init);
+#if defined(__x86_64__)
+  check_all("avx2", best_isa() >= Isa::avx2, avx2::scaled_merge, avx2::fold, avx2::orthogonal_init);
+  check_all("avx512", best_isa() >= Isa::avx512, avx512::scaled_merge, avx512::fold, avx512::orthogonal_init);
+#endif
+  std::printf(failures ? "%d checks FAILED\n" : "every check passed\n", failures);
+  return failures ? 1 : 0;
+}
