@@ -1,4 +1,4 @@
-// orthogonal_init: A <- L⁻¹A with A Aᵀ = L Lᵀ, by Cholesky QR with an fp64 Gram matrix; R = Lᵀ has a positive diagonal.
+// orthogonal_init: A <- L⁻¹A with A Aᵀ = L Lᵀ, by Cholesky QR; R = Lᵀ has a positive diagonal.
 //
 // Two phases, each parallel over the matrices. The first reads every matrix and decides: not finite (then nothing is
 // written at all), nearly dependent rows (flagged: left to Householder), or how to factor it. The second applies L⁻¹;
@@ -16,11 +16,12 @@ namespace {
 
 // Squared sine of a row's angle to the rows before it, below which an fp64 Gram has too few digits left: 1e-6².
 constexpr double kPivot = 1e-12;
-// One pass leaves about 1e-8 κ; up to κ_F = 5 r that stays within the contract's 1e-6 (tests: κ from 1 to 1e7).
-constexpr double kOnePass = 5.0;
-// Squared condition up to which the fp32 Gram's 1e-8 stays within the contract: SLAO's A are nearly orthonormal, fresh
-// random ones too. 16-bit storage rounds by far more.
-constexpr double kNarrow = 16.0, kNarrow16 = 1e4;
+// Bounds of 1/σ²_min (see `factor`). One pass leaves up to 1.5e-7/σ_min, so fp32 stays within the contract's 1e-6 to
+// σ_min = 1/4: SLAO's A and fresh random ones. 16-bit storage rounds by far more.
+constexpr double kOnePass = 16, kOnePass16 = 1e4;
+// The fp32 Gram is wrong by about 1e-8: this bound leaves 1e-3, which a second pass removes.
+constexpr double kNarrow = 1e5;
+
 // --- G = L Lᵀ, and L⁻¹ -------------------------------------------------------------------------------------------
 
 double dot(const double* x, const double* y, int64_t count) {
@@ -33,9 +34,10 @@ double dot(const double* x, const double* y, int64_t count) {
   return total;
 }
 
-// Lower triangles, row-major r×r. False when a pivot is too small (or not a number). kappa: ‖L‖_F ‖L⁻¹‖_F of the
-// matrix with its rows scaled to length 1 (row scaling costs no accuracy).
-bool factor(double* L, double* inverse, int64_t r, double* kappa) {
+// Lower triangles, row-major r×r. False when a pivot is too small (or not a number). condition: at least 1/σ²_min of
+// the matrix with its rows scaled to length 1 (row scaling costs no accuracy): their σ² sum to r, so the inverse squares
+// of the others sum to r - 2 or more, and all inverse squares are ‖L⁻¹‖²_F.
+bool factor(double* L, double* inverse, int64_t r, double* condition) {
   std::vector<double> length(r);
   for (int64_t i = 0; i < r; ++i) length[i] = std::sqrt(L[i * r + i]);
   for (int64_t i = 0; i < r; ++i) {
@@ -60,14 +62,13 @@ bool factor(double* L, double* inverse, int64_t r, double* kappa) {
     }
     for (int64_t j = 0; j < i; ++j) row[j] *= row[i];
   }
-  double forward = 0, backward = 0;
+  double squares = 0;
   for (int64_t i = 0; i < r; ++i)
     for (int64_t j = 0; j <= i; ++j) {
-      const double l = L[i * r + j] / length[i], m = inverse[i * r + j] * length[j];
-      forward += l * l;
-      backward += m * m;
+      const double m = inverse[i * r + j] * length[j];
+      squares += m * m;
     }
-  *kappa = std::sqrt(forward * backward);
+  *condition = squares - r + 2;
   return true;
 }
 
@@ -159,7 +160,7 @@ template <typename T> void apply(const T* M, int64_t r, T* x, int64_t pitch, int
 
 struct Plan {
   std::vector<double> L, inverse;
-  double kappa = 0;
+  double condition = 0;
 };
 
 struct Workspace {
@@ -185,17 +186,15 @@ bool all_finite(const Matrix& m, Scratch<double>& row) {
   return true;
 }
 
-// Whether an fp32 Gram matrix, wrong by about 1e-8 of its rows' lengths, was good enough for what is stored.
+// Whether an fp32 Gram matrix was good enough for a first pass.
 bool narrow_suffices(const Matrix& m, Plan& plan, Workspace& work) {
   if (m.dtype == Dtype::f64) return false;
-  const int64_t r = m.rows;
   work.narrow_gram(m, plan.L.data());
-  for (int64_t i = 0; i < r; ++i)  // far from where squares overflow or lose digits; false for NaN
-    if (!(plan.L[i * r + i] > 1e-24 && plan.L[i * r + i] < 1e+24)) return false;
-  if (!factor(plan.L.data(), plan.inverse.data(), r, &plan.kappa)) return false;
-  // κ² <= κ_F² / r - r + 2: the other r - 1 squared singular values and their inverses sum to at least r - 1 each.
-  const double excess = plan.kappa * plan.kappa / r - r;
-  return excess <= (m.dtype == Dtype::f32 ? kNarrow : kNarrow16);
+  for (int64_t i = 0; i < m.rows; ++i) {  // far from where squares overflow or lose digits; false for NaN
+    const double square = plan.L[i * m.rows + i];
+    if (!(square > 1e-24 && square < 1e+24)) return false;
+  }
+  return factor(plan.L.data(), plan.inverse.data(), m.rows, &plan.condition) && plan.condition <= kNarrow;
 }
 
 Status inspect(const Matrix& m, Plan& plan, Workspace& work) {
@@ -208,7 +207,7 @@ Status inspect(const Matrix& m, Plan& plan, Workspace& work) {
     if (!std::isfinite(plan.L[i * r + i]))
       // fp64 storage can overflow its own squares; everything else is finite exactly when its Gram is.
       return m.dtype == Dtype::f64 && all_finite(m, work.wide_edge) ? Status::flagged : Status::not_finite;
-  return factor(plan.L.data(), plan.inverse.data(), r, &plan.kappa) ? Status::done : Status::flagged;
+  return factor(plan.L.data(), plan.inverse.data(), r, &plan.condition) ? Status::done : Status::flagged;
 }
 
 // Whether fp32 holds L⁻¹ with all its digits. Rows of denormals have an inverse length above its largest number.
@@ -234,9 +233,7 @@ template <typename T> void finish(const Matrix& m, const Matrix& triangle, Plan&
   T* rows = (T*)x.data;
   Scratch<T> M(plan.inverse.begin(), plan.inverse.end());
   apply(M.data(), r, rows, x.row_stride, cols, work.edge(T{}));
-  // 16-bit storage rounds by more than the first pass errs, up to κ near 1e3.
-  const double limit = m.dtype == Dtype::bf16 || m.dtype == Dtype::f16 ? 1000.0 : kOnePass * r;
-  if (plan.kappa > limit) {
+  if (plan.condition > (m.dtype == Dtype::bf16 || m.dtype == Dtype::f16 ? kOnePass16 : kOnePass)) {
     std::vector<double> L(r * r), inverse(r * r), product(r * r, 0.0);
     work.gram(T{})(x, L.data());
     double ignored;

@@ -77,6 +77,22 @@ def test_orthonormal_up_to_a_condition_of_1e7(r, kappa, backend):
         assert (A.double() - Q).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("kappa", [2.0, 3.9, 4.1, 10.0, 50.0, 290.0, 400.0, 1e4, 1e6])
+@pytest.mark.parametrize("shape", [(2, 30), (16, 4096), (256, 256)], ids=str)
+def test_one_short_direction_among_equals(shape, kappa, backend):
+    """Where a whole-matrix measure of condition sees least: at (256, 256), κ = 50, one pass would leave 8e-6."""
+    r, n = shape
+    U = torch.linalg.qr(torch.randn(r, r, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(n, r, dtype=torch.float64)).Q
+    lengths = torch.ones(r, dtype=torch.float64)
+    lengths[-1] = 1 / kappa
+    A = (U @ torch.diag(lengths) @ V.T).float()
+    scaled = A * torch.logspace(-4, 4, r)[:, None]
+    slao_kernels.orthogonal_init_([A, scaled], backend=backend)
+    assert orthogonality(A) <= 1e-6
+    assert orthogonality(scaled) <= 1e-6
+
+
 def _half_rank() -> Tensor:
     return torch.randn(16, 8) @ torch.randn(8, 300)
 
