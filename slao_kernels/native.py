@@ -60,25 +60,27 @@ def matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
     return tensor.data_ptr(), rows, cols, row_stride, col_stride, _CODES[tensor.dtype]
 
 
+def row(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
+    """The record of a contiguous tensor of any shape, as one row; no view is made, a model has hundreds."""
+    count = tensor.numel()
+    return tensor.data_ptr(), 1, count, count, 1, _CODES[tensor.dtype]
+
+
 def table(records: Iterable[tuple[int, ...]]) -> array.array[int]:
     """Records as one buffer of 64-bit integers."""
     return array.array("q", [word for record in records for word in record])
 
 
-def elementwise(target: Tensor, source: Tensor) -> Iterator[tuple[int, ...]]:
-    """Two tensors of one shape as records of two matrices each, as few as their strides allow."""
-    if target.is_contiguous() and source.is_contiguous():  # as one row; no view is made, a model has hundreds
-        count = target.numel()
-        row = (1, count, count, 1)
-        yield target.data_ptr(), *row, _CODES[target.dtype], source.data_ptr(), *row, _CODES[source.dtype]
-    elif target.dim() == 1:
+def strided(target: Tensor, source: Tensor) -> Iterator[tuple[int, ...]]:
+    """Two tensors of one shape and any strides as records of two matrices each, as few as the strides allow."""
+    if target.dim() == 1:
         yield matrix(target[None]) + matrix(source[None])
     elif target.dim() == 2:
         flip = target.stride(0) < target.stride(1)
         yield matrix(target.t()) + matrix(source.t()) if flip else matrix(target) + matrix(source)
     else:
         for part, other in zip(target.unbind(0), source.unbind(0), strict=True):
-            yield from elementwise(part, other)
+            yield from strided(part, other)
 
 
 def written(tensors: Sequence[Tensor]) -> None:

@@ -16,13 +16,16 @@ template <typename T> struct Workspace {
   Scratch<T> A, B, W;
 };
 
-template <int MI, int MJ, typename T>
-void tile(const T* b, int64_t r, const T* a, int64_t pitch, T* w, int64_t ldw) {
+// MI rows of W, MJ vectors of each, stored as D: read once, written once, converted in registers.
+template <int MI, int MJ, typename T, typename D>
+void tile(const T* b, int64_t r, const T* a, int64_t pitch, D* w, int64_t ldw) {
   using V = typename Lanes<T>::V;
   constexpr int n = Lanes<T>::n;
   V sums[MI][MJ];
+#pragma GCC unroll 8
   for (int i = 0; i < MI; ++i)
-    for (int j = 0; j < MJ; ++j) sums[i][j] = loadu<V>(w + i * ldw + j * n);
+#pragma GCC unroll 8
+    for (int j = 0; j < MJ; ++j) sums[i][j] = load_as<V>(w + i * ldw + j * n);
   for (int64_t k = 0; k < r; ++k) {
     V columns[MJ];
     for (int j = 0; j < MJ; ++j) columns[j] = loadu<V>(a + k * pitch + j * n);
@@ -31,8 +34,22 @@ void tile(const T* b, int64_t r, const T* a, int64_t pitch, T* w, int64_t ldw) {
       for (int j = 0; j < MJ; ++j) sums[i][j] += factor * columns[j];
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < MI; ++i)
-    for (int j = 0; j < MJ; ++j) storeu(w + i * ldw + j * n, sums[i][j]);
+#pragma GCC unroll 8
+    for (int j = 0; j < MJ; ++j) store(w + i * ldw + j * n, sums[i][j]);
+}
+
+// `rows` <= kRows rows of `count` columns, a multiple of kVectors registers.
+template <typename T, typename D>
+void strip(const T* b, int64_t r, const T* a, int64_t pitch, D* w, int64_t ldw, int64_t rows, int64_t count) {
+  constexpr int64_t step = kVectors * Lanes<T>::n;
+  for (int64_t j = 0; j < count; j += step) {
+    if (rows == kRows)
+      tile<kRows, kVectors>(b, r, a + j, pitch, w + j, ldw);
+    else
+      for (int64_t i = 0; i < rows; ++i) tile<1, kVectors>(b + i * r, r, a + j, pitch, w + i * ldw + j, ldw);
+  }
 }
 
 int64_t panel_width(int64_t r, int64_t cols, int64_t step, int64_t size) {
@@ -49,24 +66,31 @@ void fold_unit(const FoldRecord& record, int64_t row, int64_t row_end, int64_t c
   work.A.assign(r * pitch, T(0));
   for (int64_t k = 0; k < r; ++k) load_span(record.A, k, col, count, work.A.data() + k * pitch);
   work.B.resize(kRows * r);
-  work.W.assign(kRows * pitch, T(0));
   for (; row < row_end; row += kRows) {
     const int64_t rows = std::min<int64_t>(kRows, row_end - row);
     for (int64_t i = 0; i < rows; ++i) {
       load_span(record.B, row + i, 0, r, work.B.data() + i * r);
       for (int64_t k = 0; k < r; ++k) work.B[i * r + k] *= T(record.scaling);
-      load_span(record.weight, row + i, col, count, work.W.data() + i * pitch);
     }
-    for (int64_t j = 0; j < pitch; j += step) {
-      const T *a = work.A.data() + j, *b = work.B.data();
-      T* w = work.W.data() + j;
-      if (rows == kRows) {
-        tile<kRows, kVectors>(b, r, a, pitch, w, pitch);
-      } else {
-        for (int64_t i = 0; i < rows; ++i) tile<1, kVectors>(b + i * r, r, a, pitch, w + i * pitch, pitch);
-      }
-    }
-    for (int64_t i = 0; i < rows; ++i) store_span(record.weight, row + i, col, count, work.W.data() + i * pitch);
+    const T *a = work.A.data(), *b = work.B.data();
+    int64_t direct = 0;  // columns that are updated where they are
+    if (record.weight.col_stride == 1)
+      with_type(record.weight.dtype, [&](auto d) {
+        using D = decltype(d);
+        if constexpr (std::is_same<T, double>::value == std::is_same<D, double>::value) {
+          direct = count / step * step;
+          D* w = (D*)record.weight.data + row * record.weight.row_stride + col;
+          strip(b, r, a, pitch, w, record.weight.row_stride, rows, direct);
+        }
+      });
+    if (direct == count) continue;
+    const int64_t rest = count - direct, width = pitch - direct;
+    work.W.assign(kRows * width, T(0));
+    for (int64_t i = 0; i < rows; ++i)
+      load_span(record.weight, row + i, col + direct, rest, work.W.data() + i * width);
+    strip(b, r, a + direct, pitch, work.W.data(), width, rows, width);
+    for (int64_t i = 0; i < rows; ++i)
+      store_span(record.weight, row + i, col + direct, rest, work.W.data() + i * width);
   }
 }
 

@@ -39,6 +39,13 @@ template <typename D, typename S> void run(D* dst, const S* src, int64_t count, 
     const bool from_src = !(lam < 0.5);
     const vf near = splat(float(from_src ? 1 - lam : lam));
     for (; i + 2 * kFloats <= count; i += 2 * kFloats) {
+      if constexpr (std::is_same<D, bf16>::value && std::is_same<S, bf16>::value) {
+        vf even, odd, from_even, from_odd;
+        load_pairs(dst + i, even, odd);
+        load_pairs(src + i, from_even, from_odd);
+        store_pairs(dst + i, lerp(even, from_even, near, from_src), lerp(odd, from_odd, near, from_src));
+        continue;
+      }
       vf first = lerp(load(dst + i), load(src + i), near, from_src);
       vf second = lerp(load(dst + i + kFloats), load(src + i + kFloats), near, from_src);
       store(dst + i, first);

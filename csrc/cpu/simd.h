@@ -160,13 +160,25 @@ inline vf load(const double* p) {
 }
 
 inline void store(float* p, vf v) { storeu(p, v); }
+inline void store(double* p, vd v) { storeu(p, v); }
 
-inline void store(bf16* p, vf v) {
-  vu bits = (vu)v;
-  vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  vu nan = (vu)(v != v);
-  vu quiet = (bits >> 16) | 0x40;
-  storeu(p, __builtin_convertvector((rounded & ~nan) | (quiet & nan), vh));
+// The upper half of each lane is the bf16 nearest to v (ties to even, NaN stays NaN); the lower half is anything.
+inline vu round_bf16(vf v) {
+  const vu bits = (vu)v;
+  const vu rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return v == v ? rounded : bits | 0x400000;
+}
+
+inline void store(bf16* p, vf v) { storeu(p, __builtin_convertvector(round_bf16(v) >> 16, vh)); }
+
+// 2 kFloats of them, the even ones and the odd ones: for elementwise work, that saves moving halves across lanes.
+inline void load_pairs(const bf16* p, vf& even, vf& odd) {
+  const vu words = loadu<vu>(p);
+  even = (vf)(words << 16);
+  odd = (vf)(words & 0xffff0000u);
+}
+inline void store_pairs(bf16* p, vf even, vf odd) {
+  storeu(p, (round_bf16(even) >> 16) | (round_bf16(odd) & 0xffff0000u));
 }
 
 inline void store(f16* p, vf v) {
@@ -184,6 +196,13 @@ inline void store(f16* p, vf v) {
 // kDoubles floats, widened.
 inline vd load_wide(const float* p) { return __builtin_convertvector(loadu<vf_half>(p), vd); }
 inline vd load_wide(const double* p) { return loadu<vd>(p); }
+
+template <typename V, typename D> inline V load_as(const D* p) {
+  if constexpr (sizeof(V{}[0]) == 8)
+    return load_wide(p);
+  else
+    return load(p);
+}
 
 // In double and in a fixed order: pairs, pairs of pairs.
 inline double sum(vd v) {

@@ -64,9 +64,11 @@ def orthogonal_init_(As: Sequence[Tensor], *, return_r: bool = False, backend: s
     As = list(As)
     problems = checks.Problems("orthogonal_init_")
     device = next((A.device for A in As if isinstance(A, Tensor)), None)
-    plain = [checks.tensor(problems, f"As[{index}]", A, device) for index, A in enumerate(As)]
-    for index, (A, is_plain) in enumerate(zip(As, plain, strict=True)):
-        if is_plain and (A.dim() != 2 or A.shape[0] > A.shape[1] or A.shape[0] == 0):
+    known_good = checks.plain(As)
+    for index, A in enumerate(As):
+        if not (known_good or checks.tensor(problems, f"As[{index}]", A, device)):
+            continue
+        if A.dim() != 2 or not 0 < A.shape[0] <= A.shape[1]:
             problems.add(f"As[{index}]", f"is {tuple(A.shape)}; it needs the shape (r, n) with 1 <= r <= n")
     if not problems.found:
         checks.distinct_memory(problems, "As", As)

@@ -1,0 +1,67 @@
+"""A whole end_task + begin_task of SLAO on a model of real size: how much of it is not the two kernels' work."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from race import clock
+from torch import nn
+
+import slao_kernels
+from slao import SLAO
+from slao_kernels.adapters import find_pairs
+
+RANK = 16
+
+
+class Model(nn.Module):
+    """Every linear layer of the geometry with a LoRA, base weights on the meta device: only A and B are real."""
+
+    def __init__(self, layers: list[tuple[int, int]], device: str) -> None:
+        super().__init__()
+        from peft.tuners.lora import Linear
+
+        config = LoraConfig(r=RANK, lora_alpha=RANK)
+        self.layers = nn.ModuleList()
+        for n, k in layers:
+            base = nn.Linear(k, n, bias=False, device="meta")
+            self.layers.append(Linear(base, "default", config, r=RANK, lora_alpha=RANK))
+        for name, parameter in list(self.named_parameters()):
+            if "lora_" in name:
+                owner = self.get_submodule(name.rpartition(".")[0])
+                values = torch.randn(parameter.shape, device=device) / parameter.shape[1] ** 0.5
+                owner.weight = nn.Parameter(values)
+
+
+@pytest.mark.parametrize("rounds", [9])
+def test_transition(rounds: int, benchmark: Any, device: str, layers: list[tuple[int, int]]) -> None:
+    torch.manual_seed(0)
+    model = Model(layers, device)
+    method = SLAO(model)
+    pairs, _ = find_pairs(model)
+    As, Bs = [pair.A.detach() for pair in pairs], [pair.B.detach() for pair in pairs]
+    copies = [B.clone() for B in Bs]
+    kernels: list[float] = []
+    method.begin_task("warm-up")
+
+    def transition() -> None:
+        method.end_task()
+        method.begin_task(f"task {len(method.names) + 1}")
+
+    def calls() -> None:  # the same bytes through the calls alone
+        finite = torch.stack([torch.isfinite(tensor).all() for tensor in As + Bs])
+        assert bool(finite.all())
+        slao_kernels.scaled_merge_(copies, Bs, 0.5)
+        [A.clone() for A in As]
+        slao_kernels.orthogonal_init_(As)
+
+    transition()
+    mine: list[float] = []
+    setup = lambda: kernels.append(clock(calls, device))  # noqa: E731
+    benchmark.pedantic(lambda: mine.append(clock(transition, device)), setup=setup, rounds=rounds, iterations=1)
+    benchmark.extra_info |= {"ours_ms": median(mine) * 1e3, "its calls ms": median(kernels) * 1e3}
+    benchmark.extra_info |= {"its calls / ours": median(kernels) / median(mine)}
