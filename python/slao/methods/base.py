@@ -167,13 +167,18 @@ class Method:
             raise ValueError(f"{what}() was called inside merged(); leave the block first")
 
     def _refuse_broken_weights(self) -> None:
-        tensors = [tensor for pair in self.pairs for tensor in (pair.A, pair.B)]
-        finite = torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors])
+        weights = [(tensor, pair.name) for pair in self.pairs for tensor in (pair.A.detach(), pair.B.detach())]
+        # A sum is finite only if every term is, and takes one pass and no temporary; the few that overflow are looked
+        # at again.
+        totals = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor, _ in weights]
+        home = totals[0].device
+        finite = torch.stack([total.to(home) for total in totals]).isfinite()
         if bool(finite.all()):  # the one host sync of a task's end
             return
-        flags = finite.view(-1, 2).all(dim=1).tolist()
-        broken = [pair.name for pair, fine in zip(self.pairs, flags, strict=True) if not fine]
-        raise ValueError(
-            f"task {self.names[-1]!r} diverged: NaN or infinite adapter weights in {len(broken)} layers "
-            f"({', '.join(broken[:8])}); lower the learning rate and train it again"
-        )
+        suspects = [weight for weight, fine in zip(weights, finite.tolist(), strict=True) if not fine]
+        broken = list(dict.fromkeys(name for tensor, name in suspects if not bool(tensor.isfinite().all())))
+        if broken:
+            raise ValueError(
+                f"task {self.names[-1]!r} diverged: NaN or infinite adapter weights in {len(broken)} layers "
+                f"({', '.join(broken[:8])}); lower the learning rate and train it again"
+            )

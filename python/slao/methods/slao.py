@@ -31,7 +31,7 @@ class SLAO(Method):
     init: what a task starts from: "last_ft" (the paper's), "merged", or "random" (fresh A, B = 0).
     orthogonal: re-base A. merge: the factors that are averaged, "B" (the paper's), "A" or "AB"; the other is replaced.
     preserve: start from B Rᵀ instead of B, so that re-basing A leaves B A as it was. seed: of init="random".
-    State: besides the live A and B one further B a layer (one A while a task runs), whatever the number of tasks.
+    State: besides the live A and B one further A and B a layer, whatever the number of tasks.
     Raises ValueError for unknown options, and where r > n forbids orthonormal rows.
     """
 
@@ -66,6 +66,8 @@ class SLAO(Method):
         self._schedule_name = getattr(schedule, "__qualname__", schedule)
         # The merged A and B per layer; None where the trained factor is the merged one.
         self._merged: dict[str, list[Tensor] | None] = {"A": None, "B": None}
+        # The memory of the copy that a running task needs, kept between tasks: fresh pages cost more than the copy.
+        self._spare: dict[str, list[Tensor]] = {}
 
     def _live(self, factor: str) -> list[Tensor]:
         return [getattr(pair, factor).detach() for pair in self.pairs]
@@ -77,12 +79,8 @@ class SLAO(Method):
     def _begin(self, task: int) -> None:
         if task == 1:
             return
-        if self.orthogonal:
-            self._refuse_broken_weights()
-        for factor in "AB":
-            # Training is about to change the factor that so far stood for its own merge.
-            if self._merged[factor] is None:
-                self._merged[factor] = [tensor.clone() for tensor in self._live(factor)]
+        # Training is about to change the factors that so far stood for their own merge.
+        kept = {factor: self._copy(factor) for factor in "AB" if self._merged[factor] is None}
         As, Bs = self._live("A"), self._live("B")
         if self.init == "merged":
             scaled_merge_(As + Bs, self._merged_or_live("A") + self._merged_or_live("B"), 1.0)
@@ -92,9 +90,25 @@ class SLAO(Method):
                 B.zero_()
         if self.orthogonal:
             self._rebase(As, Bs)
+        self._merged |= kept
+
+    def _copy(self, factor: str) -> list[Tensor]:
+        """The live weights, copied into the memory that the same copy took a task ago."""
+        live = self._live(factor)
+        spare, self._spare = self._spare, {}
+        copies = spare.get(factor)
+        if copies is None or any(not _alike(*two) for two in zip(copies, live, strict=True)):
+            return [tensor.clone() for tensor in live]
+        scaled_merge_(copies, live, 1.0)
+        return copies
 
     def _rebase(self, As: list[Tensor], Bs: list[Tensor]) -> None:
-        report = orthogonal_init_(As, return_r=self.preserve)
+        try:
+            report = orthogonal_init_(As, return_r=self.preserve)
+            report.check()
+        except ValueError:  # nothing is written; the layers' names say more than their numbers
+            self._refuse_broken_weights()
+            raise
         if report.deficient:
             names = [self.pairs[index].name for index in report.deficient]
             logger.warning(
@@ -121,8 +135,8 @@ class SLAO(Method):
             per_layer * len(averaged),
         )
         for factor in "AB":
-            if factor not in averaged:
-                self._merged[factor] = None
+            if factor not in averaged and (merged := self._merged[factor]) is not None:
+                self._merged[factor], self._spare = None, {factor: merged}
         return lam
 
     def _stats(self, task: int) -> MergeStats:
@@ -173,6 +187,10 @@ class SLAO(Method):
                 tensor.to(now.device) for tensor, now in zip(found, live, strict=True) if tensor is not None
             ]
         self._merged = loaded
+
+
+def _alike(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
 
 
 def _fresh_A(A: Tensor, key: str) -> Tensor:

@@ -261,6 +261,47 @@ def test_a_diverged_task_is_refused_and_changes_nothing(model):
     assert method.task == 3
 
 
+def test_weights_that_broke_between_tasks_are_refused_and_nothing_changes(model):
+    method = SLAO(model)
+    run_tasks(method, 2)
+    before = answers(method)
+    good = method.pairs[2].A.detach().clone()
+    with torch.no_grad():
+        method.pairs[2].A[0, 0] = float("inf")
+    others = [pair.A.detach().clone() for pair in method.pairs]
+    with pytest.raises(ValueError, match=rf"NaN or infinite adapter weights in 1 layers \({method.pairs[2].name}"):
+        method.begin_task("next")
+    assert all(torch.equal(pair.A, other) for pair, other in zip(method.pairs, others, strict=True))
+    with torch.no_grad():
+        method.pairs[2].A.copy_(good)
+    assert not method.in_task
+    close(answers(method), before, 0.0)
+
+
+def test_large_finite_weights_are_not_taken_for_broken(model):
+    method = SLAO(model)
+    method.begin_task("large")
+    with torch.no_grad():
+        method.pairs[0].B.fill_(3e38)  # finite, though their sum is not
+    method.end_task()
+    assert method.lambdas == [1.0]
+
+
+def test_the_copy_of_a_task_reuses_the_last_ones_memory(model):
+    method = SLAO(model)
+    run_tasks(method, 2)
+    method.begin_task("third")
+    kept = [tensor.data_ptr() for tensor in method._merged["A"]]
+    with torch.no_grad():
+        for pair in method.pairs:
+            pair.A.add_(0.01)
+    method.end_task()
+    method.begin_task("fourth")
+    assert [tensor.data_ptr() for tensor in method._merged["A"]] == kept
+    for pair, copy in zip(method.pairs, method._merged["A"], strict=True):
+        assert not torch.equal(pair.A, copy)
+
+
 def test_dependent_rows_are_completed_and_logged(model, caplog):
     method = SLAO(model)
     method.begin_task("a")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slao_kernels
-from slao_kernels import dispatch
+from slao_kernels import dispatch, native
 from slao_kernels.testing import error_ratio
 
 BACKENDS = [name for name in dispatch.BACKENDS[1:] if dispatch.why_not("fold", name, "cpu") is None]
@@ -101,3 +105,27 @@ def test_overlapping_weights_are_refused():
     with pytest.raises(ValueError, match=r"weights\[1\]: overlaps the memory of weights\[0\]"):
         slao_kernels.fold_([W[:4], W[3:]], [torch.ones(2, 5)] * 2, [torch.ones(4, 2), torch.ones(3, 2)], 1.0)
     assert not W.any()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.skipif(native.why_not("cpu") is not None, reason=f"no compiled core: {native.why_not('cpu')}")
+def test_peak_memory_is_under_one_per_cent_of_the_weight():
+    program = """
+import torch, slao_kernels
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
+torch.set_num_threads(2)
+for dtype in (torch.bfloat16, torch.float32):
+    W, A, B = torch.ones(8192, 4096, dtype=dtype), torch.ones(16, 4096), torch.ones(8192, 16)
+    slao_kernels.fold_([W[:96]], [A], [B[:96]], 1.0)  # threads, lazy imports
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+    before = peak()
+    slao_kernels.fold_([W], [A], [B], 1.0)
+    print((peak() - before) / W.nbytes)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    for share in map(float, done.stdout.split()):
+        assert share < 0.01
+    assert len(done.stdout.split()) == 2
