@@ -3,14 +3,27 @@
 LoRA first, then the base GEMM on top of it with beta = 1: the M×N add rides in the GEMM's epilogue, and the
 rank-r product is rounded before the larger base product joins it in the accumulator, which is more accurate than
 adding two rounded M×N tensors. `scaling` is the GEMM's alpha, so no scaled copy of B is made.
+
+Other backends are these two functions with other rank-r products (`products`, see skinny.py).
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from . import wide
+from . import skinny, wide
+
+
+class Products(Protocol):
+    """The rank-r products; skinny.py says what each computes."""
+
+    def shrink(self, x: Tensor, A: Tensor) -> Tensor: ...
+    def expand_(self, y: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None) -> None: ...
+    def grad_t(self, dy: Tensor, t: Tensor, B: Tensor, scaling: float, g: Tensor | None, dB: Tensor | None) -> None: ...
+    def grad_A(self, g: Tensor, x: Tensor, dA: Tensor) -> None: ...
 
 
 def forward(
@@ -21,6 +34,7 @@ def forward(
     A: Tensor,
     B: Tensor,
     scaling: float,
+    products: Products = skinny,
 ) -> tuple[Tensor, Tensor]:
     """(y, t) of `slao_kernels::lora_linear`; see ops/schema.py."""
     if A.dtype != x.dtype:
@@ -28,11 +42,8 @@ def forward(
     out_features, in_features = weight.shape
     y = x.new_empty((*x.shape[:-1], out_features))
     x2, y2 = x.reshape(-1, in_features), y.view(-1, out_features)
-    t = (x2 if x_dropped is None else x_dropped.reshape(-1, in_features)) @ A.t()  # (M, r)
-    if bias is None:
-        torch.addmm(y2, t, B.t(), beta=0, alpha=scaling, out=y2)
-    else:
-        torch.addmm(bias, t, B.t(), alpha=scaling, out=y2)
+    t = products.shrink(x2 if x_dropped is None else x_dropped.reshape(-1, in_features), A)
+    products.expand_(y2, t, B, scaling, bias)
     y2.addmm_(x2, weight.t())
     return y, t
 
@@ -50,6 +61,7 @@ def backward(
     need_dropped: bool,
     need_A: bool,
     need_B: bool,
+    products: Products = skinny,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dx_dropped, dA, dB, g) of `slao_kernels::lora_linear_backward`; see ops/schema.py."""
     if A.dtype != x.dtype:
@@ -59,20 +71,18 @@ def backward(
     dy2 = dy.reshape(-1, out_features)
     dx, dx_dropped = x.new_empty(x.shape if need_x else 0), x.new_empty(x.shape if need_dropped else 0)
     dA, dB = A.new_empty(A.shape if need_A else 0), B.new_empty(B.shape if need_B else 0)
-    g = t.new_empty(t.shape if need_x or need_dropped or need_A else 0)  # scaling dy B, (M, r)
-    if need_x or need_dropped or need_A:
-        torch.addmm(g, dy2, B, beta=0, alpha=scaling, out=g)
-    if need_B:
-        torch.addmm(dB, dy2.t(), t, beta=0, alpha=scaling, out=dB)
+    need_g = need_x or need_dropped or need_A
+    g = t.new_empty(t.shape if need_g else 0)  # scaling dy B, (M, r)
+    products.grad_t(dy2, t, B, scaling, g if need_g else None, dB if need_B else None)
     if need_A:
         source = x if x_dropped is None else x_dropped
-        torch.mm(g.t(), source.reshape(-1, in_features), out=dA)
+        products.grad_A(g, source.reshape(-1, in_features), dA)
     if need_dropped:
-        torch.mm(g, A, out=dx_dropped.view(-1, in_features))
+        products.expand_(dx_dropped.view(-1, in_features), g, A.t(), 1.0)
     if need_x:
         dx2 = dx.view(-1, in_features)
         if x_dropped is None:
-            torch.mm(g, A, out=dx2)
+            products.expand_(dx2, g, A.t(), 1.0)
             dx2.addmm_(dy2, weight)
         else:
             torch.mm(dy2, weight, out=dx2)
