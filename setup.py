@@ -111,6 +111,7 @@ class BuildNative(build_ext):
 
 
 setup(
-    ext_modules=[Extension("slao_kernels._C", [])],
+    # Optional: an editable install otherwise insists on the file that was not built.
+    ext_modules=[Extension("slao_kernels._C", [], optional=True)],
     cmdclass={"build_ext": BuildNative},
 )
