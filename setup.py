@@ -27,6 +27,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c"]
     ISAS["avx512"] += ["-mprefer-vector-width=512", "-Wno-maybe-uninitialized"]
+    # lora_linear has no code for the base set, and one more where the processor multiplies bf16.
+    LORA_ISAS = {"avx2": ISAS["avx2"], "avx512": ISAS["avx512"], "avx512bf16": [*ISAS["avx512"], "-mavx512bf16"]}
+else:
+    LORA_ISAS = {}
 
 
 def compiler() -> str | None:
@@ -100,6 +104,9 @@ class BuildNative(build_ext):
         for isa, flags in ISAS.items():
             for stem in KERNELS:
                 compile_one(ROOT / "csrc" / "cpu" / f"{stem}.cpp", f"{stem}.{isa}.o", [f"-DSLAO_ISA={isa}", *flags])
+        for isa, flags in LORA_ISAS.items():
+            source = ROOT / "csrc" / "cpu" / "lora_linear.cpp"
+            compile_one(source, f"lora_linear.{isa}.o", [f"-DSLAO_ISA={isa}", *flags])
         link = [*openmp, *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--strip-all"])]
         lines += [
             f"build {str(target).replace(' ', '$ ')}: link {' '.join(objects)}",

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch  # before the extension: its OpenMP runtime is then the one that both use
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -38,6 +38,13 @@ def why_not(device_type: str) -> str | None:
         return "the extension was built without CUDA" if device_type == "cuda" else "CPU only"
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
+
+
+def why_not_lora(device_type: str) -> str | None:
+    """Why the compiled core, where there is one, has no rank-r products for `lora_linear`; None if it has."""
+    if device_type != "cpu":
+        return "the core's rank-r products are for CPUs"
+    return None if core().lora_rank else "the core has no rank-r products for this processor (AVX2 and newer)"
 
 
 def core() -> ModuleType:

@@ -11,11 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import slao_kernels
+from slao_kernels import dispatch
 from slao_kernels.ops.lora_linear import reference
 from slao_kernels.testing import TOLERANCE, error_ratio
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = ["eager", "reference"]
+NATIVE = dispatch.why_not("lora_linear", "native", "cpu")
+BACKENDS = [
+    pytest.param("native", marks=pytest.mark.skipif(NATIVE is not None, reason=str(NATIVE))),
+    "eager",
+    "reference",
+]
 # (leading sizes of x, K, N, r)
 SHAPES = [
     ((1,), 64, 48, 8),
@@ -295,18 +301,19 @@ def test_autocast_computes_in_its_dtype(base, adapter):
     compare({"y": y, **dict(zip(names, grads, strict=True))}, expected, 1.5 * TOLERANCE[torch.bfloat16])
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:2])
 @pytest.mark.parametrize("grad", [False, True])
-def test_operator_contract(grad):
+def test_operator_contract(grad, backend):
     """torch's own checks of schema, fake function and mutation for both operators."""
     inputs = make((6,), 16, 24, 4, torch.float32)
-    forward = (inputs["x"], None, inputs["weight"], inputs["bias"], inputs["A"], inputs["B"], 0.5, "eager")
+    forward = (inputs["x"], None, inputs["weight"], inputs["bias"], inputs["A"], inputs["B"], 0.5, backend)
     if not grad:
         torch.library.opcheck(torch.ops.slao_kernels.lora_linear.default, forward)
         return
     t = inputs["x"] @ inputs["A"].T
     backward = (inputs["dy"], inputs["x"], None, inputs["weight"], t, inputs["A"], inputs["B"], 0.5)
     for needs in ((True, False, True, True), (False, False, False, True), (True, False, False, False)):
-        torch.library.opcheck(torch.ops.slao_kernels.lora_linear_backward.default, (*backward, *needs, "eager"))
+        torch.library.opcheck(torch.ops.slao_kernels.lora_linear_backward.default, (*backward, *needs, backend))
 
 
 def test_compiles_without_a_graph_break():

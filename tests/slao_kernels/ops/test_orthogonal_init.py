@@ -93,6 +93,13 @@ def test_one_short_direction_among_equals(shape, kappa, backend):
     assert orthogonality(scaled) <= 1e-6
 
 
+def test_many_small_matrices_stay_within_the_contract(backend):
+    """A handful of products a row: rounding errors do not average, and κ takes every value."""
+    As = [torch.randn(r, r + 1) for r in (2, 3, 5, 8, 16) for _ in range(200)]
+    slao_kernels.orthogonal_init_(As, backend=backend)
+    assert max(orthogonality(A) for A in As) <= 1e-6
+
+
 def _half_rank() -> Tensor:
     return torch.randn(16, 8) @ torch.randn(8, 300)
 
@@ -188,7 +195,7 @@ def test_any_shape_and_layout(r, extra, dtype, layout, count, seed):
             guards.append((whole, whole.clone()))
         slao_kernels.orthogonal_init_(As, backend=name)
         for A, (whole, before) in zip(As, guards, strict=True):
-            assert orthogonality(A) <= STORAGE[dtype] * r + 1e-6
+            assert orthogonality(A) <= 2 * STORAGE[dtype] * r + 1e-6  # a square doubles its factors' rounding
             if layout in ("transposed", "sliced"):  # what lies around the view is untouched
                 assert torch.equal(whole[r:], before[r:])
                 assert torch.equal(whole[:, -3:], before[:, -3:])
