@@ -106,6 +106,43 @@ def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs
     return None
 
 
+def plain_call(layer: nn.Module, adapter: str, x: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | None:
+    """Base weight and bias, A and B if `call_reason` finds nothing, in a fifth of its time; None: ask it.
+
+    The common case only: one adapter without dropout on an nn.Linear, no autocast. Module attributes are read from
+    the dictionaries where nn.Module keeps them, whose __getattr__ would cost more than all the comparisons.
+    """
+    parts = layer.__dict__["_modules"]
+    base, dropout = parts["base_layer"], parts["lora_dropout"]._modules[adapter]
+    down, up = parts["lora_A"]._modules[adapter], parts["lora_B"]._modules[adapter]
+    if not (type(base) is type(down) is type(up) is nn.Linear and type(dropout) is nn.Identity):
+        return None
+    for module in (base, down, up, dropout):
+        own = module.__dict__
+        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return None
+        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return None
+    weight, A, B = base._parameters["weight"], down._parameters["weight"], up._parameters["weight"]
+    bias = base._parameters["bias"]
+    if not (type(weight) is type(A) is type(B) is nn.Parameter and type(x) is Tensor) or adapter in layer.lora_variant:
+        return None
+    if hasattr(weight, "ds_id") or hasattr(A, "ds_id") or hasattr(B, "ds_id"):
+        return None
+    if down._parameters["bias"] is not None or up._parameters["bias"] is not None or A.dim() != 2 or B.dim() != 2:
+        return None
+    dtype, device = x.dtype, x.device
+    if dtype is not weight.dtype or dtype not in _DTYPES or A.dtype not in _DTYPES or B.dtype not in _DTYPES:
+        return None
+    if not (device == weight.device == A.device == B.device) or x.dim() == 0 or device.type == "meta":
+        return None
+    if bias is not None and (bias.dtype is not dtype or type(bias) is not nn.Parameter):
+        return None
+    if torch.is_autocast_enabled(device.type) or _transform_reason() is not None or _global_hooks():
+        return None
+    return weight, bias, A, B
+
+
 def _module_reason(module: nn.Module, what: str) -> str | None:
     """A fused forward reads the module's weight and never calls it: nothing may depend on the call."""
     if type(module.weight) not in (nn.Parameter, Tensor):

@@ -55,6 +55,14 @@ class FusedLoraLinear(lora.Linear):
         adapters = [name for name in self.active_adapters if name in self.lora_A]
         if not adapters:
             return super().forward(x, *args, **kwargs)
+        options = self.slao_options
+        if len(adapters) == 1 and not (args or kwargs or torch.compiler.is_compiling()):
+            plain = eligibility.plain_call(self, adapters[0], x)
+            scaling = self.scaling[adapters[0]]
+            if plain is not None and type(scaling) in (float, int):
+                weight, bias, A, B = plain
+                precision, backend = options.precision, options.backend
+                return apply(x, weight, bias, A, B, scaling, precision=precision, backend=backend)
         reason = eligibility.call_reason(self, adapters, x, args, kwargs)
         if reason is not None:
             if not torch.compiler.is_compiling():
@@ -63,7 +71,6 @@ class FusedLoraLinear(lora.Linear):
         base = self.base_layer
         weight = base.weight if type(base) is nn.Linear else base.weight.t()  # Conv1D stores (K, N)
         A, B, scaling = self._adapter(adapters)
-        options = self.slao_options
         return apply(x, weight, base.bias, A, B, scaling, precision=options.precision, backend=options.backend)
 
     def _adapter(self, adapters: list[str]) -> tuple[Tensor, Tensor, float]:

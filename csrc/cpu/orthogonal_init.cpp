@@ -186,6 +186,10 @@ bool all_finite(const Matrix& m, Scratch<double>& row) {
   return true;
 }
 
+bool needs_second_pass(const Matrix& m, const Plan& plan) {
+  return plan.condition > (m.dtype == Dtype::bf16 || m.dtype == Dtype::f16 ? kOnePass16 : kOnePass);
+}
+
 // Whether an fp32 Gram matrix was good enough for a first pass.
 bool narrow_suffices(const Matrix& m, Plan& plan, Workspace& work) {
   if (m.dtype == Dtype::f64) return false;
@@ -203,19 +207,28 @@ Status inspect(const Matrix& m, Plan& plan, Workspace& work) {
   plan.inverse.assign(r * r, 0.0);
   if (narrow_suffices(m, plan, work)) return Status::done;
   work.wide_gram(m, plan.L.data());
-  for (int64_t i = 0; i < r; ++i)
-    if (!std::isfinite(plan.L[i * r + i]))
-      // fp64 storage can overflow its own squares; everything else is finite exactly when its Gram is.
-      return m.dtype == Dtype::f64 && all_finite(m, work.wide_edge) ? Status::flagged : Status::not_finite;
+  bool lost = false;
+  for (int64_t i = 0; i < r; ++i) {
+    const double square = plan.L[i * r + i];
+    // fp64 storage can overflow its own squares, or lose them; everything else is finite exactly when its Gram is.
+    if (!std::isfinite(square)) {
+      if (m.dtype != Dtype::f64 || !all_finite(m, work.wide_edge)) return Status::not_finite;
+      lost = true;
+    }
+    lost = lost || square < 1e-200;
+  }
+  if (lost) return Status::flagged;
   return factor(plan.L.data(), plan.inverse.data(), r, &plan.condition) ? Status::done : Status::flagged;
 }
 
-// Whether fp32 holds L⁻¹ with all its digits. Rows of denormals have an inverse length above its largest number.
-bool fits_float(const std::vector<double>& inverse, int64_t r) {
-  for (double x : inverse)
+// Whether L⁻¹A may be computed in fp32: one pass is enough (of two, the first one's error would not be in R: R Q would
+// miss A by 1e-7 κ), and fp32 holds L⁻¹ with all its digits (rows of denormals have an inverse above its range).
+bool narrow_apply(const Matrix& m, const Plan& plan) {
+  if (m.dtype == Dtype::f64 || needs_second_pass(m, plan)) return false;
+  for (double x : plan.inverse)
     if (!(std::abs(x) < 0x1p100)) return false;
-  for (int64_t i = 0; i < r; ++i)
-    if (inverse[i * r + i] < 0x1p-100) return false;
+  for (int64_t i = 0; i < m.rows; ++i)
+    if (plan.inverse[i * m.rows + i] < 0x1p-100) return false;
   return true;
 }
 
@@ -233,7 +246,7 @@ template <typename T> void finish(const Matrix& m, const Matrix& triangle, Plan&
   T* rows = (T*)x.data;
   Scratch<T> M(plan.inverse.begin(), plan.inverse.end());
   apply(M.data(), r, rows, x.row_stride, cols, work.edge(T{}));
-  if (plan.condition > (m.dtype == Dtype::bf16 || m.dtype == Dtype::f16 ? kOnePass16 : kOnePass)) {
+  if (needs_second_pass(m, plan)) {
     std::vector<double> L(r * r), inverse(r * r), product(r * r, 0.0);
     work.gram(T{})(x, L.data());
     double ignored;
@@ -276,10 +289,10 @@ bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, Status* st
       for (int64_t i = count - 1; i >= 0; --i) {  // backwards: what was read last may still be in a cache
         if (status[i] != Status::done) continue;
         const Matrix triangle = triangles ? triangles[i] : Matrix{};
-        if (matrices[i].dtype == Dtype::f64 || !fits_float(plans[i].inverse, matrices[i].rows))
-          finish<double>(matrices[i], triangle, plans[i], work);
-        else
+        if (narrow_apply(matrices[i], plans[i]))
           finish<float>(matrices[i], triangle, plans[i], work);
+        else
+          finish<double>(matrices[i], triangle, plans[i], work);
       }
     }
   }

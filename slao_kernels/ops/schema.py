@@ -38,7 +38,7 @@ LIBRARY.define("scaled_merge_(Tensor(a!)[] merged, Tensor[] finetuned, float[] l
 LIBRARY.define("fold_(Tensor(a!)[] weights, Tensor[] As, Tensor[] Bs, float[] scalings, str backend) -> ()")
 
 
-def _lora_linear(
+def lora_linear(
     x: Tensor,
     x_dropped: Tensor | None,
     weight: Tensor,
@@ -66,7 +66,7 @@ def _lora_linear_fake(
     return x.new_empty((*tokens, weight.shape[0])), A.new_empty((tokens.numel(), A.shape[0]))
 
 
-def _lora_linear_backward(
+def lora_linear_backward(
     dy: Tensor,
     x: Tensor,
     x_dropped: Tensor | None,
@@ -137,8 +137,8 @@ def _without_autocast(run: Any, x: Tensor, *args: Any) -> Any:
 
 
 for _name, _kernel, _fake in (
-    ("lora_linear", _lora_linear, _lora_linear_fake),
-    ("lora_linear_backward", _lora_linear_backward, _lora_linear_backward_fake),
+    ("lora_linear", lora_linear, _lora_linear_fake),
+    ("lora_linear_backward", lora_linear_backward, _lora_linear_backward_fake),
     ("orthogonal_init_", _orthogonal_init, _nothing),
     ("scaled_merge_", _scaled_merge, _nothing),
     ("fold_", _fold, _nothing),

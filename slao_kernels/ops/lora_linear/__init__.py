@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import dispatch
-from .. import schema  # noqa: F401  (defines the operators)
+from .. import schema
 from . import reference
 
 PRECISIONS = ("base", "adapter")
@@ -38,9 +38,10 @@ class _LoraLinear(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         routing = _routing(core, core_delta)
-        cast_A, cast_B = A.to(dtype), B.to(dtype)
+        cast_A, cast_B = _cast(A, dtype), _cast(B, dtype)
         value_B = cast_B if routing is None else (B @ routing.to(B.dtype)).to(dtype)
-        y, t = torch.ops.slao_kernels.lora_linear(x, x_dropped, weight, bias, cast_A, value_B, scaling, backend)
+        run = schema.lora_linear if _direct() else torch.ops.slao_kernels.lora_linear
+        y, t = run(x, x_dropped, weight, bias, cast_A, value_B, scaling, backend)
         ctx.save_for_backward(x, x_dropped, weight, t, cast_A, cast_B, core, core_delta)
         ctx.scaling, ctx.backend = scaling, backend
         ctx.grad_dtypes = A.dtype, B.dtype
@@ -52,7 +53,8 @@ class _LoraLinear(torch.autograd.Function):
         x, x_dropped, weight, t, A, B, core, core_delta = ctx.saved_tensors
         need_x, need_dropped, need_weight, need_bias, need_A, need_B, _, need_delta = ctx.needs_input_grad[:8]
         routing = _routing(core, core_delta)
-        dx, dx_dropped, dA, dB, g = torch.ops.slao_kernels.lora_linear_backward(
+        run = schema.lora_linear_backward if _direct() else torch.ops.slao_kernels.lora_linear_backward
+        dx, dx_dropped, dA, dB, g = run(
             dy,
             x,
             x_dropped,
@@ -74,20 +76,31 @@ class _LoraLinear(torch.autograd.Function):
                 dA = torch.zeros_like(dA) if core_delta is None else core_delta.to(dA.dtype).t() @ dA
             if need_B:
                 dB = torch.zeros_like(dB) if core_delta is None else dB @ core_delta.to(dB.dtype).t()
-        dy2 = dy.reshape(-1, weight.shape[0])
+        dy2 = dy.reshape(-1, weight.shape[0]) if need_weight or need_bias else dy
         return (
             dx if need_x else None,
             dx_dropped if need_dropped else None,
             dy2.t() @ x.reshape(-1, weight.shape[1]) if need_weight else None,
             dy2.sum(0) if need_bias else None,
-            dA.to(ctx.grad_dtypes[0]) if need_A else None,
-            dB.to(ctx.grad_dtypes[1]) if need_B else None,
+            _cast(dA, ctx.grad_dtypes[0]) if need_A else None,
+            _cast(dB, ctx.grad_dtypes[1]) if need_B else None,
             None,
             d_delta,
             None,
             None,
             None,
         )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _direct() -> bool:
+    """Whether the operator's function may be called as it is: torch's dispatcher costs microseconds, and is needed
+    only by what looks on (torch.compile, dispatch modes such as a FakeTensor's or a profiler's).
+    """
+    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
 
 
 def _routing(core: Tensor | None, core_delta: Tensor | None) -> Tensor | None:
@@ -174,7 +187,8 @@ def apply(
         return _LoraLinear.apply(x, x_dropped, weight, bias, A, B, core, core_delta, scaling, dtype, backend)
     routing = _routing(core, core_delta)
     B = B if routing is None else B @ routing.to(B.dtype)
-    return torch.ops.slao_kernels.lora_linear(x, x_dropped, weight, bias, A.to(dtype), B.to(dtype), scaling, backend)[0]
+    run = schema.lora_linear if _direct() else torch.ops.slao_kernels.lora_linear
+    return run(x, x_dropped, weight, bias, _cast(A, dtype), _cast(B, dtype), scaling, backend)[0]
 
 
 def _check(

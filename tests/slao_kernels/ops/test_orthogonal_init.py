@@ -93,6 +93,30 @@ def test_one_short_direction_among_equals(shape, kappa, backend):
     assert orthogonality(scaled) <= 1e-6
 
 
+@pytest.mark.parametrize("kappa", [2.0, 5.0, 1e2, 1e4, 1e6])
+def test_r_times_q_is_the_input_whatever_its_condition(kappa, backend):
+    """What `preserve=True` relies on: the rounding of Q, not that of the triangular solve, is all that is lost."""
+    As = [conditioned(16, 300, kappa, seed).float() for seed in range(3)]
+    before = [A.double() for A in As]
+    found = slao_kernels.orthogonal_init_(As, return_r=True, backend=backend)
+    for A, R, old in zip(As, found.r, before, strict=True):
+        assert (R.double().T @ A.double() - old).abs().max() <= 3e-7 * old.norm()
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-30, 1e30])
+def test_rows_at_the_edges_of_fp32(size, backend):
+    A = (torch.randn(8, 100, dtype=torch.float64) * size).float()
+    slao_kernels.orthogonal_init_([A], backend=backend)
+    assert orthogonality(A) <= 5e-6
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-170, 1e-162, 1e-160, 1e150, 1e160, 1e300])
+def test_rows_whose_squares_fp64_cannot_hold(size, backend):
+    A = torch.randn(8, 100, dtype=torch.float64) * size
+    slao_kernels.orthogonal_init_([A], backend=backend)
+    assert orthogonality(A) <= 1e-12
+
+
 def test_many_small_matrices_stay_within_the_contract(backend):
     """A handful of products a row: rounding errors do not average, and κ takes every value."""
     As = [torch.randn(r, r + 1) for r in (2, 3, 5, 8, 16) for _ in range(200)]
