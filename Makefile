@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
+BENCH_JSON ?= build/bench.json
 BIN = $(VENV)/bin
 DRIVER = $(MAKE) --silent --no-print-directory -j$(shell getconf _NPROCESSORS_ONLN) -f tests/csrc/Makefile
 INSTALL = pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint asan aarch64 format clean
+.PHONY: help demo test bench lint asan aarch64 format clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -22,6 +23,11 @@ demo:
 ## make test    environment (if there is none), install, all tests
 test: $(VENV)/.installed
 	$(BIN)/pytest $(ARGS)
+
+## make bench   all benches on this machine's device, figures into build/bench.json (elsewhere with BENCH_JSON=)
+bench: $(VENV)/.installed
+	mkdir -p $(dir $(BENCH_JSON))
+	$(BIN)/pytest bench --benchmark-json=$(BENCH_JSON) $(ARGS)
 
 ## make lint    ruff and mypy
 lint: $(VENV)/.installed

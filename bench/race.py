@@ -44,7 +44,75 @@ def race(
         "ours_ms": us * 1e3,
         **{f"{name} ms": median(values) * 1e3 for name, values in times.items()},
         **{f"{name} / ours": ratio for name, ratio in ratios.items()},
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
+        **machine(device),
     }
     return ratios
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a figure means nothing without."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return {"device": name, "threads": torch.get_num_threads()}
+
+
+Medians = dict[str, float]  # contestant -> seconds a call
+
+
+def interleave(
+    benchmark: Any,
+    contestants: dict[str, Callable[[], object]],
+    device: str,
+    rounds: int,
+    iterations: int = 1,
+    best_of: int = 1,
+) -> list[Medians]:
+    """Run `best_of` whole races, one after another; "ours" is the contestant that pytest-benchmark sees.
+
+    iterations: calls timed together, where one is too short for the clock; pytest-benchmark's own table shows all of
+    them as one. The others start each round with another of them, so that none always finds the same one's cache.
+    """
+    if device == "cuda":
+        iterations = max(iterations, 20)  # the queue has to fill, as in training
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    others = [name for name in contestants if name != "ours"]
+
+    def lap(name: str) -> None:
+        function = contestants[name]
+
+        def calls() -> None:
+            for _ in range(iterations):
+                function()
+
+        times[name].append(clock(calls, device) / iterations)
+
+    def run_others() -> None:
+        for name in others:
+            lap(name)
+        others.append(others.pop(0))
+
+    for name in contestants:
+        lap(name)  # warm-up
+        times[name].clear()
+    benchmark.pedantic(lambda: lap("ours"), setup=run_others, rounds=rounds * best_of, iterations=1)
+    return [
+        {name: median(laps[start : start + rounds]) for name, laps in times.items()}
+        for start in range(0, rounds * best_of, rounds)
+    ]
+
+
+def best(races: list[Medians], figure: Callable[[Medians], float]) -> float:
+    """The lowest value that a race gave. Both sides of a ratio come from one race."""
+    return min(figure(race) for race in races)
+
+
+def record(benchmark: Any, races: list[Medians], floor: str, device: str) -> None:
+    """Put milliseconds and the ratio to the contestant `floor` of each contestant's best race into extra_info."""
+    info = benchmark.extra_info
+    for name in races[0]:
+        # The floor itself has the ratio 1 in all of them.
+        chosen = min(races, key=lambda race: (race[name] / race[floor], race[name]))
+        info[f"{name} ms"] = chosen[name] * 1e3
+        if name != floor:
+            info[f"{name} / {floor}"] = chosen[name] / chosen[floor]
+    info |= {"ours_ms": info["ours ms"], **machine(device)}
+    info["races"] = [{name: seconds * 1e3 for name, seconds in race.items()} for race in races]
