@@ -1,39 +1,16 @@
-// The only file that knows Python. Tables arrive as buffers of 64-bit integers (six to a matrix, see tensor_table.h),
-// already checked by slao_kernels/native.py; the GIL is released while a kernel runs.
-#include <pybind11/pybind11.h>
-
-#include <stdexcept>
-#include <string>
-#include <vector>
-
+// The module. With tables.h and bindings_cuda.h the only code that knows Python. Tables arrive as buffers of 64-bit
+// integers (six to a matrix, see tensor_table.h), already checked by slao_kernels/native.py; the GIL is released while a
+// kernel runs.
 #include "cpu/isa.h"
+#include "tables.h"
+#ifdef SLAO_CUDA
+#include "bindings_cuda.h"
+#endif
 
 namespace py = pybind11;
-using slao::FoldRecord;
 using slao::Isa;
-using slao::Matrix;
-using slao::MergeRecord;
 
 namespace {
-
-static_assert(sizeof(Matrix) == 6 * sizeof(int64_t), "a matrix is six words of the table");
-
-template <typename T> struct View {
-  T* data;
-  int64_t size;
-};
-
-template <typename T> View<T> view(const py::buffer& buffer, const char* what) {
-  const py::buffer_info info = buffer.request();
-  if (info.itemsize != sizeof(T)) throw std::invalid_argument(std::string(what) + ": wrong item size");
-  return {static_cast<T*>(info.ptr), static_cast<int64_t>(info.size)};
-}
-
-View<Matrix> matrices(const py::buffer& table, int64_t per_record) {
-  const auto words = view<int64_t>(table, "table");
-  if (words.size % (6 * per_record)) throw std::invalid_argument("table: incomplete record");
-  return {reinterpret_cast<Matrix*>(words.data), words.size / 6};
-}
 
 Isa isa_of(const std::string& name) {
   const Isa best = slao::best_isa();
@@ -44,33 +21,24 @@ Isa isa_of(const std::string& name) {
 }
 
 void scaled_merge(const py::buffer& table, const py::buffer& lam, int threads, const std::string& isa) {
-  const auto m = matrices(table, 2);
-  const auto weights = view<double>(lam, "lam");
-  if (weights.size * 2 != m.size) throw std::invalid_argument("lam: one a record");
-  std::vector<MergeRecord> records(weights.size);
-  for (int64_t i = 0; i < weights.size; ++i) records[i] = {m.data[2 * i], m.data[2 * i + 1], weights.data[i]};
+  const auto records = slao::merge_records(table, lam);
   const Isa chosen = isa_of(isa);
   py::gil_scoped_release release;
-  SLAO_CALL(chosen, scaled_merge(records.data(), weights.size, threads));
+  SLAO_CALL(chosen, scaled_merge(records.data(), int64_t(records.size()), threads));
 }
 
 void fold(const py::buffer& table, const py::buffer& scalings, int threads, const std::string& isa) {
-  const auto m = matrices(table, 3);
-  const auto factors = view<double>(scalings, "scalings");
-  if (factors.size * 3 != m.size) throw std::invalid_argument("scalings: one a record");
-  std::vector<FoldRecord> records(factors.size);
-  for (int64_t i = 0; i < factors.size; ++i)
-    records[i] = {m.data[3 * i], m.data[3 * i + 1], m.data[3 * i + 2], factors.data[i]};
+  const auto records = slao::fold_records(table, scalings);
   const Isa chosen = isa_of(isa);
   py::gil_scoped_release release;
-  SLAO_CALL(chosen, fold(records.data(), factors.size, threads));
+  SLAO_CALL(chosen, fold(records.data(), int64_t(records.size()), threads));
 }
 
 bool orthogonal_init(const py::buffer& table, const py::buffer& triangles, const py::buffer& status, int threads,
                      const std::string& isa) {
-  const auto m = matrices(table, 1);
-  const auto r = matrices(triangles, 1);
-  const auto states = view<int32_t>(status, "status");
+  const auto m = slao::matrices_of(table, 1);
+  const auto r = slao::matrices_of(triangles, 1);
+  const auto states = slao::buffer_of<int32_t>(status, "status");
   if (states.size != m.size || (r.size && r.size != m.size)) throw std::invalid_argument("one state and R a matrix");
   const Isa chosen = isa_of(isa);
   py::gil_scoped_release release;
@@ -87,10 +55,16 @@ std::string best_isa() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Whole-model kernels over tables of raw pointers. Call slao_kernels' ops, not this.";
-  module.attr("abi") = 1;
+  module.attr("abi") = 2;
   module.def("best_isa", &best_isa);
   module.def("scaled_merge", &scaled_merge, py::arg("table"), py::arg("lam"), py::arg("threads"), py::arg("isa"));
   module.def("fold", &fold, py::arg("table"), py::arg("scalings"), py::arg("threads"), py::arg("isa"));
   module.def("orthogonal_init", &orthogonal_init, py::arg("table"), py::arg("triangles"), py::arg("status"),
              py::arg("threads"), py::arg("isa"));
+#ifdef SLAO_CUDA
+  module.attr("cuda") = true;
+  slao::define_cuda(module);
+#else
+  module.attr("cuda") = false;
+#endif
 }
