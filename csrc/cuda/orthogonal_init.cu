@@ -145,11 +145,21 @@ __global__ void __launch_bounds__(kThreads, 2) apply_kernel(const __grid_constan
   if (found != kTwo && !(found == kOne && p.pass == 0)) return;
   const View from = p.pass == 0 ? item.A : unrounded(p, item);
   const View to = p.pass == 0 && found == kTwo ? unrounded(p, item) : item.A;
-  const int unit = int(blockIdx.x) - item.apply;
-  if (item.A.dtype == 0)
-    apply_columns<double>(from, to, factor(p, item, p.pass), unit);
-  else
-    apply_columns<float>(from, to, factor(p, item, p.pass), unit);
+  const bool wide = item.A.dtype == 0;
+  const int width = apply_width(item.A.rows, wide), col = (int(blockIdx.x) - item.apply) * width;
+  const double* F = factor(p, item, p.pass);
+  if (wide) {
+    apply_columns<double>(from, to, F, col, width);
+  } else if (p.pass == 0 && found == kTwo) {
+    // In fp32 the large entries of L⁻¹ would cancel down to κ·6e-8, and the rows' span be off by that. In two halves,
+    // so that no CTA needs shared memory for doubles of its whole width.
+    for (int half = 0; half < 2; ++half) {
+      apply_columns<double>(from, to, F, col + half * (width / 2), width / 2);
+      __syncthreads();
+    }
+  } else {
+    apply_columns<float>(from, to, F, col, width);
+  }
 }
 
 int64_t head_bytes(int64_t count) { return whole((1 + 3 * count) * 4); }

@@ -31,6 +31,7 @@
 #define __shared__ static
 #define __syncthreads() ::slao::cuda::block_barrier(__FILE__, __LINE__)
 #define __threadfence()
+#define __syncwarp()  // what it guards, the warp operations, wait for all lanes themselves
 
 struct Index { unsigned x; };
 struct alignas(8) uint2 { uint32_t x, y; };

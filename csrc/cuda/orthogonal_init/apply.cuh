@@ -12,13 +12,21 @@ template <typename C> struct RowScale {
   __device__ C operator()(C x, int row) const { return x * halves[2 * row] * halves[2 * row + 1]; }
 };
 
-SLAO_BOTH int64_t apply_shared_bytes(int r, bool wide) {
-  const int64_t elements = int64_t(padded(r)) * (apply_width(r, wide) + 2 + (r <= kSharedRank ? r : 0));
-  return elements * (wide ? 8 : 4);
+SLAO_BOTH int64_t apply_shared_bytes(int r, int width, int element) {
+  return int64_t(padded(r)) * (width + 2 + (r <= kSharedRank ? r : 0)) * element;
 }
 
-template <typename C> __device__ void apply_columns(const View& from, const View& to, const double* F, int unit) {
-  const int r = from.rows, rows = padded(r), width = apply_width(r, sizeof(C) == 8), col = unit * width;
+// What a CTA needs for any of the ways that apply_kernel may take.
+SLAO_BOTH int64_t apply_shared_bytes(int r, bool wide) {
+  const int width = apply_width(r, wide);
+  const int64_t twice = apply_shared_bytes(r, width / 2, 8), once = apply_shared_bytes(r, width, wide ? 8 : 4);
+  return twice > once ? twice : once;
+}
+
+// Columns [col, col + width), computed in C.
+template <typename C>
+__device__ void apply_columns(const View& from, const View& to, const double* F, int col, int width) {
+  const int r = from.rows, rows = padded(r);
   C* x = reinterpret_cast<C*>(dynamic_shared());  // (rows, width)
   C* M = x + rows * width;                        // L⁻¹ᵀ: (r, rows), for r <= kSharedRank
   C* halves = M + (r <= kSharedRank ? r * rows : 0);

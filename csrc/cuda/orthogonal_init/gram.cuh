@@ -32,6 +32,7 @@ __device__ inline void gram_warp(const View& X, int I, int J, int begin, double 
         widen(x[s][b], X.dtype, left[b]);
         if (!kDiagonal) widen(y[s][b], X.dtype, right[b]);
       }
+      __syncwarp();  // loads at the matrix's edge part the lanes; the tensor cores need them together
 #pragma unroll
       for (int e = 0; e < 4; ++e)
 #pragma unroll
