@@ -76,6 +76,7 @@ inline Matrix transposed(const Matrix& m) { return {m.data, m.cols, m.rows, m.co
 __device__ inline int element_bytes(int8_t dtype) { return dtype == 0 ? 8 : dtype == 1 ? 4 : 2; }
 
 template <typename C> __device__ inline C load_element(const char* data, int64_t at, int8_t dtype) {
+  data = in_global(data);
   switch (dtype) {
     case 0: return widen<C>(reinterpret_cast<const double*>(data)[at]);
     case 1: return widen<C>(reinterpret_cast<const float*>(data)[at]);
@@ -85,6 +86,7 @@ template <typename C> __device__ inline C load_element(const char* data, int64_t
 }
 
 template <typename C> __device__ inline void store_element(char* data, int64_t at, int8_t dtype, C x) {
+  data = in_global(data);
   switch (dtype) {
     case 0: return narrow(x, reinterpret_cast<double*>(data)[at]);
     case 1: return narrow(x, reinterpret_cast<float*>(data)[at]);
@@ -112,7 +114,7 @@ template <int kWords> __device__ inline Quad<kWords> fetch(const View& m, int ro
   for (int i = 0; i < kWords; ++i) q.words[i] = 0;
   if (row >= m.rows || col >= m.cols) return q;
   const int size = element_bytes(m.dtype);
-  const char* from = m.data + (row * m.row_stride + col * m.col_stride) * size;
+  const char* from = in_global(m.data) + (row * m.row_stride + col * m.col_stride) * size;
   if (m.quads && col + 4 <= m.cols) {
     if (size == 2) {
       const uint2 v = *reinterpret_cast<const uint2*>(from);
@@ -143,6 +145,45 @@ template <int kWords> __device__ inline Quad<kWords> fetch(const View& m, int ro
     }
   }
   return q;
+}
+
+// Several quads at once; where(i, row, col) says which is the i-th and whether it is wanted at all (else zeros).
+// inside: all that are wanted lie in the matrix, and m.quads holds. Then there is no branch between the loads, so that
+// they are in flight together.
+template <int kWords, int kCount, typename Where>
+__device__ inline void fetch_all(const View& m, bool inside, Quad<kWords> (&quads)[kCount], const Where& where) {
+  const int size = element_bytes(m.dtype);
+  const char* data = in_global(m.data);
+  int row = 0, col = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) quads[i].words[w] = 0;
+  if (!inside) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (where(i, row, col)) quads[i] = fetch<kWords>(m, row, col);
+  } else if (size == 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (!where(i, row, col)) continue;
+      const uint2 v = *reinterpret_cast<const uint2*>(data + (row * m.row_stride + col) * 2);
+      quads[i].words[0] = v.x, quads[i].words[1] = v.y;
+    }
+  } else {
+    const int64_t high = size == 8 ? 16 : 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (!where(i, row, col)) continue;
+      const char* from = data + (row * m.row_stride + col) * size;
+      const uint4 v = *reinterpret_cast<const uint4*>(from);
+      quads[i].words[0] = v.x, quads[i].words[1] = v.y, quads[i].words[2] = v.z, quads[i].words[3] = v.w;
+      if constexpr (kWords == 8) {  // of fp32, the same 16 bytes once more
+        const uint4 w = *reinterpret_cast<const uint4*>(from + high);
+        quads[i].words[4] = w.x, quads[i].words[5] = w.y, quads[i].words[6] = w.z, quads[i].words[7] = w.w;
+      }
+    }
+  }
 }
 
 template <typename C, int kWords>
@@ -187,7 +228,7 @@ template <typename C> __device__ inline void store_quad(const View& m, int row, 
   if (row >= m.rows || col >= m.cols) return;
   const int64_t at = row * m.row_stride + col * m.col_stride;
   if (m.quads && col + 4 <= m.cols) {
-    char* to = m.data + at * element_bytes(m.dtype);
+    char* to = in_global(m.data) + at * element_bytes(m.dtype);
     switch (m.dtype) {
       case 0: return store_pack<double>(to, x);
       case 1: return store_pack<float>(to, x);

@@ -36,15 +36,18 @@ template <typename C> struct Times {
 
 template <typename C> __global__ void __launch_bounds__(kThreads, sizeof(C) == 8 ? 1 : 2) fold_kernel(const __grid_constant__ Parameters p) {
   const Record& record = p.records[find(p.records, p.count, &Record::first, int32_t(blockIdx.x))];
-  const View W = record.weight;
+  const View& W = record.weight;
   const int tile = int(blockIdx.x) - record.first, across = (W.cols + kCols - 1) / kCols;
   const int row = tile / across * kTileRows<C>, col = tile % across * kCols;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int my_row = row + warp * kRows<C>, my_col = col + lane * 4;
 
   Quad<kQuadWords<C>> w[kRows<C>];
-#pragma unroll
-  for (int i = 0; i < kRows<C>; ++i) w[i] = fetch<kQuadWords<C>>(W, my_row + i, my_col);
+  const bool inside = W.quads && row + kTileRows<C> <= W.rows && col + kCols <= W.cols;
+  fetch_all(W, inside, w, [&](int i, int& at, int& from) {
+    at = my_row + i, from = my_col;
+    return true;
+  });
 
   const int panel = record.depth < kDepth ? (record.depth + 3) / 4 * 4 : kDepth;
   C* a = reinterpret_cast<C*>(dynamic_shared());  // (panel, kCols)

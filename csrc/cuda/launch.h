@@ -56,6 +56,12 @@ __device__ inline void mma_f64(double (&c)[2], double a, double b) {
                : "d"(a), "d"(b));
 }
 
+// Tells the compiler what it cannot see of a pointer that was chosen between two: that it leads to global memory.
+template <typename T> __device__ inline T* in_global(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
 __device__ inline double shuffle_xor(double x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 #endif

@@ -15,13 +15,14 @@ template <int kBatch, typename C, typename Scale>
 __device__ inline void stage(const View& m, int row, int rows, int col, int cols, C* out, int row_pitch, int col_pitch,
                              const Scale& scale) {
   const int per_row = cols / 4, total = rows * per_row;
+  const bool inside = m.quads && row + rows <= m.rows && col + cols <= m.cols;
   for (int first = threadIdx.x; first < total; first += kBatch * kThreads) {
     Quad<kQuadWords<C>> quads[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
+    fetch_all(m, inside, quads, [&](int b, int& i, int& j) {
       const int at = first + b * kThreads;
-      if (at < total) quads[b] = fetch<kQuadWords<C>>(m, row + at / per_row, col + at % per_row * 4);
-    }
+      i = row + at / per_row, j = col + at % per_row * 4;
+      return at < total;
+    });
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int at = first + b * kThreads;

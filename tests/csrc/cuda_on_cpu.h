@@ -146,6 +146,8 @@ inline void mma_f64(double (&c)[2], double a, double b) {
   warp_operation(mma_lanes);
 }
 
+template <typename T> T* in_global(T* pointer) { return pointer; }
+
 inline double shuffle_xor(double x, int mask) {
   Fiber& self = *emulator.current;
   self.a = x, self.mask = mask;

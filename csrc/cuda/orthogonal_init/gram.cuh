@@ -11,26 +11,27 @@ template <int kBlocks, bool kDiagonal, int kWords>
 __device__ inline void gram_warp(const View& X, int I, int J, int begin, double (&sums)[kBlocks][kBlocks][2]) {
   constexpr int kAhead = kBlocks == 4 ? 1 : kWords == 8 ? 2 : 4;  // steps whose loads are in flight together
   constexpr int kStep = 16 * kWarps, kSide = 8 * kBlocks;
-  const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+  const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, quad = threadIdx.x % 4, rows = X.rows;
   for (int at = 0; at < kChunk; at += kStep * kAhead) {
-    Quad<kWords> x[kAhead][kBlocks], y[kAhead][kBlocks];
-#pragma unroll
-    for (int s = 0; s < kAhead; ++s) {
-      const int col = begin + at + s * kStep + warp * 16 + quad * 4;
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        x[s][b] = fetch<kWords>(X, I * kSide + b * 8 + row, col);
-        if (!kDiagonal) y[s][b] = fetch<kWords>(X, J * kSide + b * 8 + row, col);
-      }
-    }
+    Quad<kWords> x[kAhead * kBlocks], y[kAhead * kBlocks];
+    const bool inside = X.quads && begin + at + kStep * kAhead <= X.cols;
+    const auto of_block = [&](int block) {
+      return [=](int i, int& where_row, int& where_col) {
+        where_row = block * kSide + i % kBlocks * 8 + row;
+        where_col = begin + at + i / kBlocks * kStep + warp * 16 + quad * 4;
+        return where_row < rows;
+      };
+    };
+    fetch_all(X, inside, x, of_block(I));
+    if (!kDiagonal) fetch_all(X, inside, y, of_block(J));
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
       if (begin + at + s * kStep + warp * 16 >= X.cols) break;  // the same for the whole warp
       double left[kBlocks][4], right[kBlocks][4];
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        widen(x[s][b], X.dtype, left[b]);
-        if (!kDiagonal) widen(y[s][b], X.dtype, right[b]);
+        widen(x[s * kBlocks + b], X.dtype, left[b]);
+        if (!kDiagonal) widen(y[s * kBlocks + b], X.dtype, right[b]);
       }
       __syncwarp();  // loads at the matrix's edge part the lanes; the tensor cores need them together
 #pragma unroll
