@@ -1,6 +1,6 @@
 // The module. With tables.h and bindings_cuda.h the only code that knows Python. Tables arrive as buffers of 64-bit
-// integers (six to a matrix, see tensor_table.h), already checked by slao_kernels/native.py; the GIL is released while a
-// kernel runs.
+// integers (six to a matrix, see tensor_table.h), already checked by slao_kernels/native.py; the GIL is released while
+// a kernel runs.
 #include "cpu/isa.h"
 #include "tables.h"
 #ifdef SLAO_CUDA

@@ -34,7 +34,8 @@ template <typename C> struct Times {
   __device__ C operator()(C x, int) const { return factor * x; }
 };
 
-template <typename C> __global__ void __launch_bounds__(kThreads, sizeof(C) == 8 ? 1 : 2) fold_kernel(const __grid_constant__ Parameters p) {
+template <typename C>
+__global__ void __launch_bounds__(kThreads, sizeof(C) == 8 ? 1 : 2) fold_kernel(const __grid_constant__ Parameters p) {
   const Record& record = p.records[find(p.records, p.count, &Record::first, int32_t(blockIdx.x))];
   const View& W = record.weight;
   const int tile = int(blockIdx.x) - record.first, across = (W.cols + kCols - 1) / kCols;
@@ -95,7 +96,8 @@ template <typename C> class Launcher {
   explicit Launcher(uintptr_t stream) : stream_(stream), p_(std::make_unique<Parameters>()) {}
 
   void add(const FoldRecord& r) {
-    const int64_t down = (r.weight.rows + kTileRows<C> - 1) / kTileRows<C>, across = (r.weight.cols + kCols - 1) / kCols;
+    const int64_t down = (r.weight.rows + kTileRows<C> - 1) / kTileRows<C>;
+    const int64_t across = (r.weight.cols + kCols - 1) / kCols;
     if (down * across == 0) return;
     if (down * across > INT32_MAX) throw std::invalid_argument("fold: a weight of more than 2^31 tiles");
     if (p_->count == kRecords || tiles_ + down * across > INT32_MAX) flush();

@@ -229,8 +229,8 @@ void orthogonal_init(const Matrix* matrices, const Matrix* triangles, int32_t* s
     }
     for (Batch& batch : batches) {
       const int64_t extra = pass == 1 ? batch.p->count : 0;
-      launch(apply_kernel, batch.p->apply_units + extra, std::max(batch.apply_shared, extra ? batch.finish_shared : 0),
-             stream, *batch.p);
+      const int64_t shared = std::max(batch.apply_shared, extra ? batch.finish_shared : 0);
+      launch(apply_kernel, batch.p->apply_units + extra, shared, stream, *batch.p);
     }
   }
 }
