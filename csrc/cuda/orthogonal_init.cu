@@ -225,7 +225,8 @@ void orthogonal_init(const Matrix* matrices, const Matrix* triangles, int32_t* s
     // Every matrix is looked at before any is written.
     for (Batch& batch : batches) {
       batch.p->pass = pass;
-      launch(batch.few_rows ? gram_kernel<2> : gram_kernel<4>, batch.p->gram_units, batch.gram_shared, stream, *batch.p);
+      const auto kernel = batch.few_rows ? gram_kernel<2> : gram_kernel<4>;
+      launch(kernel, batch.p->gram_units, batch.gram_shared, stream, *batch.p);
     }
     for (Batch& batch : batches) {
       const int64_t extra = pass == 1 ? batch.p->count : 0;
