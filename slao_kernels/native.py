@@ -1,14 +1,15 @@
 """The compiled core: whether it can be used, and tables of raw pointers for it.
 
 The operators have checked shapes, dtypes, devices and overlap (ops/checks.py) before anything here is called; this
-module turns tensors into the records of csrc/tensor_table.h, passes torch's thread count, and bumps the version
-counters that a write behind torch's back would leave as they were.
+module turns tensors into the records of csrc/tensor_table.h, passes torch's thread count or CUDA stream, and bumps the
+version counters that a write behind torch's back would leave as they were. Importing it makes no CUDA call.
 """
 
 from __future__ import annotations
 
 import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
@@ -16,6 +17,8 @@ import torch  # before the extension: its OpenMP runtime is then the one that bo
 from torch import Tensor
 
 ABI = 2
+# Tensor cores for fp64, which the Gram matrices take, and the oldest that the binary holds code for.
+_CAPABILITY = (8, 0)
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -32,12 +35,31 @@ def _load() -> ModuleType | str:
     return _C
 
 
+@cache
+def _gpu() -> str | None:
+    """Why the GPUs that torch sees cannot be served; None if they can."""
+    if torch.version.hip is not None:
+        return "the extension serves CUDA, not ROCm"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < _CAPABILITY:
+            name = torch.cuda.get_device_name(index)
+            return f"{name} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+    return None
+
+
 def why_not(device_type: str) -> str | None:
     """Why the compiled core cannot serve that kind of device; None if it can."""
-    if device_type != "cpu":
-        return "the extension was built without CUDA" if device_type == "cuda" else "CPU only"
+    if device_type not in ("cpu", "cuda"):
+        return "CPU and CUDA only"
     loaded = _load()
-    return loaded if isinstance(loaded, str) else None
+    if isinstance(loaded, str):
+        return loaded
+    if device_type == "cpu":
+        return None
+    return _gpu() if loaded.cuda else "the extension was built without CUDA"
 
 
 def why_not_lora(device_type: str) -> str | None:
@@ -59,6 +81,13 @@ def instruction_set() -> str:
     """What the CPU kernels use here: "avx512", "avx2" or "base"; "" without the extension."""
     loaded = _load()
     return "" if isinstance(loaded, str) else str(loaded.best_isa())
+
+
+@contextmanager
+def launching(device: torch.device) -> Iterator[tuple[int, int]]:
+    """Makes a CUDA device the current one; gives its index and the handle of torch's current stream on it."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
 
 
 def matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:

@@ -1,10 +1,16 @@
-"""Fixtures of the tests of `slao_kernels`: the module twins.py, one thread for tiny models, and what was logged."""
+"""Fixtures of the tests of `slao_kernels`: twins.py, one thread for tiny models, the log, the emulated GPU kernels."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -41,3 +47,54 @@ def told(caplog) -> Callable[[], list[str]]:
     layers._logged.clear()
     caplog.set_level(logging.WARNING, logger="slao_kernels")
     return lambda: [record.getMessage() for record in caplog.records if record.name == "slao_kernels"]
+
+
+# --- csrc/cuda on the CPU --------------------------------------------------------------------------------------------
+
+_ROOT = Path(__file__).resolve().parents[2]
+_FLAGS = "-std=c++17 -O1 -fPIC -fvisibility=hidden -fno-strict-aliasing -U_FORTIFY_SOURCE"
+_FLAGS += " -Wall -Wextra -Wno-sign-compare -Wno-unknown-pragmas -Wno-psabi"
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The GPU kernels as a module that runs on the CPU, built from csrc/cuda and tests/csrc into a temporary folder."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the emulator's fibers are written for Linux")
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed: the emulated kernels need it")
+    cxx = _compiler()
+    if cxx is None:
+        pytest.skip("no C++ compiler for the emulated kernels")
+    folder = tmp_path_factory.mktemp("emulated")
+    (folder / "empty.cpp").write_text("int probe() { return 0; }\n")
+    checked = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]  # misaligned vectors among the rest
+    probe = [*cxx.split(), "-shared", "-fPIC", *checked, str(folder / "empty.cpp"), "-o", str(folder / "empty.so")]
+    if subprocess.run(probe, capture_output=True).returncode:
+        checked = []
+    include = [f"-I{_ROOT / 'tests' / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    sources = [*sorted((_ROOT / "csrc" / "cuda").glob("*.cu")), _ROOT / "tests" / "csrc" / "emulated.cpp"]
+    assert len(sources) == 4
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
+    commands = [
+        [*cxx.split(), *_FLAGS.split(), *checked, *include, "-x", "c++", "-c", str(source), "-o", to]
+        for source, to in zip(sources, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda command: _run(*command), commands))
+    library = folder / "slao_cuda_emulated.so"
+    _run(*cxx.split(), "-shared", *checked, *objects, "-o", str(library))
+    spec = importlib.util.spec_from_file_location("slao_cuda_emulated", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

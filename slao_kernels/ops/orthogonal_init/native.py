@@ -1,8 +1,9 @@
-"""orthogonal_init_ in the compiled core: Cholesky QR of all matrices at once, Householder for the few it flags."""
+"""orthogonal_init_ in the compiled core: Cholesky QR of all matrices at once, something safer for the few it flags."""
 
 from __future__ import annotations
 
 import array
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,11 +15,20 @@ _DONE, _NOT_FINITE, _FLAGGED = 0, 2, 3
 
 
 def orthogonal_init_(As: list[Tensor], r: list[Tensor], status: Tensor) -> None:
-    """As `reference.orthogonal_init_`; see csrc/cpu/orthogonal_init.cpp."""
+    """As `reference.orthogonal_init_`; see csrc/cpu/orthogonal_init.cpp and csrc/cuda/orthogonal_init.cu."""
+    core = native.core()
+    if As and As[0].is_cuda:
+        if max(A.shape[0] for A in As) > core.cuda_max_rank:
+            reference.orthogonal_init_(As, r, status)  # one CTA's Cholesky of so many rows would take seconds
+            return
+        with native.launching(As[0].device) as (device, stream):
+            on_gpu(core, As, r, status, device, stream)
+        native.written(As)  # whether or not the device finds a NaN; nobody has waited to know
+        return
     states = array.array("i", [0]) * len(As)
     table = native.table(map(native.matrix, As))
     triangles = native.table(map(native.matrix, r))
-    finite = native.core().orthogonal_init(table, triangles, states, torch.get_num_threads(), "auto")
+    finite = core.orthogonal_init(table, triangles, states, torch.get_num_threads(), "auto")
     if not finite:
         # A matrix that was only flagged is as unwritten as all the others.
         status.copy_(torch.tensor([_NOT_FINITE if state == _NOT_FINITE else _DONE for state in states]))
@@ -30,3 +40,15 @@ def orthogonal_init_(As: list[Tensor], r: list[Tensor], status: Tensor) -> None:
         found = torch.empty(len(flagged), dtype=torch.int32)
         reference.orthogonal_init_([As[i] for i in flagged], [r[i] for i in flagged] if r else [], found)
         status[flagged] = found
+
+
+def on_gpu(core: ModuleType, As: list[Tensor], r: list[Tensor], status: Tensor, device: int, stream: int) -> None:
+    """Four launches for each few hundred matrices; what they find out stays in `status`, nothing is waited for."""
+    table = native.table(map(native.matrix, As))
+    triangles = native.table(map(native.matrix, r))
+    # From torch's allocator on the current stream: capturable, and free for reuse behind the last launch.
+    workspace = torch.empty(core.cuda_orthogonal_init_workspace(table), dtype=torch.uint8, device=status.device)
+    states = status if status.is_contiguous() else torch.empty_like(status, memory_format=torch.contiguous_format)
+    core.cuda_orthogonal_init(table, triangles, states.data_ptr(), workspace.data_ptr(), device, stream)
+    if states is not status:
+        status.copy_(states)
