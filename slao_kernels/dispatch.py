@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
+import torch
+
 # backend -> module in the op's folder
 _MODULES = {"reference": "reference", "eager": "eager", "native": "native", "triton": "kernels"}
 
@@ -101,6 +103,13 @@ def choose(op: str, device_type: str, wish: str = "auto") -> str:
             f"backend {wish!r} cannot run {op} on {device_type}: {reason}; available here: {', '.join(available)}"
         )
     return wish
+
+
+def direct() -> bool:
+    """Whether an operator's function may be called as it is: torch's dispatcher costs microseconds, and is needed
+    only by what looks on (torch.compile, dispatch modes such as a FakeTensor's or a profiler's).
+    """
+    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
 
 
 @cache

@@ -62,7 +62,8 @@ template <typename T>
 void fold_unit(const FoldRecord& record, int64_t row, int64_t row_end, int64_t col, int64_t width, Workspace<T>& work) {
   constexpr int64_t step = kVectors * Lanes<T>::n;
   const int64_t r = record.A.rows, count = std::min(width, record.weight.cols - col);
-  const int64_t pitch = (count + step - 1) / step * step;
+  // A line more than a power of two, or all rows of the panel would share a few sets of the cache.
+  const int64_t padded = (count + step - 1) / step * step, pitch = padded + 64 / int64_t(sizeof(T));
   work.A.assign(r * pitch, T(0));
   for (int64_t k = 0; k < r; ++k) load_span(record.A, k, col, count, work.A.data() + k * pitch);
   work.B.resize(kRows * r);
@@ -84,7 +85,7 @@ void fold_unit(const FoldRecord& record, int64_t row, int64_t row_end, int64_t c
         }
       });
     if (direct == count) continue;
-    const int64_t rest = count - direct, width = pitch - direct;
+    const int64_t rest = count - direct, width = padded - direct;
     work.W.assign(kRows * width, T(0));
     for (int64_t i = 0; i < rows; ++i)
       load_span(record.weight, row + i, col + direct, rest, work.W.data() + i * width);

@@ -50,6 +50,23 @@ def plain(tensors: Sequence[object]) -> bool:
     )
 
 
+def description(tensors: Sequence[Tensor]) -> tuple[list[object], ...] | None:
+    """All that checks and pointer tables depend on, in a fraction of their time; None for what has no such things.
+
+    Two equal descriptions of one call's lists mean equal verdicts and equal tables, whatever happened in between.
+    """
+    try:
+        return (
+            list(map(Tensor.data_ptr, tensors)),
+            [item.shape for item in tensors],
+            list(map(Tensor.stride, tensors)),
+            [item.dtype for item in tensors],
+            [item.device for item in tensors],
+        )
+    except (TypeError, AttributeError, RuntimeError):  # no tensor, or one without strides or storage
+        return None
+
+
 def tensor(problems: Problems, where: str, item: object, device: torch.device | None) -> bool:
     """Whether `item` is a dense floating tensor with storage, on `device` if one is given."""
     if not isinstance(item, Tensor):

@@ -44,7 +44,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def merge(core: ModuleType, merged: list[Tensor], tuned: list[Tensor], lam: list[float]) -> None:
-    scaled_merge.on_gpu(core, merged, tuned, lam, 0, 0)
+    scaled_merge.on_gpu(core, scaled_merge.tables(merged, tuned, lam), 0, 0)
 
 
 @pytest.mark.parametrize("target", DTYPES, ids=str)

@@ -40,7 +40,7 @@ class _LoraLinear(torch.autograd.Function):
         routing = _routing(core, core_delta)
         cast_A, cast_B = _cast(A, dtype), _cast(B, dtype)
         value_B = cast_B if routing is None else (B @ routing.to(B.dtype)).to(dtype)
-        run = schema.lora_linear if _direct() else torch.ops.slao_kernels.lora_linear
+        run = schema.lora_linear if dispatch.direct() else torch.ops.slao_kernels.lora_linear
         y, t = run(x, x_dropped, weight, bias, cast_A, value_B, scaling, backend)
         ctx.save_for_backward(x, x_dropped, weight, t, cast_A, cast_B, core, core_delta)
         ctx.scaling, ctx.backend = scaling, backend
@@ -53,7 +53,7 @@ class _LoraLinear(torch.autograd.Function):
         x, x_dropped, weight, t, A, B, core, core_delta = ctx.saved_tensors
         need_x, need_dropped, need_weight, need_bias, need_A, need_B, _, need_delta = ctx.needs_input_grad[:8]
         routing = _routing(core, core_delta)
-        run = schema.lora_linear_backward if _direct() else torch.ops.slao_kernels.lora_linear_backward
+        run = schema.lora_linear_backward if dispatch.direct() else torch.ops.slao_kernels.lora_linear_backward
         dx, dx_dropped, dA, dB, g = run(
             dy,
             x,
@@ -94,13 +94,6 @@ class _LoraLinear(torch.autograd.Function):
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
-
-
-def _direct() -> bool:
-    """Whether the operator's function may be called as it is: torch's dispatcher costs microseconds, and is needed
-    only by what looks on (torch.compile, dispatch modes such as a FakeTensor's or a profiler's).
-    """
-    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
 
 
 def _routing(core: Tensor | None, core_delta: Tensor | None) -> Tensor | None:
@@ -187,7 +180,7 @@ def apply(
         return _LoraLinear.apply(x, x_dropped, weight, bias, A, B, core, core_delta, scaling, dtype, backend)
     routing = _routing(core, core_delta)
     B = B if routing is None else B @ routing.to(B.dtype)
-    run = schema.lora_linear if _direct() else torch.ops.slao_kernels.lora_linear
+    run = schema.lora_linear if dispatch.direct() else torch.ops.slao_kernels.lora_linear
     return run(x, x_dropped, weight, bias, _cast(A, dtype), _cast(B, dtype), scaling, backend)[0]
 
 

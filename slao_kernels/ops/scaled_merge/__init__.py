@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +33,39 @@ def scaled_merge_(
     Raises ValueError that names every offender, with nothing written.
     Source: SLAO, arXiv 2512.23017, eq. for B_merge with λ(i) = 1/√i.
     """
+    global _last
     merged, finetuned = list(merged), list(finetuned)
     weights = [float(lam)] * len(merged) if isinstance(lam, int | float) else [float(value) for value in lam]
+    call = _last
+    seen = checks.description(merged + finetuned) if dispatch.direct() else None
+    if seen is None or seen != call.seen or weights != call.weights or len(merged) != len(finetuned):
+        _check(merged, finetuned, weights)
+        if not merged:
+            return
+        call = _last = _Call(seen, weights)
+    chosen = dispatch.choose("scaled_merge", merged[0].device.type, backend)
+    with torch.no_grad():
+        if chosen == "native" and seen is not None:
+            native = dispatch.implementation("scaled_merge", "native")
+            call.tables = call.tables or native.tables(merged, finetuned, weights)
+            native.scaled_merge_(merged, finetuned, weights, call.tables)
+        else:
+            torch.ops.slao_kernels.scaled_merge_(merged, finetuned, weights, chosen)
+
+
+@dataclass
+class _Call:
+    """The last call that passed the checks: the same adapter is merged again and again, task after task."""
+
+    seen: tuple[list[object], ...] | None = None
+    weights: list[float] | None = None
+    tables: Any = None
+
+
+_last = _Call()
+
+
+def _check(merged: list[Tensor], finetuned: list[Tensor], weights: list[float]) -> None:
     problems = checks.Problems("scaled_merge_")
     if checks.lengths(problems, merged=merged, finetuned=finetuned, lam=weights):
         if not _all_fit(merged, finetuned, weights):
@@ -40,11 +73,6 @@ def scaled_merge_(
         if not problems.found:
             checks.distinct_memory(problems, "merged", merged, finetuned=finetuned)
     problems.raise_if_any()
-    if not merged:
-        return
-    chosen = dispatch.choose("scaled_merge", merged[0].device.type, backend)
-    with torch.no_grad():
-        torch.ops.slao_kernels.scaled_merge_(merged, finetuned, weights, chosen)
 
 
 def _all_fit(merged: list[Tensor], finetuned: list[Tensor], weights: list[float]) -> bool:

@@ -121,3 +121,33 @@ def test_bad_input_is_named_before_anything_is_written(case):
         slao_kernels.scaled_merge_([target, *merged], [good, *tuned], [*more, *lam] if more else lam)
     assert not target.any()
     assert not shared.any()
+
+
+def test_a_repeated_call_sees_what_has_changed():
+    """The checks and tables of a call are kept for the next one: everything that they depend on must be noticed."""
+    merged, tuned = [torch.zeros(4, 6), torch.zeros(5)], [torch.ones(4, 6), torch.ones(5)]
+    for _ in range(2):
+        slao_kernels.scaled_merge_(merged, tuned, 0.5)
+    assert all((m == 0.75).all() for m in merged)
+    slao_kernels.scaled_merge_(merged, tuned, 1.0)  # another weight
+    assert all((m == 1.0).all() for m in merged)
+    merged[0].t_()  # the same memory, other strides
+    tuned[0].copy_(torch.arange(24.0).view(4, 6))
+    with pytest.raises(ValueError, match=r"finetuned\[0\]: is \(4, 6\), merged \(6, 4\)"):
+        slao_kernels.scaled_merge_(merged, tuned, 1.0)
+    tuned[0].t_()
+    slao_kernels.scaled_merge_(merged, tuned, 1.0)
+    assert torch.equal(merged[0], torch.arange(24.0).view(4, 6).t())
+    tuned[1].data = torch.full((5,), 3.0)  # the same tensor, other memory
+    slao_kernels.scaled_merge_(merged, tuned, 1.0)
+    assert (merged[1] == 3.0).all()
+    tuned[1].data = tuned[1].data.double()  # another dtype
+    slao_kernels.scaled_merge_(merged, tuned, 1.0)
+    assert (merged[1] == 3.0).all()
+    tuned[1].data = merged[1].data[:5]  # its own destination: nothing to do, and no mistake
+    slao_kernels.scaled_merge_(merged, tuned, 0.5)
+    merged[0].data = tuned[0].data.t()[:4]  # looks into another tensor's source
+    tuned[0].data = torch.ones(merged[0].shape)
+    merged[1].data, tuned[1].data = merged[0].data[0], torch.ones(merged[0].shape[1])
+    with pytest.raises(ValueError, match="overlaps the memory of"):
+        slao_kernels.scaled_merge_(merged, tuned, 0.5)
