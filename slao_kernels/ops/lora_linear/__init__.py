@@ -13,7 +13,9 @@ from .. import schema  # noqa: F401  (defines the operators)
 from . import reference
 
 PRECISIONS = ("base", "adapter")
-_SEEDED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in which kernels.py draws dropout itself
+# Where kernels.py draws dropout itself.
+_SEEDED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SEEDED_RANK = 256
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -177,7 +179,8 @@ def apply(
     backend = dispatch.choose("lora_linear", device, backend)
     x_dropped = seed = None
     if dropout > 0.0:
-        if backend == "triton" and dtype == x.dtype and dtype in _SEEDED_DTYPES and dropout < 1.0:
+        served = dtype == x.dtype and dtype in _SEEDED_DTYPES and A.shape[0] <= _SEEDED_RANK
+        if backend == "triton" and served and dropout < 1.0:
             # A tensor: reading it back would stop the GPU, and a captured graph draws a new one at each replay.
             seed = torch.randint(2**63 - 1, (1,), device=x.device)
         else:

@@ -119,11 +119,6 @@ _plain = TritonProducts()
 shrink, expand_, grad_t, grad_A = _plain.shrink, _plain.expand_, _plain.grad_t, _plain.grad_A
 
 
-def takes_dropout(x: Tensor, r: int) -> bool:
-    """Whether these kernels can draw the dropout on x themselves."""
-    return x.dtype in _COMPUTE and r <= _MAX_RANK
-
-
 def _serves(x: Tensor, r: int) -> bool:
     return x.dtype in _COMPUTE and 0 < r <= _MAX_RANK and x.numel() > 0
 

@@ -336,11 +336,11 @@ def test_dropout_with_a_routing_core():
 
 
 @on_device
-@pytest.mark.parametrize("case", ["fp64", "adapter precision", "p = 1", "empty batch"])
+@pytest.mark.parametrize("case", ["fp64", "adapter precision", "p = 1", "empty batch", "rank 257"])
 def test_dropout_that_the_kernels_do_not_draw(case):
     """Then it is torch's own, with torch's own mask."""
     dtype = torch.float64 if case == "fp64" else torch.bfloat16 if case == "adapter precision" else torch.float32
-    inputs = eager_tests.make((0,) if case == "empty batch" else (20,), 32, 24, 4, dtype)
+    inputs = eager_tests.make((0,) if case == "empty batch" else (20,), 32, 24, 257 if case == "rank 257" else 4, dtype)
     inputs = {name: value.to(DEVICE) for name, value in inputs.items()}
     options = {"dropout": 0.4}
     if case == "adapter precision":
