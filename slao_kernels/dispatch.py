@@ -9,6 +9,7 @@ be met is an error, never a silent fallback.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,9 @@ _MODULES = {"reference": "reference", "eager": "eager", "native": "native", "tri
 _PREFERENCE: dict[str, tuple[str, ...]] = {
     # "eager": one autograd node around torch's own GEMMs (cuBLAS, oneDNN, MKL); torch runs wherever we do. "native":
     # the same with the rank-r products of csrc/cpu/lora_linear.cpp, which measured faster from 32 tokens up.
-    "lora_linear": ("native", "eager", "reference"),
+    # "triton" computes its rank-r products in one pass over x and dy each. Nothing of it has been timed on a GPU yet,
+    # so it has to be asked for.
+    "lora_linear": ("native", "eager", "triton", "reference"),
     "orthogonal_init": ("native", "reference"),
     "scaled_merge": ("native", "reference"),
     "fold": ("native", "reference"),
@@ -36,6 +39,8 @@ BACKENDS = ("auto", *_MODULES)
 # Plain module state, so that torch.compile can trace the choice and guard on it.
 _forced: str | None = None
 _environment: str = os.environ.get("SLAO_KERNELS_BACKEND", "auto")
+_triton_installed: bool = importlib.util.find_spec("triton") is not None
+_triton_interprets: bool = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def check_backend(name: str) -> str:
@@ -68,6 +73,11 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
         from . import native
 
         return native.why_not(device_type) or (native.why_not_lora(device_type) if op == "lora_linear" else None)
+    if backend == "triton":
+        if not _triton_installed:
+            return "triton is not installed"
+        if device_type != "cuda" and not (device_type == "cpu" and _triton_interprets):
+            return "Triton has no such device (on CPU tensors only under TRITON_INTERPRET=1, for tests)"
     return None
 
 

@@ -63,14 +63,19 @@ def dropout_of(layer: nn.Module, adapter: str) -> float:
     return dropout.p if type(dropout) is nn.Dropout else -1.0
 
 
-def dropout_reason(layer: nn.Module, adapter: str) -> str | None:
-    """Why the adapter's dropout, were it active now, would rule the fused forward out."""
+def active_dropout(layer: nn.Module, adapter: str) -> float:
+    """The probability that applies to the adapter now: 0 outside training."""
+    return dropout_of(layer, adapter) if layer.lora_dropout[adapter].training else 0.0
+
+
+def dropout_reason(layer: nn.Module, adapter: str, alone: bool) -> str | None:
+    """Why the adapter's dropout, were it active now, would rule the fused forward out. alone: no other is active."""
     p = dropout_of(layer, adapter)
-    if p == 0.0:
-        return None
     if p < 0.0:
         return f"lora_dropout is a {type(layer.lora_dropout[adapter]).__name__}"
-    return f"lora_dropout={p:g} while training: PEFT's own forward draws its masks"
+    if p > 0.0 and not alone:
+        return f"lora_dropout={p:g} while training, and other adapters are active: each draws a mask of its own"
+    return None
 
 
 def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs: Any) -> str | None:
@@ -98,7 +103,7 @@ def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs
         dropout = layer.lora_dropout[adapter]
         reason = adapter_reason(layer, adapter) or _hooks_reason(dropout, "lora_dropout")
         if reason is None and (dropout.training or dropout_of(layer, adapter) < 0.0):
-            reason = dropout_reason(layer, adapter)
+            reason = dropout_reason(layer, adapter, alone=len(adapters) == 1)
         if reason is None and layer.lora_A[adapter].weight.device != x.device:
             reason = f"adapter {adapter!r} is on {layer.lora_A[adapter].weight.device}, x on {x.device}"
         if reason is not None:

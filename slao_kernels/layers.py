@@ -71,7 +71,19 @@ class FusedLoraLinear(lora.Linear):
         base = self.base_layer
         weight = base.weight if type(base) is nn.Linear else base.weight.t()  # Conv1D stores (K, N)
         A, B, scaling = self._adapter(adapters)
-        return apply(x, weight, base.bias, A, B, scaling, precision=options.precision, backend=options.backend)
+        # Several adapters with dropout have been ruled out: each would see a mask of its own.
+        dropout = eligibility.active_dropout(self, adapters[0])
+        return apply(
+            x,
+            weight,
+            base.bias,
+            A,
+            B,
+            scaling,
+            dropout=dropout,
+            precision=options.precision,
+            backend=options.backend,
+        )
 
     def _adapter(self, adapters: list[str]) -> tuple[Tensor, Tensor, float]:
         """A (R, K), B (N, R) and the scaling: several adapters are one of rank R = Σ r with scaled Bs."""

@@ -97,7 +97,7 @@ def patch(
             continue
         chosen.append((name, layer))
         for adapter in active:
-            dropout = eligibility.dropout_reason(layer, adapter)
+            dropout = eligibility.dropout_reason(layer, adapter, alone=len(active) == 1)
             if dropout is not None:
                 report.fallbacks[name] = dropout
     if strict and report.skipped:

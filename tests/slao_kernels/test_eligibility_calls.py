@@ -33,14 +33,52 @@ def patched(twins, **options):
     return model, twin, report
 
 
-DROPOUT = "lora_dropout=0.1 while training: PEFT's own forward draws its masks"
+DROPOUT = "lora_dropout=0.1 while training, and other adapters are active: each draws a mask of its own"
 
 
-def test_dropout_while_training(twins, told):
-    """The same masks as PEFT under the same seed; known, and in the report, from the start."""
-    model, twin, report = patched(twins, lora_dropout=0.1)
-    assert report.fallbacks == {"proj": DROPOUT}
-    twins.check_peft_runs(model, twin, report.fallbacks, DROPOUT, told)
+def test_dropout_while_training_is_fused(twins, told):
+    """The same masks as PEFT under the same seed, where the dtypes agree."""
+    model, twin, report = patched(twins, lora_dropout=0.4)
+    x = twins.net_input()
+    with twins.CountOps() as ops:
+        found = twins.net_step(model, x)
+    assert ops.counts == {"lora_linear": 1, "lora_linear_backward": 1}
+    expected = twins.net_step(twin, x)
+    twins.check_close(found, expected)
+    model.eval()
+    assert twins.rms(twins.net_step(model, x)["y"] - found["y"]) > 0.05 * twins.rms(found["y"]), "nothing was dropped"
+    assert report.fallbacks == {}
+    assert told() == []
+
+
+@pytest.mark.parametrize("precision", ["base", "adapter"])
+def test_dropout_on_a_16_bit_base(precision, twins):
+    """PEFT draws on x in the adapters' dtype, we in x's own: on the CPU torch gives both the same mask.
+
+    x is 1 everywhere, so that a dropped element's share of the output is far more than a rounding.
+    """
+    model, twin = (twins.net(lambda: nn.Linear(24, 20).to(torch.bfloat16), lora_dropout=0.5) for _ in range(2))
+    for net in (model, twin):
+        net.proj.lora_A.float()
+        net.proj.lora_B.float()
+    slao_kernels.patch(model, precision=precision)
+    x = torch.ones(40, 24, dtype=torch.bfloat16)
+    found, expected = twins.net_step(model, x), twins.net_step(twin, x)
+    twins.check_close(found, expected, 0.01 if precision == "adapter" else 0.02)
+    with twins.CountOps() as ops:
+        model(x)
+    assert ops.forward == 1
+
+
+def test_dropout_is_drawn_once_a_call(twins):
+    """The generator goes on from where PEFT leaves it, so that a whole model's masks agree."""
+    model, twin, _ = patched(twins, lora_dropout=0.4)
+    states = []
+    for net in (model, twin):
+        torch.manual_seed(3)
+        net(twins.net_input())
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
 
 
 def test_dropout_in_eval_mode_is_fused(twins, told):
@@ -227,7 +265,10 @@ def test_second_derivatives_are_an_error(twins):
 def test_what_was_logged_is_not_logged_again(twins, told):
     """Once a reason and process, not once a layer; every layer is in the report."""
     model = twins.peft_model("llama", target_modules=["q_proj"], lora_dropout=0.1)
+    model.add_adapter("other", twins.config(target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "other"])
     report = slao_kernels.patch(model)
+    assert list(report.fallbacks.values()) == 2 * [DROPOUT]
     model.train()
     twins.step(model)
     twins.step(model)

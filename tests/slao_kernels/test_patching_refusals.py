@@ -142,9 +142,9 @@ def test_unknown_backend(plain, twins):
 
 
 @pytest.mark.parametrize("backend", ["triton"])
-def test_backend_that_this_version_lacks(backend):
+def test_backend_that_cannot_run_here(backend):
     message = refuses(plain_model(), f"backend '{backend}' cannot run lora_linear on cpu", backend=backend)
-    assert "this version has no such implementation; available here: " in message
+    assert re.search("Triton has no such device|not installed", message)
     assert message.endswith("eager, reference")
 
 
@@ -187,10 +187,20 @@ def test_report_text(twins):
     (skipped,) = [row for row in rows if row.startswith("skipped")]
     assert skipped.startswith("skipped 1 × model.layers.*.mlp.down_proj base layer is ")
     assert skipped.endswith("OtherLinear")
-    dropout = "lora_dropout=0.1 while training: PEFT's own forward draws its masks"
-    assert f"falls back 2 × model.layers.*.self_attn.q_proj {dropout}" in rows
     assert sum(int(row.split()[1]) for row in rows if row.startswith("fused")) == len(report.patched) == 13
-    assert (report.injected, report.backend, len(report.fallbacks)) == (True, "eager", 13)
+    assert (report.injected, report.backend, report.fallbacks) == (True, "eager", {})
+
+
+def test_report_text_with_fallbacks(twins):
+    """Several active adapters with dropout: known from the start."""
+    model = twins.peft_model("llama", target_modules=["q_proj"], lora_dropout=0.1)
+    model.add_adapter("other", twins.config(target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    report = slao_kernels.patch(model)
+    rows = [re.sub(" +", " ", row.strip()) for row in str(report).split("\n")]
+    why = "lora_dropout=0.1 while training, and other adapters are active: each draws a mask of its own"
+    assert f"falls back 2 × base_model.model.model.layers.*.self_attn.q_proj {why}" in rows
+    assert len(report.fallbacks) == 2
 
 
 def test_report_text_without_fallbacks(twins):

@@ -13,10 +13,13 @@ from .. import schema
 from . import reference
 
 PRECISIONS = ("base", "adapter")
+# Where kernels.py draws dropout itself.
+_SEEDED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SEEDED_RANK = 256
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Saves x (x_dropped too where there is dropout), t and tensors of the adapters' size; nothing (M, N).
+    """Saves x, t and tensors of the adapters' size; nothing (M, N). With dropout x_dropped too, or a seed instead.
 
     C-LoRA's routing R = core + core_delta costs only r×r products: the kernels see B R in the forward pass and
     R A in the backward one, and what they return is multiplied by core_deltaᵀ afterwards.
@@ -36,21 +39,23 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         dtype: torch.dtype,
         backend: str,
+        seed: Tensor | None,
+        p: float,
     ) -> Tensor:
         routing = _routing(core, core_delta)
         cast_A, cast_B = _cast(A, dtype), _cast(B, dtype)
         value_B = cast_B if routing is None else (B @ routing.to(B.dtype)).to(dtype)
         run = schema.lora_linear if dispatch.direct() else torch.ops.slao_kernels.lora_linear
-        y, t = run(x, x_dropped, weight, bias, cast_A, value_B, scaling, backend)
-        ctx.save_for_backward(x, x_dropped, weight, t, cast_A, cast_B, core, core_delta)
-        ctx.scaling, ctx.backend = scaling, backend
+        y, t = run(x, x_dropped, weight, bias, cast_A, value_B, scaling, backend, seed, p)
+        ctx.save_for_backward(x, x_dropped, weight, t, cast_A, cast_B, core, core_delta, seed)
+        ctx.scaling, ctx.backend, ctx.p = scaling, backend, p
         ctx.grad_dtypes = A.dtype, B.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, x_dropped, weight, t, A, B, core, core_delta = ctx.saved_tensors
+        x, x_dropped, weight, t, A, B, core, core_delta, seed = ctx.saved_tensors
         need_x, need_dropped, need_weight, need_bias, need_A, need_B, _, need_delta = ctx.needs_input_grad[:8]
         routing = _routing(core, core_delta)
         run = schema.lora_linear_backward if dispatch.direct() else torch.ops.slao_kernels.lora_linear_backward
@@ -68,6 +73,8 @@ class _LoraLinear(torch.autograd.Function):
             need_A or need_delta,
             need_B,
             ctx.backend,
+            seed,
+            ctx.p,
         )
         d_delta = (g.t() @ t).to(core_delta.dtype) if need_delta else None
         if routing is not None:
@@ -86,6 +93,8 @@ class _LoraLinear(torch.autograd.Function):
             _cast(dB, ctx.grad_dtypes[1]) if need_B else None,
             None,
             d_delta,
+            None,
+            None,
             None,
             None,
             None,
@@ -126,7 +135,8 @@ def lora_linear(
     `"adapter"` in A's and B's own (the wider of them and the base's), block by block without a wide copy of x.
     Gradients have the dtype of their tensor; x, weight, bias, A, B and core_delta get one, core does not. With a
     core, A's and B's gradient flows through core_delta only (C-LoRA, arXiv 2502.17920). Differentiable once.
-    `dropout` is a probability and applies when `training`.
+    `dropout` is a probability and applies when `training`; its mask is torch's own (`F.dropout`), or drawn inside the
+    kernels ("triton") from a seed that torch's generator of x's device gives.
     Raises ValueError on shapes, dtypes or devices that do not fit, naming them.
     Source: LoRA (arXiv 2106.09685); this evaluation order: RunLoRA (arXiv 2312.03415), LoRAFusion (EuroSys'26).
     """
@@ -170,18 +180,27 @@ def apply(
     dtype = x.dtype
     if precision == "adapter":
         dtype = torch.promote_types(dtype, torch.promote_types(A.dtype, B.dtype))
-    x_dropped = torch.nn.functional.dropout(x, dropout) if dropout > 0.0 else None
     backend = dispatch.choose("lora_linear", device, backend)
+    x_dropped = seed = None
+    if dropout > 0.0:
+        served = dtype == x.dtype and dtype in _SEEDED_DTYPES and A.shape[0] <= _SEEDED_RANK
+        if backend == "triton" and served and dropout < 1.0:
+            # A tensor: reading it back would stop the GPU, and a captured graph draws a new one at each replay.
+            seed = torch.randint(2**63 - 1, (1,), device=x.device)
+        else:
+            x_dropped = torch.nn.functional.dropout(x, dropout)
     if backend == "reference":
         cast = (None if part is None else part.to(dtype) for part in (A, B, core, core_delta))
         A, B, core, core_delta = cast
         return reference.lora_linear(x, x_dropped, weight, bias, A, B, scaling, core, core_delta)
     if torch.is_grad_enabled():
-        return _LoraLinear.apply(x, x_dropped, weight, bias, A, B, core, core_delta, scaling, dtype, backend)
+        return _LoraLinear.apply(
+            x, x_dropped, weight, bias, A, B, core, core_delta, scaling, dtype, backend, seed, dropout
+        )
     routing = _routing(core, core_delta)
     B = B if routing is None else B @ routing.to(B.dtype)
     run = schema.lora_linear if dispatch.direct() else torch.ops.slao_kernels.lora_linear
-    return run(x, x_dropped, weight, bias, _cast(A, dtype), _cast(B, dtype), scaling, backend)[0]
+    return run(x, x_dropped, weight, bias, _cast(A, dtype), _cast(B, dtype), scaling, backend, seed, dropout)[0]
 
 
 def _check(

@@ -1,0 +1,173 @@
+"""Every Triton kernel with its default tiles, compiled for GPUs that are not here: no spill, no trap, shared memory
+within the device's.
+
+What Triton would not refuse by itself: it emits code that spills registers, needs more shared memory than there is,
+or stops at a bare trap.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton interprets in this process and compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from slao_kernels.ops.lora_linear import device, tiles  # noqa: E402
+
+# name -> (target, bytes of shared memory that a block may have)
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
+}
+_POINTERS = {"x", "A", "out", "seed", "g", "dy", "t", "B", "dB", "workspace"}
+_FLOATS = {"alpha", "scaling"}
+# A dense matrix's columns are next to each other; Triton makes a 1 a constant.
+_DENSE = {"stride_xk", "stride_ak", "stride_yn", "stride_tr", "stride_br", "stride_gr", "stride_ok"}
+# shrink(dy, Bᵀ) and dBᵀ = tᵀ dy: the small matrix lies the other way round.
+_FLIPPED = _DENSE - {"stride_ak", "stride_ok"} | {"stride_ar", "stride_or"}
+_NEVER_ALIGNED = {"M", "keep_below", "size", "parts"}
+# Integers that are no multiple of 16, for Triton's specialisation: nothing; the rank (r = 8); all sizes.
+_OF_THE_RANK = {"R", "stride_gm", "stride_tm", "stride_bn"}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel takes; `spilled` in bytes (NVIDIA) or registers (AMD)."""
+
+    registers: int
+    shared: int
+    spilled: int
+    trap: bool
+
+
+def compiled(kernel: Any, target: GPUTarget, types: dict[str, Any], options: dict[str, Any], layout: str) -> Usage:
+    """Usage of `kernel`; `types`: pointer name -> element type, and constants.
+
+    layout: "multiples of 16", "odd rank", "flipped" (with an odd rank), or "odd sizes".
+    """
+    signature, constants, attributes = {}, {}, {}
+    dense, odd = (_FLIPPED if layout == "flipped" else _DENSE), set(_NEVER_ALIGNED)
+    if layout in ("odd rank", "flipped"):
+        odd |= _OF_THE_RANK | ({"stride_ak", "stride_ok"} if layout == "flipped" else set())
+    for i, name in enumerate(kernel.arg_names):
+        if name in types and not isinstance(types[name], str):
+            signature[name], constants[(i,)] = "constexpr", types[name]
+        elif name == "seed" and name not in types:
+            signature[name], constants[(i,)] = "constexpr", None
+        elif name in dense:
+            signature[name], constants[(i,)] = "constexpr", 1
+        elif name in _FLOATS:
+            signature[name] = "fp32"
+        else:
+            pointer = name in _POINTERS
+            signature[name] = f"*{types[name]}" if pointer else "i32"
+            if pointer or (layout != "odd sizes" and name not in odd):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    binary = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    if target.backend == "hip":
+        text = binary.asm["amdgcn"]
+        spills = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text)
+        (registers,) = re.findall(r"\.vgpr_count:\s*(\d+)", text)
+        assert len(spills) == 2
+        return Usage(int(registers), binary.metadata.shared, sum(map(int, spills)), "s_trap" in text)
+    # What is spilled lies on the stack.
+    (registers, stack) = _resources(binary.asm["cubin"])
+    return Usage(registers, binary.metadata.shared, stack, re.search(r"\btrap;", binary.asm["ptx"]) is not None)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    return int(found[0]), int(found[1])
+
+
+def usage(tile: tiles.Tile, target: str, dtype: str, dropout: bool = False, layout: str = "odd rank") -> Usage:
+    """Usage of the kernel that `tile` is for, with the types that kernels.py gives it."""
+    where, _ = TARGETS[target]
+    compute = {"bf16": triton.language.bfloat16, "fp16": triton.language.float16, "fp32": triton.language.float32}
+    types: dict[str, Any] = {"COMPUTE": compute[dtype], "BLOCK_M": tile.block_m, "BLOCK_R": tile.block_r}
+    types["BLOCK_N" if tile.kernel == "grad_t" else "BLOCK_K"] = tile.block_k
+    types |= dict.fromkeys(("x", "A", "g", "dy", "t", "B"), dtype)
+    # Sums in parts land in an fp32 workspace; that is the wider store.
+    types |= {"out": dtype if tile.kernel == "expand_dropped" else "fp32", "dB": "fp32"}
+    if tile.kernel == "grad_t":
+        types["g"] = "fp32"
+    if dropout:
+        types["seed"] = "i64"
+    stages = min(tile.stages, 2) if where.backend == "hip" else tile.stages
+    options = {"num_warps": tile.warps, "num_stages": stages, "enable_fp_fusion": True}
+    return compiled(getattr(device, f"{tile.kernel}_kernel"), where, types, options, layout)
+
+
+def cases() -> dict[str, tuple[tiles.Tile, str, bool, str]]:
+    """name -> (tile, dtype, dropout, layout): each default tile in the hardest layout that kernels.py gives it."""
+    found = {}
+    for tile in tiles.table("default"):
+        dtype = "bf16" if tile.bits == 16 else "fp32"
+        layout = "odd sizes" if not tile.aligned else "odd rank" if tile.r <= 16 else "multiples of 16"
+        always, never = tile.kernel == "expand_dropped", tile.kernel == "grad_t"
+        for dropout in {always, not never}:
+            blocks = f"{tile.kernel}-{dtype}-{tile.block_m}x{tile.block_k}x{tile.block_r}"
+            name = f"{blocks}-{'dropout' if dropout else 'plain'}-{layout.replace(' ', '_')}"
+            found.setdefault(name, (tile, dtype, dropout, layout))
+    for kernel in ("shrink", "outer", "grad_t", "expand_dropped"):
+        half = tiles.find(kernel, torch.float16, 4096, 4096, 16)
+        assert half is not None
+        found[f"{kernel}-fp16-r16"] = (half, "fp16", kernel == "expand_dropped", "multiples of 16")
+    for r in (16, 64, 256):
+        flipped = tiles.find("outer", torch.bfloat16, 4096, 4096, r)
+        assert flipped is not None
+        found[f"outer-bf16-r{r}-flipped"] = (flipped, "bf16", False, "flipped")
+    return found
+
+
+CASES = cases()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_fits_without_a_spill(case, target):
+    tile, dtype, dropout, layout = CASES[case]
+    found = usage(tile, target, dtype, dropout, layout)
+    assert (found.spilled, found.trap) == (0, False), found
+    assert found.shared <= TARGETS[target][1], found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_reduction(target):
+    types = {"workspace": "fp32", "out": "bf16", "BLOCK": 1024}
+    found = compiled(
+        device.reduce_kernel, TARGETS[target][0], types, {"num_warps": 4, "enable_fp_fusion": True}, "odd sizes"
+    )
+    assert (found.spilled, found.trap) == (0, False), found
+
+
+def test_a_spill_is_seen():
+    """A tile that is known not to fit: else a change of the tools would let everything pass."""
+    tile = tiles.Tile("grad_t", 16, 256, block_m=128, block_k=64, block_r=256, warps=4, stages=2)
+    assert usage(tile, "sm_80", "bf16").spilled > 0
+    assert usage(tile, "gfx942", "bf16").spilled > 0
+
+
+def test_too_much_shared_memory_is_seen():
+    tile = tiles.Tile("shrink", 16, 256, block_m=128, block_k=128, block_r=256, warps=8, stages=4)
+    assert usage(tile, "sm_90", "bf16").shared > TARGETS["sm_90"][1]
