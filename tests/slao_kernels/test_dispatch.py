@@ -44,17 +44,25 @@ def test_automatic_choice():
 
 
 def test_triton_has_to_be_asked_for_until_it_is_measured(monkeypatch):
-    monkeypatch.setattr(dispatch, "_triton_installed", True)
-    assert dispatch.choose("lora_linear", "cuda") in ("native", "eager")
-    assert dispatch.choose("lora_linear", "cuda", "triton") == "triton"
-    assert "no such device" in dispatch.why_not("lora_linear", "triton", "cpu")
-    assert "no such device" in dispatch.why_not("lora_linear", "triton", "mps")
-    monkeypatch.setattr(dispatch, "_triton_interprets", True)
-    assert dispatch.choose("lora_linear", "cpu") in ("native", "eager")
-    assert dispatch.choose("lora_linear", "cpu", "triton") == "triton"
-    monkeypatch.setattr(dispatch, "_triton_installed", False)
-    for device in ("cpu", "cuda"):
-        assert dispatch.why_not("lora_linear", "triton", device) == "triton is not installed"
+    def pretend(name: str, value: bool) -> None:
+        monkeypatch.setattr(dispatch, name, value)
+        dispatch._available.cache_clear()
+
+    try:
+        pretend("_triton_installed", True)
+        assert dispatch.choose("lora_linear", "cuda") == "eager"
+        assert dispatch.choose("lora_linear", "cuda", "triton") == "triton"
+        assert "no such device" in dispatch.why_not("lora_linear", "triton", "cpu")
+        assert "no such device" in dispatch.why_not("lora_linear", "triton", "mps")
+        pretend("_triton_interprets", True)
+        assert dispatch.choose("lora_linear", "cpu") == AUTO
+        assert dispatch.choose("lora_linear", "cpu", "triton") == "triton"
+        pretend("_triton_installed", False)
+        for device in ("cpu", "cuda"):
+            assert dispatch.why_not("lora_linear", "triton", device) == "triton is not installed"
+    finally:
+        monkeypatch.undo()
+        dispatch._available.cache_clear()
 
 
 def test_every_choice_can_be_imported():
