@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
-from . import eligibility
+from . import eligibility, groups
 from .ops.lora_linear import apply
 
 logger = logging.getLogger("slao_kernels")
@@ -19,12 +19,16 @@ _logged: set[str] = set()
 
 @dataclass
 class FusedOptions:
-    """What `patch` decided for one layer. `fallbacks` is shared with the PatchReport: name -> reason."""
+    """What `patch` decided for one layer. `fallbacks` is shared with the PatchReport: name -> reason.
+
+    place: its state in groups.py, None for a layer that always runs alone.
+    """
 
     name: str
     backend: str = "auto"
     precision: str = "base"
     fallbacks: dict[str, str] = field(default_factory=dict)
+    place: groups.Place | None = None
 
     def fell_back(self, reason: str) -> None:
         """Put the reason into the report, and into the log once per reason."""
@@ -64,12 +68,17 @@ class FusedLoraLinear(lora.Linear):
         weight = base.weight if type(base) is nn.Linear else base.weight.t()  # Conv1D stores (K, N)
         A, B, scaling = self._adapter(adapters)
         options = self.slao_options
+        if options.place is not None and self._is_plain(adapters) and not torch.compiler.is_compiling():
+            return groups.call(self, x, groups.Parts(base.weight, weight, base.bias, A, B, scaling))
         return apply(x, weight, base.bias, A, B, scaling, precision=options.precision, backend=options.backend)
+
+    def _is_plain(self, adapters: list[str]) -> bool:
+        return len(adapters) == 1 and not isinstance(self.scaling[adapters[0]], Tensor)
 
     def _adapter(self, adapters: list[str]) -> tuple[Tensor, Tensor, float]:
         """A (R, K), B (N, R) and the scaling: several adapters are one of rank R = Σ r with scaled Bs."""
         scalings = [self.scaling[name] for name in adapters]
-        if len(adapters) == 1 and not isinstance(scalings[0], Tensor):
+        if self._is_plain(adapters):
             (name,) = adapters
             return self.lora_A[name].weight, self.lora_B[name].weight, float(scalings[0])
         # A scaling that is a tensor (PEFT's hotswap) must not be read back from a GPU: it goes into B.
