@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch
-from .eligibility import _BASE_TYPES, _DTYPES
+from .eligibility import _BASE_TYPES
 from .ops.lora_linear import apply, group
 
 _PLAIN = (nn.Parameter, Tensor)
@@ -139,9 +139,13 @@ class Group:
             if found is None:
                 return None
             parts.append(found)
+        try:
+            versions = [part.version() for part in parts]
+        except RuntimeError:
+            return None
         _, weights, biases, As, Bs, scalings = map(list, zip(*parts, strict=True))
         ys = group.apply(x, weights, biases, As, Bs, scalings, backend)
-        _thread.slot = _Slot(self, x, version, key, ys, parts, recomputed)
+        _thread.slot = _Slot(self, x, version, key, ys, parts, versions, recomputed)
         return ys
 
 
@@ -151,12 +155,20 @@ class _Slot:
     __slots__ = ("group", "key", "left", "parts", "recomputed", "version", "versions", "x", "ys")
 
     def __init__(
-        self, of: Group, x: Tensor, version: int, key: Key, ys: list[Tensor], parts: list[Parts], recomputed: bool
+        self,
+        of: Group,
+        x: Tensor,
+        version: int,
+        key: Key,
+        ys: list[Tensor],
+        parts: list[Parts],
+        versions: list[int],
+        recomputed: bool,
     ) -> None:
         self.group, self.x, self.version, self.key, self.parts = of, weakref.ref(x), version, key, parts
         self.ys: list[Tensor | None] = [None, *ys[1:]]
         self.left = len(ys) - 1
-        self.versions = [part.version() for part in parts]
+        self.versions = versions
         # A recompute that stops early leaves outputs behind; that says nothing about the group.
         self.recomputed = recomputed
 
@@ -285,30 +297,33 @@ def _read(layer: Any, place: Place, x: Tensor) -> Parts | None:
     """A sibling's parts, if the leader can compute with them.
 
     Whether the sibling takes the result is its own affair when it is called, after all of its checks: here is only
-    what would make the leader fail.
+    what would make the leader fail. Through the dictionaries, because nn.Module's getattr takes a microsecond.
     """
     options = None if layer is None else layer.__dict__.get("slao_options")
     if options is None or options.place is not place or layer.disable_adapters or layer.merged_adapters:
         return None
-    adapters = [name for name in layer.active_adapters if name in layer.lora_A]
+    modules, device = layer._modules, x.device
+    downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
+    adapters = [name for name in layer.active_adapters if name in downs]
     if len(adapters) != 1 or isinstance(layer.scaling[adapters[0]], Tensor):
         return None
-    base, down, up = layer.base_layer, layer.lora_A[adapters[0]], layer.lora_B[adapters[0]]
+    base, down, up = modules["base_layer"], downs[adapters[0]], ups[adapters[0]]
     if type(base) not in _BASE_TYPES or type(down) is not nn.Linear or type(up) is not nn.Linear:
         return None
     stored, bias, A, B = base.weight, base.bias, down.weight, up.weight
     for part in (stored, A, B) if bias is None else (stored, A, B, bias):
-        if type(part) not in _PLAIN or part.device != x.device or part.dtype not in _DTYPES or part.is_inference():
+        if type(part) not in _PLAIN or part.device != device:
             return None
-    if stored.dim() != 2 or A.dim() != 2 or B.dim() != 2:
+    dtype = stored.dtype
+    if dtype != x.dtype and (not torch.is_autocast_enabled(device.type) or dtype == torch.float64):
+        return None
+    if stored.dim() != 2 or A.dim() != 2:
         return None
     weight = stored if type(base) is nn.Linear else stored.t()
-    (n, k), dtype = weight.shape, stored.dtype
-    if A.shape[1] != k or B.shape != (n, A.shape[0]) or x.shape[-1] != k:
+    n, k = weight.shape
+    if k != x.shape[-1] or A.shape[1] != k or B.shape != (n, A.shape[0]):
         return None
     if bias is not None and (bias.dtype != dtype or bias.shape != (n,)):
-        return None
-    if dtype != x.dtype and (not torch.is_autocast_enabled(x.device.type) or dtype == torch.float64):
         return None
     return Parts(stored, weight, bias, A, B, float(layer.scaling[adapters[0]]))
 

@@ -9,6 +9,8 @@ M = number of tokens (all leading sizes of x), K = in_features, N = out_features
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -161,6 +163,13 @@ LIBRARY.define(
 )
 
 
+@cache
+def _group() -> ModuleType:
+    from .lora_linear import group  # not above: its package imports this module
+
+    return group
+
+
 def _lora_linear_group(
     x: Tensor,
     weights: list[Tensor],
@@ -170,8 +179,7 @@ def _lora_linear_group(
     scalings: list[float],
     backend: str,
 ) -> tuple[list[Tensor], Tensor]:
-    from .lora_linear import group  # imports this module
-
+    group = _group()
     return _without_autocast(group.forward, x, weights, biases, A, Bs, scalings, group.products_of(backend))
 
 
@@ -201,7 +209,7 @@ def _lora_linear_group_backward(
     need_Bs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    from .lora_linear import group
+    group = _group()
 
     def run(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         return group.backward(dys, x, *args)

@@ -48,12 +48,13 @@ def forward(
     """(ys, t) of `slao_kernels::lora_linear_group`; see ops/schema.py."""
     x2 = x.reshape(-1, x.shape[-1])
     t = products.shrink(x2, A)
+    ts = t.split_with_sizes([B.shape[1] for B in Bs], 1)
     ys = []
-    for weight, bias, B, scaling, ranks in zip(weights, biases, Bs, scalings, _slices(Bs), strict=True):
+    for weight, bias, B, scaling, t_i in zip(weights, biases, Bs, scalings, ts, strict=True):
         # N-D from the start: a view of a 2-D result would refuse the caller's in-place operations.
         y = x.new_empty((*x.shape[:-1], weight.shape[0]))
         y2 = y.view(-1, weight.shape[0])
-        products.expand_(y2, t[:, ranks], B, scaling, bias)
+        products.expand_(y2, t_i, B, scaling, bias)
         y2.addmm_(x2, weight.t())
         ys.append(y)
     return ys, t
@@ -113,7 +114,7 @@ class _LoraLinearGroup(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scalings: list[float], backend: str, *tensors: Any) -> tuple[Tensor, ...]:
         count = len(scalings)
         weights, biases, As, Bs = (list(tensors[i : i + count]) for i in range(0, 4 * count, count))
-        A, cast_Bs = _stack(As, x.dtype), [B.to(x.dtype) for B in Bs]
+        A, cast_Bs = torch.cat(_cast(As, x.dtype)), _cast(Bs, x.dtype)
         ys, t = torch.ops.slao_kernels.lora_linear_group(x, weights, biases, A, cast_Bs, scalings, backend)
         ctx.save_for_backward(x, t, A, *weights, *cast_Bs)
         ctx.scalings, ctx.backend = scalings, backend
@@ -168,8 +169,8 @@ class _LoraLinearGroup(torch.autograd.Function):
         return dx if needs_x else None, None, None, *grads
 
 
-def _stack(As: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat([A if A.dtype == dtype else A.to(dtype) for A in As])
+def _cast(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [matrix if matrix.dtype == dtype else matrix.to(dtype) for matrix in matrices]
 
 
 def apply(
@@ -193,5 +194,5 @@ def apply(
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
     if torch.is_grad_enabled():
         return list(_LoraLinearGroup.apply(x, scalings, backend, *weights, *biases, *As, *Bs))
-    A, cast_Bs = _stack(As, x.dtype), [B.to(x.dtype) for B in Bs]
+    A, cast_Bs = torch.cat(_cast(As, x.dtype)), _cast(Bs, x.dtype)
     return torch.ops.slao_kernels.lora_linear_group(x, weights, biases, A, cast_Bs, scalings, backend)[0]
