@@ -207,18 +207,20 @@ class _Run:
         return True
 
     def finish(self) -> None:
-        layers = [layer() for layer in self.layers]
         with _lock:
-            if any(layer is None for layer in layers) or any(place.group is not None for place in self.places):
-                return
-            if len(layers) > 1:
-                found = Group(layers, self.places)
-                for i, place in enumerate(self.places):
-                    place.group, place.index = found, i
-                return
-            self.places[0].tries += 1
-            if self.places[0].tries >= _TRIES:
-                _stop_watching(layers[0], self.places[0])
+            watched = [
+                (found, place)
+                for layer, place in zip(self.layers, self.places, strict=True)
+                if place.group is None and _is_watched(found := layer(), place)
+            ]
+            if len(watched) > 1:
+                of = Group([layer for layer, _ in watched], [place for _, place in watched])
+                for i, (_, place) in enumerate(watched):
+                    place.group, place.index = of, i
+            for layer, place in watched if len(watched) == 1 else ():
+                place.tries += 1
+                if place.tries >= _TRIES:
+                    _stop_watching(layer, place)
 
 
 class _Thread(threading.local):
@@ -263,10 +265,15 @@ def _watch(layer: Any, place: Place, x: Tensor, version: int, key: Key) -> None:
             run.finish()
 
 
+def _is_watched(layer: Any, place: Place) -> bool:
+    """Not so: gone, unpatched, patched anew, or watched no longer."""
+    options = None if layer is None else layer.__dict__.get("slao_options")
+    return options is not None and options.place is place
+
+
 def _stop_watching(layer: Any, place: Place) -> None:
-    options = getattr(layer, "slao_options", None)
-    if options is not None and options.place is place:
-        options.place = None
+    if _is_watched(layer, place):
+        layer.slao_options.place = None
 
 
 def _key(x: Tensor) -> Key | None:
@@ -299,8 +306,7 @@ def _read(layer: Any, place: Place, x: Tensor) -> Parts | None:
     Whether the sibling takes the result is its own affair when it is called, after all of its checks: here is only
     what would make the leader fail. Through the dictionaries, because nn.Module's getattr takes a microsecond.
     """
-    options = None if layer is None else layer.__dict__.get("slao_options")
-    if options is None or options.place is not place or layer.disable_adapters or layer.merged_adapters:
+    if not _is_watched(layer, place) or layer.disable_adapters or layer.merged_adapters:
         return None
     modules, device = layer._modules, x.device
     downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
