@@ -19,7 +19,8 @@ after the old graph was freed.
 
 A group ends when an output that its leader left has not been collected by the next call of any watched layer in that
 thread: another x, x changed in place, another mode, a sibling that is not called or has become ineligible (hooks), an
-exception in between. Until that next call the output stays in memory.
+exception in between. Until that next call the output stays in memory, and the leader's node keeps the siblings'
+parameters for its backward: autograd refuses it if one of them has been written to.
 Nothing is learned, shared or ended while compiling, in inference mode (no versions there to tell whether x has
 changed), with the backend "reference", with precision="adapter", with several active adapters, with a layer that
 takes PEFT's forward (active dropout), and on devices other than CPUs and CUDA or ROCm GPUs: layers then run alone.

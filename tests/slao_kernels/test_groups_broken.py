@@ -84,8 +84,8 @@ def other_grad_mode(net, x):
 
 
 def written_weight(net, x):
-    q = net.q(x)
     with torch.no_grad():
+        q = net.q(x)
         net.k.lora_B["default"].weight.mul_(1.5)
         k = net.k(x)
         net.k.lora_B["default"].weight.div_(1.5)
@@ -276,14 +276,14 @@ def test_separate_backwards(pair, twins):
     twins.check_close(*grads)
 
 
-def test_compiled_layers_run_alone(pair, twins):
+def test_compiled_layers_run_alone(pair, twins, monkeypatch):
     model, twin = pair
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = block_input()
-    with twins.CountOps() as ops:
+    with monkeypatch.context() as only_here:
+        only_here.setattr(groups, "call", None)
         found = {name.removeprefix("_orig_mod."): value for name, value in twins.net_step(compiled, x).items()}
-    assert ops.grouped == []
     twins.check_close(found, twins.net_step(twin, x))
     check(twins, pair, [3])
 
