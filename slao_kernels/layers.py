@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
-from . import eligibility
+from . import eligibility, groups
 from .ops.lora_linear import apply
 
 logger = logging.getLogger("slao_kernels")
@@ -19,12 +19,16 @@ _logged: set[str] = set()
 
 @dataclass
 class FusedOptions:
-    """What `patch` decided for one layer. `fallbacks` is shared with the PatchReport: name -> reason."""
+    """What `patch` decided for one layer. `fallbacks` is shared with the PatchReport: name -> reason.
+
+    place: its state in groups.py, None for a layer that always runs alone.
+    """
 
     name: str
     backend: str = "auto"
     precision: str = "base"
     fallbacks: dict[str, str] = field(default_factory=dict)
+    place: groups.Place | None = None
 
     def fell_back(self, reason: str) -> None:
         """Put the reason into the report, and into the log once per reason."""
@@ -61,6 +65,8 @@ class FusedLoraLinear(lora.Linear):
             scaling = self.scaling[adapters[0]]
             if plain is not None and type(scaling) in (float, int):
                 weight, bias, A, B = plain
+                if options.place is not None:
+                    return groups.call(self, x, groups.Parts(weight, weight, bias, A, B, scaling))
                 precision, backend = options.precision, options.backend
                 return apply(x, weight, bias, A, B, scaling, precision=precision, backend=backend)
         reason = eligibility.call_reason(self, adapters, x, args, kwargs)
@@ -73,6 +79,9 @@ class FusedLoraLinear(lora.Linear):
         A, B, scaling = self._adapter(adapters)
         # Several adapters with dropout have been ruled out: each would see a mask of its own.
         dropout = eligibility.active_dropout(self, adapters[0])
+        grouped = options.place is not None and not torch.compiler.is_compiling()
+        if grouped and dropout == 0.0 and len(adapters) == 1 and not isinstance(self.scaling[adapters[0]], Tensor):
+            return groups.call(self, x, groups.Parts(base.weight, weight, base.bias, A, B, scaling))
         return apply(
             x,
             weight,

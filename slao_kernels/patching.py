@@ -60,6 +60,7 @@ def patch(
     backend: str = "auto",
     precision: str = "base",
     strict: bool = False,
+    group: bool = True,
 ) -> PatchReport:
     """Give every eligible LoRA layer of `model` the fused forward, in place; calling it again changes nothing more.
 
@@ -67,7 +68,8 @@ def patch(
     models it defaults to r=8, lora_alpha=16, target_modules="all-linear") is injected first, through PEFT, in fp32.
     backend: "auto", or one of `python -m slao_kernels`' list, for every layer. precision: "base" computes the LoRA
     branch in the base's dtype, "adapter" keeps PEFT's wider branch (see `lora_linear`). strict: any layer that would
-    be skipped is an error.
+    be skipped is an error. group: layers that turn out to receive the same x (q/k/v, gate/up) share one autograd node
+    from the second forward on; `groups.describe(model)` lists them, and groups.py says when they do.
     Parameters, their names, the state dict and PEFT's methods stay as they are; `unpatch` undoes it.
     Raises ValueError, with the model as it was: nothing to patch or inject, unknown backend or precision, a config
     that contradicts the adapter that is there, or skips under strict.
@@ -77,7 +79,7 @@ def patch(
         dispatch.choose("lora_linear", next((p.device.type for p in model.parameters()), "cpu"), backend)
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    from . import adapters, eligibility, injection
+    from . import adapters, eligibility, groups, injection
     from .layers import FusedLoraLinear, FusedOptions, log_once
 
     undo = None
@@ -113,7 +115,8 @@ def patch(
             _unfuse(layer)
     for name, layer in chosen:
         layer.__class__ = FusedLoraLinear
-        layer.slao_options = FusedOptions(name, backend, precision, report.fallbacks)
+        place = groups.Place() if group and precision == "base" else None
+        layer.slao_options = FusedOptions(name, backend, precision, report.fallbacks, place)
         report.patched.append(name)
     return report
 

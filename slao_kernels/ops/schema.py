@@ -9,6 +9,8 @@ M = number of tokens (all leading sizes of x), K = in_features, N = out_features
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -160,3 +162,96 @@ for _name, _kernel, _fake in (
 ):
     LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"slao_kernels::{_name}", _fake, lib=LIBRARY)
+
+
+# Several layers of one x. ys[i] = x Wᵢᵀ + biasᵢ + scalingᵢ tᵢ Bᵢᵀ; A is every Aᵢ stacked (ΣR, K), t = x Aᵀ (M, ΣR).
+LIBRARY.define(
+    "lora_linear_group(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor A, Tensor[] Bs, float[] scalings, "
+    "str backend) -> (Tensor[] ys, Tensor t)"
+)
+# With gᵢ = scalingᵢ dyᵢ Bᵢ side by side in g: dx = g A + Σ dyᵢ Wᵢ; dA = gᵀ x, only the rows of layers in need_As;
+# dBs[i] = scalingᵢ dyᵢᵀ tᵢ. What is not needed comes back empty.
+LIBRARY.define(
+    "lora_linear_group_backward(Tensor[] dys, Tensor x, Tensor[] weights, Tensor t, Tensor A, Tensor[] Bs, "
+    "float[] scalings, bool need_x, bool[] need_As, bool[] need_Bs, str backend) "
+    "-> (Tensor dx, Tensor dA, Tensor[] dBs)"
+)
+
+
+@cache
+def _group() -> ModuleType:
+    from .lora_linear import group  # not above: its package imports this module
+
+    return group
+
+
+def lora_linear_group(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    A: Tensor,
+    Bs: list[Tensor],
+    scalings: list[float],
+    backend: str,
+) -> tuple[list[Tensor], Tensor]:
+    group = _group()
+    return _without_autocast(group.forward, x, weights, biases, A, Bs, scalings, group.products_of(backend))
+
+
+def _lora_linear_group_fake(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    A: Tensor,
+    Bs: list[Tensor],
+    scalings: list[float],
+    backend: str,
+) -> tuple[list[Tensor], Tensor]:
+    tokens = x.shape[:-1]
+    return [x.new_empty((*tokens, w.shape[0])) for w in weights], x.new_empty((tokens.numel(), A.shape[0]))
+
+
+def lora_linear_group_backward(
+    dys: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    t: Tensor,
+    A: Tensor,
+    Bs: list[Tensor],
+    scalings: list[float],
+    need_x: bool,
+    need_As: list[bool],
+    need_Bs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    group = _group()
+
+    def run(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        return group.backward(dys, x, *args)
+
+    products = group.products_of(backend)
+    return _without_autocast(run, x, weights, t, A, Bs, scalings, need_x, need_As, need_Bs, products)
+
+
+def _lora_linear_group_backward_fake(
+    dys: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    t: Tensor,
+    A: Tensor,
+    Bs: list[Tensor],
+    scalings: list[float],
+    need_x: bool,
+    need_As: list[bool],
+    need_Bs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    rows = sum(B.shape[1] for B, need in zip(Bs, need_As, strict=True) if need)
+    dBs = [B.new_empty(B.shape if need else (0,)) for B, need in zip(Bs, need_Bs, strict=True)]
+    return x.new_empty(x.shape if need_x else (0,)), A.new_empty((rows, x.shape[-1])), dBs
+
+
+LIBRARY.impl("lora_linear_group", lora_linear_group, "CompositeExplicitAutograd")
+LIBRARY.impl("lora_linear_group_backward", lora_linear_group_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("slao_kernels::lora_linear_group", _lora_linear_group_fake, lib=LIBRARY)
+torch.library.register_fake("slao_kernels::lora_linear_group_backward", _lora_linear_group_backward_fake, lib=LIBRARY)

@@ -180,4 +180,5 @@ def _outer(x: Tensor, t: Tensor, d: Tensor, scale: float, code: int) -> None:
     _core()[0].lora_outer(*place, *x.shape, t.shape[1], scale, code, torch.get_num_threads())
 
 
-products = _THIS = _Products()
+_THIS = _Products()
+shrink, expand_, grad_t, grad_A = _THIS.shrink, _THIS.expand_, _THIS.grad_t, _THIS.grad_A

@@ -71,18 +71,18 @@ def test_products(isa, shape, dtype, torchs_products):
         few = dtype == torch.bfloat16 and exact.numel() < 64  # no average: the worst rounding of one element
         assert error_ratio(found.double(), exact) <= (2**-8 if few else RATIO[dtype])
 
-    close(ours.products.shrink(x, A), X @ AA.T)
+    close(ours.shrink(x, A), X @ AA.T)
     for b in (None, bias):
         y = torch.full_like(x, torch.nan)
-        ours.products.expand_(y, t, B, 0.7, b)
+        ours.expand_(y, t, B, 0.7, b)
         close(y, 0.7 * T @ BB.T + (0 if b is None else b.double()))
-    ours.products.expand_(y, t, A.t(), 1.0)
+    ours.expand_(y, t, A.t(), 1.0)
     close(y, T @ AA)
     grad, dB, dA = (torch.full(size, torch.nan, dtype=dtype) for size in ((m, r), (k, r), (r, k)))
-    ours.products.grad_t(x, t, B, 0.7, grad, dB)
+    ours.grad_t(x, t, B, 0.7, grad, dB)
     close(grad, 0.7 * X @ BB)
     close(dB, 0.7 * X.T @ T)
-    ours.products.grad_A(t, x, dA)
+    ours.grad_A(t, x, dA)
     close(dA, T.T @ X)
 
 
@@ -91,12 +91,12 @@ def test_neighbours_are_not_written(isa):
     dtype = torch.bfloat16 if torch.bfloat16 in ours._codes() else torch.float32
     x, B, t = torch.ones(9, 22, dtype=dtype), torch.ones(22, 5, dtype=dtype), torch.ones(9, 5, dtype=dtype)
     stacked = torch.full((9, 16), -1.0, dtype=dtype)
-    ours.products.grad_t(x, t, B, 1.0, stacked[:, 5:10], None)
+    ours.grad_t(x, t, B, 1.0, stacked[:, 5:10], None)
     assert (stacked[:, 5:10] == 22).all()
     assert (stacked[:, :5] == -1).all()
     assert (stacked[:, 10:] == -1).all()
     wide = torch.full((9, 30), -1.0, dtype=dtype)
-    ours.products.expand_(wide[:, 3:25], t, B, 1.0)
+    ours.expand_(wide[:, 3:25], t, B, 1.0)
     assert (wide[:, 3:25] == 5).all()
     assert (wide[:, :3] == -1).all()
     assert (wide[:, 25:] == -1).all()
@@ -111,10 +111,10 @@ def test_the_answer_does_not_depend_on_the_threads(isa, dtype, torchs_products):
     results = []
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
-        t = ours.products.shrink(x, A)
+        t = ours.shrink(x, A)
         parts = [t, *ours.backward(dy, x, None, w, t, A, B, 0.5, False, False, True, True)[2:]]
         y = torch.empty_like(x)
-        ours.products.expand_(y, t, B, 0.5)
+        ours.expand_(y, t, B, 0.5)
         results.append([*parts, y])
     torch.set_num_threads(before)
     for other in results[1:]:

@@ -1,0 +1,346 @@
+"""Layers that are given the very same x one after another (q/k/v, gate/up) and share one autograd node.
+
+Nothing names them: patched layers watch their calls. Layers of one patched model that are called one after another
+with one and the same tensor object, unchanged, in the same modes, become a group. From then on the first of them, the
+leader, computes for all (ops/lora_linear/group.py) and leaves the others' outputs in a slot of its thread; each of
+them collects its own, once, if it comes with that x, the modes and the parameters that the leader worked with.
+Whatever else comes is computed alone: whether a result is right never depends on what was learned.
+
+When a group starts and ends. Non-reentrant checkpointing runs a forward again within the backward and compares what
+the two saved, so a forward and its recompute must do the same. Two things see to that:
+- Only the leader's calls ask whether the group is on; collecting depends on the calls alone.
+- It is switched, on after it was learned or off for good, outside of backward passes and only when no earlier call
+  of its layers can be recomputed and compared any more. Such calls are those with gradients under saved-tensor
+  hooks (reentrant checkpointing compares nothing). Each of them ties a token to its node and is over when the token
+  has died with the graph, or when the layer's adapter has been written to since: an optimizer's step, which comes
+  after the backward.
+So a group works from the second forward on; with non-reentrant checkpointing from the first forward after a step, or
+after the old graph was freed.
+
+A group ends when an output that its leader left has not been collected by the next call of any watched layer in that
+thread: another x, x changed in place, another mode, a sibling that is not called or has become ineligible (hooks), an
+exception in between. Until that next call the output stays in memory, and the leader's node keeps the siblings'
+parameters for its backward: autograd refuses it if one of them has been written to.
+Nothing is learned, shared or ended while compiling, in inference mode (no versions there to tell whether x has
+changed), with the backend "reference", with precision="adapter", with several active adapters, with a layer that
+takes PEFT's forward (active dropout), and on devices other than CPUs and CUDA or ROCm GPUs: layers then run alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch
+from .eligibility import _BASE_TYPES
+from .ops.lora_linear import apply, group
+
+_PLAIN = (nn.Parameter, Tensor)
+_TRIES = 2  # a layer that was alone in so many of its runs is not watched any longer
+_lock = threading.Lock()
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+# grad mode, autocast's dtype, the innermost saved-tensor hook, the stream
+Key = tuple[bool, torch.dtype | None, Any, int]
+
+
+class Parts(NamedTuple):
+    """What one layer computes with. stored is its base's parameter: weight (N, K), or a Conv1D's transposed."""
+
+    stored: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    def version(self) -> int:
+        """Grows with every write to one of them. Raises RuntimeError for inference tensors, which have none."""
+        count = self.stored._version + self.A._version + self.B._version
+        return count if self.bias is None else count + self.bias._version
+
+
+class _Token:
+    """Lives as long as the autograd nodes that it is tied to."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Place:
+    """What a watched layer knows of its group. A copied or unpickled layer starts with an empty one."""
+
+    __slots__ = ("group", "index", "token", "tries", "written")
+
+    def __init__(self) -> None:
+        self.group: Group | None = None
+        self.index = self.tries = 0
+        self.token: weakref.ref[_Token] | None = None
+        self.written: tuple[weakref.ref[Tensor], weakref.ref[Tensor], int] | None = None
+
+    def __reduce__(self) -> tuple[type[Place], tuple[()]]:
+        return Place, ()
+
+    def hold(self, ys: list[Tensor], parts: Parts) -> None:
+        """Their node was made under saved-tensor hooks: this forward may be recomputed as long as it lives."""
+        node = next((y.grad_fn for y in ys if y.grad_fn is not None), None)
+        if node is None:
+            return
+        token = None if self.token is None else self.token()
+        if token is None:
+            token = _Token()
+            self.token = weakref.ref(token)
+        node.metadata["slao_kernels"] = token
+        self.written = weakref.ref(parts.A), weakref.ref(parts.B), parts.A._version + parts.B._version
+
+    def is_over(self) -> bool:
+        """Whether nothing that was held can be recomputed any more."""
+        if self.token is None or self.written is None or self.token() is None:
+            return True
+        A, B = self.written[0](), self.written[1]()
+        return A is not None and B is not None and A._version + B._version != self.written[2]
+
+
+class Group:
+    """Layers of one x, the leader first. `on` is what its calls do, `ended` whether they should stop doing it."""
+
+    def __init__(self, layers: list[Any], places: list[Place]) -> None:
+        self.layers = [weakref.ref(layer) for layer in layers]
+        self.places = places
+        self.on = self.ended = False
+
+    def is_on(self) -> bool:
+        """Asked by the leader's calls alone: a forward and its recompute get the same answer."""
+        if self.on is self.ended:
+            self._switch()
+        return self.on
+
+    def end(self) -> None:
+        self.ended = True
+        self._switch()
+
+    def _switch(self) -> None:
+        if torch._C._current_graph_task_id() != -1 or not all(place.is_over() for place in self.places):
+            return
+        self.on = not self.ended
+        if self.ended:
+            for layer, place in zip(self.layers, self.places, strict=True):
+                _stop_watching(layer(), place)
+
+    def run(self, layer: Any, x: Tensor, version: int, key: Key, own: Parts, recomputed: bool) -> list[Tensor] | None:
+        """Every layer's output, the siblings' in this thread's slot too; None where not all can be computed now."""
+        backend = dispatch.choose("lora_linear", x.device.type, layer.slao_options.backend)
+        if backend == "reference":
+            return None
+        parts = [own]
+        for sibling, place in zip(self.layers[1:], self.places[1:], strict=True):
+            found = _read(sibling(), place, x)
+            if found is None:
+                return None
+            parts.append(found)
+        try:
+            versions = [part.version() for part in parts]
+        except RuntimeError:
+            return None
+        _, weights, biases, As, Bs, scalings = map(list, zip(*parts, strict=True))
+        ys = group.apply(x, weights, biases, As, Bs, scalings, backend)
+        _thread.slot = _Slot(self, x, version, key, ys, parts, versions, recomputed)
+        return ys
+
+
+class _Slot:
+    """The outputs that one call of a leader left for its siblings."""
+
+    __slots__ = ("group", "key", "left", "parts", "recomputed", "version", "versions", "x", "ys")
+
+    def __init__(
+        self,
+        of: Group,
+        x: Tensor,
+        version: int,
+        key: Key,
+        ys: list[Tensor],
+        parts: list[Parts],
+        versions: list[int],
+        recomputed: bool,
+    ) -> None:
+        self.group, self.x, self.version, self.key, self.parts = of, weakref.ref(x), version, key, parts
+        self.ys: list[Tensor | None] = [None, *ys[1:]]
+        self.left = len(ys) - 1
+        self.versions = versions
+        # A recompute that stops early leaves outputs behind; that says nothing about the group.
+        self.recomputed = recomputed
+
+    def take(self, layer: Any, place: Place, x: Tensor, version: int, key: Key | None, own: Parts) -> Tensor | None:
+        """The layer's output, once, if it would compute the very same now."""
+        i, of = place.index, self.group
+        if of is not place.group or self.x() is not x or self.version != version or of.layers[i]() is not layer:
+            return None
+        y, used = self.ys[i], self.parts[i]
+        if y is None or self.key != key or used.scaling != own.scaling or self.versions[i] != own.version():
+            return None
+        if used.stored is not own.stored or used.bias is not own.bias or used.A is not own.A or used.B is not own.B:
+            return None
+        self.ys[i] = None
+        self.left -= 1
+        return y
+
+
+class _Run:
+    """Layers of one patched model called one after another with the same x, while they are being watched."""
+
+    def __init__(self, layer: Any, place: Place, x: Tensor, version: int, key: Key) -> None:
+        self.layers, self.places = [weakref.ref(layer)], [place]
+        self.options = layer.slao_options
+        # Kept until the next call, so by hash: a hook may own much.
+        self.x, self.version, self.key = weakref.ref(x), version, hash(key)
+
+    def joins(self, layer: Any, place: Place, x: Tensor, version: int, key: Key) -> bool:
+        options = layer.slao_options
+        if self.x() is not x or self.version != version or self.key != hash(key) or place in self.places:
+            return False
+        if options.fallbacks is not self.options.fallbacks or options.backend != self.options.backend:
+            return False  # of another model, or patched for something else
+        self.layers.append(weakref.ref(layer))
+        self.places.append(place)
+        return True
+
+    def finish(self) -> None:
+        with _lock:
+            watched = [
+                (found, place)
+                for layer, place in zip(self.layers, self.places, strict=True)
+                if place.group is None and _is_watched(found := layer(), place)
+            ]
+            if len(watched) > 1:
+                of = Group([layer for layer, _ in watched], [place for _, place in watched])
+                for i, (_, place) in enumerate(watched):
+                    place.group, place.index = of, i
+            for layer, place in watched if len(watched) == 1 else ():
+                place.tries += 1
+                if place.tries >= _TRIES:
+                    _stop_watching(layer, place)
+
+
+class _Thread(threading.local):
+    slot: _Slot | None = None
+    run: _Run | None = None
+
+
+_thread = _Thread()
+
+
+def call(layer: Any, x: Tensor, parts: Parts) -> Tensor:
+    """The output of a watched layer that may take the fused forward, with one adapter and nothing dropped."""
+    options, place, key = layer.slao_options, layer.slao_options.place, _key(x)
+    version, slot = _version(x, parts), _thread.slot
+    if slot is not None:
+        y = slot.take(layer, place, x, version, key, parts)
+        if y is None and not slot.recomputed:
+            slot.group.end()
+        if y is None or not slot.left:
+            _thread.slot = None
+        if y is not None:
+            return y
+    of, recomputed, ys = place.group, torch._C._current_graph_task_id() != -1, None
+    if key is not None and version >= 0:
+        if of is None:
+            if not recomputed:
+                _watch(layer, place, x, version, key)
+        elif place.index == 0 and of.layers[0]() is layer and of.is_on():
+            ys = of.run(layer, x, version, key, parts, recomputed)
+    if ys is None:
+        ys = [apply(x, parts.weight, parts.bias, parts.A, parts.B, parts.scaling, backend=options.backend)]
+    if not recomputed and _hooks(True) is not None:
+        place.hold(ys, parts)
+    return ys[0]
+
+
+def _watch(layer: Any, place: Place, x: Tensor, version: int, key: Key) -> None:
+    run = _thread.run
+    if run is None or not run.joins(layer, place, x, version, key):
+        _thread.run = _Run(layer, place, x, version, key)
+        if run is not None:
+            run.finish()
+
+
+def _is_watched(layer: Any, place: Place) -> bool:
+    """Not so: gone, unpatched, patched anew, or watched no longer."""
+    options = None if layer is None else layer.__dict__.get("slao_options")
+    return options is not None and options.place is place
+
+
+def _stop_watching(layer: Any, place: Place) -> None:
+    if _is_watched(layer, place):
+        layer.slao_options.place = None
+
+
+def _key(x: Tensor) -> Key | None:
+    """What must not change between a leader's call and its siblings'; None where layers run alone."""
+    device, stream = x.device.type, 0
+    if device == "cuda":
+        stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+    elif device != "cpu":
+        return None
+    if torch.is_inference_mode_enabled():
+        return None
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    # A sibling in another checkpointed region than its leader would find no leader when that region is recomputed.
+    hooks = _hooks(True)
+    return torch.is_grad_enabled(), dtype, hooks and hooks[0], stream
+
+
+def _version(x: Tensor, parts: Parts) -> int:
+    """x's version; -1 if x or a parameter is an inference tensor, which has none."""
+    try:
+        parts.version()
+        return x._version
+    except RuntimeError:
+        return -1
+
+
+def _read(layer: Any, place: Place, x: Tensor) -> Parts | None:
+    """A sibling's parts, if the leader can compute with them.
+
+    Whether the sibling takes the result is its own affair when it is called, after all of its checks: here is only
+    what would make the leader fail. Through the dictionaries, because nn.Module's getattr takes a microsecond.
+    """
+    if not _is_watched(layer, place) or layer.disable_adapters or layer.merged_adapters:
+        return None
+    modules, device = layer._modules, x.device
+    downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
+    adapters = [name for name in layer.active_adapters if name in downs]
+    if len(adapters) != 1 or isinstance(layer.scaling[adapters[0]], Tensor):
+        return None
+    base, down, up = modules["base_layer"], downs[adapters[0]], ups[adapters[0]]
+    if type(base) not in _BASE_TYPES or type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return None
+    stored, bias, A, B = base.weight, base.bias, down.weight, up.weight
+    for part in (stored, A, B) if bias is None else (stored, A, B, bias):
+        if type(part) not in _PLAIN or part.device != device:
+            return None
+    dtype = stored.dtype
+    if dtype != x.dtype and (not torch.is_autocast_enabled(device.type) or dtype == torch.float64):
+        return None
+    if stored.dim() != 2 or A.dim() != 2:
+        return None
+    weight = stored if type(base) is nn.Linear else stored.t()
+    n, k = weight.shape
+    if k != x.shape[-1] or A.shape[1] != k or B.shape != (n, A.shape[0]):
+        return None
+    if bias is not None and (bias.dtype != dtype or bias.shape != (n,)):
+        return None
+    return Parts(stored, weight, bias, A, B, float(layer.scaling[adapters[0]]))
+
+
+def describe(model: nn.Module) -> list[list[str]]:
+    """The groups that `model` has learned by now: the names of each one's layers, the leader's first."""
+    found: dict[Group, dict[int, str]] = {}
+    for name, module in model.named_modules():
+        place: Place | None = getattr(module.__dict__.get("slao_options"), "place", None)
+        of = None if place is None else place.group
+        if place is not None and of is not None and not of.ended and of.layers[place.index]() is module:
+            found.setdefault(of, {})[place.index] = name
+    return [[names[i] for i in sorted(names)] for names in found.values()]
