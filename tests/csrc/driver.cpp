@@ -2,6 +2,7 @@
 // processor has, tables of shapes, dtypes, layouts, unaligned starts, NaN and infinity, one and three threads. Meant
 // for the sanitizers (make asan) and for processors that are only emulated (make aarch64). Prints what failed; exits 1.
 #include "../../csrc/cpu/isa.h"
+#include "lora_linear.h"
 #include "orthogonal_init.h"
 
 using namespace slao;
@@ -175,6 +176,9 @@ int main() {
 #if defined(__x86_64__)
   check_all("avx2", best_isa() >= Isa::avx2, avx2::scaled_merge, avx2::fold, avx2::orthogonal_init);
   check_all("avx512", best_isa() >= Isa::avx512, avx512::scaled_merge, avx512::fold, avx512::orthogonal_init);
+  check_lora("avx2", best_lora_isa() >= LoraIsa::avx2, SLAO_PRODUCTS(avx2), 32);
+  check_lora("avx512", best_lora_isa() >= LoraIsa::avx512, SLAO_PRODUCTS(avx512), 64);
+  check_lora("avx512bf16", best_lora_isa() >= LoraIsa::avx512bf16, SLAO_PRODUCTS(avx512bf16), 64);
 #endif
   std::printf(failures ? "%d checks FAILED\n" : "every check passed\n", failures);
   return failures ? 1 : 0;
