@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import logging
 from types import ModuleType
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from ... import native
 from . import reference
+
+logger = logging.getLogger("slao_kernels")
 
 _DONE, _NOT_FINITE, _FLAGGED = 0, 2, 3
 
@@ -19,7 +22,13 @@ def orthogonal_init_(As: list[Tensor], r: list[Tensor], status: Tensor) -> None:
     core = native.core()
     if As and As[0].is_cuda:
         if max(A.shape[0] for A in As) > core.cuda_max_rank:
-            reference.orthogonal_init_(As, r, status)  # one CTA's Cholesky of so many rows would take seconds
+            # One CTA's Cholesky of so many rows would take seconds.
+            logger.warning(
+                "orthogonal_init_: a matrix has more than %d rows; this call runs on torch.linalg.qr instead of the "
+                "CUDA kernels",
+                core.cuda_max_rank,
+            )
+            reference.orthogonal_init_(As, r, status)
             return
         with native.launching(As[0].device) as (device, stream):
             on_gpu(core, As, r, status, device, stream)
