@@ -24,7 +24,8 @@ _MODULES = {"reference": "reference", "eager": "eager", "native": "native", "tri
 # Per op: the backends it has, best first. What a device cannot take is sorted out by `why_not`.
 _PREFERENCE: dict[str, tuple[str, ...]] = {
     # "eager": one autograd node around torch's own GEMMs (cuBLAS, oneDNN, MKL); torch runs wherever we do. "native":
-    # the same with the rank-r products of csrc/cpu/lora_linear.cpp, which measured faster from 32 tokens up.
+    # the same with the rank-r products of csrc/cpu/lora_linear.cpp, faster in bf16 from 32 tokens
+    # up and in fp32 at 1024 (bench/bench_lora_linear.py); at 32 in fp32 there was no difference.
     # "triton" computes its rank-r products in one pass over x and dy each. Nothing of it has been timed on a GPU yet,
     # so it has to be asked for.
     "lora_linear": ("native", "eager", "triton", "reference"),

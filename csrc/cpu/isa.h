@@ -18,7 +18,7 @@ SLAO_DECLARE(avx512)
 #endif
 #undef SLAO_DECLARE
 
-// lora_linear's products (lora_linear.cpp says what each is): rank at most kLoraRank, unit column stride of x and y,
+// lora_linear's products (lora_linear.cpp says what each is): rank at most four vectors, unit column stride of x and y,
 // one dtype throughout, which lora_has() has; of bf16 x an even number of columns.
 #define SLAO_DECLARE(isa)                                                                                            \
   namespace slao::isa {                                                                                              \
