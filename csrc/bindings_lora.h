@@ -22,6 +22,7 @@ LoraIsa lora_isa = best_lora_isa();
 void use_lora_isa(const std::string& name) {
   const LoraIsa best = best_lora_isa();
   const LoraIsa wish = name == "auto"         ? best
+                       : name == "amx"        ? LoraIsa::amx
                        : name == "avx512bf16" ? LoraIsa::avx512bf16
                        : name == "avx512"     ? LoraIsa::avx512
                                               : LoraIsa::avx2;
@@ -37,46 +38,87 @@ bool lora_has(int dtype) {
   return lora_isa != LoraIsa::none && SLAO_LORA_CALL(lora_isa, lora_has(static_cast<Dtype>(dtype)));
 }
 
+// dtype: x's, y's and t's. other: of the remaining matrices, the same or fp32.
+
 // t (M, R) = scale x (M, K) P (K, R)
 void lora_shrink(uintptr_t x, int64_t ldx, uintptr_t P, int64_t p_row, int64_t p_col, uintptr_t t, int64_t ldt, int64_t M,
-                 int64_t K, int64_t R, float scale, int dtype, int threads) {
+                 int64_t K, int64_t R, float scale, int dtype, int other, int threads) {
   py::gil_scoped_release release;
-  SLAO_LORA_CALL(lora_isa, lora_shrink(matrix(x, M, K, ldx, 1, dtype), matrix(P, K, R, p_row, p_col, dtype),
+  SLAO_LORA_CALL(lora_isa, lora_shrink(matrix(x, M, K, ldx, 1, dtype), matrix(P, K, R, p_row, p_col, other),
                                        matrix(t, M, R, ldt, 1, dtype), scale, threads));
 }
 
 // y (M, N) = scale t (M, R) Q (R, N) + bias (N), or no bias
 void lora_expand(uintptr_t t, int64_t ldt, uintptr_t Q, int64_t q_row, int64_t q_col, uintptr_t bias, uintptr_t y,
-                 int64_t ldy, int64_t M, int64_t N, int64_t R, float scale, int dtype, int threads) {
+                 int64_t ldy, int64_t M, int64_t N, int64_t R, float scale, int dtype, int other, int threads) {
   py::gil_scoped_release release;
-  SLAO_LORA_CALL(lora_isa, lora_expand(matrix(t, M, R, ldt, 1, dtype), matrix(Q, R, N, q_row, q_col, dtype),
+  SLAO_LORA_CALL(lora_isa, lora_expand(matrix(t, M, R, ldt, 1, dtype), matrix(Q, R, N, q_row, q_col, other),
                                        reinterpret_cast<void*>(bias), matrix(y, M, N, ldy, 1, dtype), scale, threads));
 }
 
 // d (N, R) = scale xᵀ (N, M) t (M, R)
 void lora_outer(uintptr_t x, int64_t ldx, uintptr_t t, int64_t ldt, uintptr_t d, int64_t d_row, int64_t d_col, int64_t M,
-                int64_t N, int64_t R, float scale, int dtype, int threads) {
+                int64_t N, int64_t R, float scale, int dtype, int other, int threads) {
   py::gil_scoped_release release;
   SLAO_LORA_CALL(lora_isa, lora_outer(matrix(x, M, N, ldx, 1, dtype), matrix(t, M, R, ldt, 1, dtype),
-                                      matrix(d, N, R, d_row, d_col, dtype), scale, threads));
+                                      matrix(d, N, R, d_row, d_col, other), scale, threads));
 }
 
 // The two of a forward pass, then the four of a backward pass, in one call; all but x and dy contiguous. A null g, dA,
-// dB or dx is not computed (dA and dx need g).
-void lora_forward(uintptr_t x, int64_t ldx, uintptr_t A, uintptr_t B, uintptr_t bias, uintptr_t t, uintptr_t y, int64_t M,
-                  int64_t K, int64_t N, int64_t R, float scale, int dtype, int threads) {
-  lora_shrink(x, ldx, A, 1, K, t, R, M, K, R, 1.0f, dtype, threads);
-  lora_expand(t, R, B, 1, R, bias, y, N, M, N, R, scale, dtype, threads);
+// dB or dx is not computed (dA and dx need g). They take integers as they come from Python, at a third of the time of
+// pybind11's conversions: a training step makes hundreds of calls.
+struct Arguments {
+  PyObject* const* next;
+  bool has(Py_ssize_t count, Py_ssize_t expected) const {
+    if (count != expected) PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", expected, count);
+    return count == expected;
+  }
+  int64_t integer() { return PyLong_AsLongLong(*next++); }
+  float number() { return float(PyFloat_AsDouble(*next++)); }
+};
+
+// x, ldx, A, B, bias, t, y, M, K, N, R, scale, dtype, other, threads
+PyObject* lora_forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  Arguments a{arguments};
+  if (!a.has(count, 15)) return nullptr;
+  const int64_t x = a.integer(), ldx = a.integer(), A = a.integer(), B = a.integer(), bias = a.integer();
+  const int64_t t = a.integer(), y = a.integer(), M = a.integer(), K = a.integer(), N = a.integer(), R = a.integer();
+  const float scale = a.number();
+  const int dtype = int(a.integer()), other = int(a.integer()), threads = int(a.integer());
+  if (PyErr_Occurred()) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  SLAO_LORA_CALL(lora_isa, lora_forward(matrix(x, M, K, ldx, 1, dtype), matrix(A, K, R, 1, K, other),
+                                        matrix(t, M, R, R, 1, dtype), matrix(B, R, N, 1, R, other),
+                                        reinterpret_cast<void*>(bias), matrix(y, M, N, N, 1, dtype), scale, threads));
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
 }
 
-void lora_backward(uintptr_t dy, int64_t ldy, uintptr_t x, int64_t ldx, uintptr_t t, uintptr_t A, uintptr_t B, uintptr_t g,
-                   uintptr_t dA, uintptr_t dB, uintptr_t dx, int64_t M, int64_t K, int64_t N, int64_t R, float scale,
-                   int dtype, int threads) {
-  if (g) lora_shrink(dy, ldy, B, R, 1, g, R, M, N, R, scale, dtype, threads);
-  if (dB) lora_outer(dy, ldy, t, R, dB, R, 1, M, N, R, scale, dtype, threads);
-  if (dA) lora_outer(x, ldx, g, R, dA, 1, K, M, K, R, 1.0f, dtype, threads);
-  if (dx) lora_expand(g, R, A, K, 1, 0, dx, K, M, K, R, 1.0f, dtype, threads);
+// dy, ldy, x, ldx, t, A, B, g, dA, dB, dx, M, K, N, R, scale, dtype, other, threads
+PyObject* lora_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  Arguments a{arguments};
+  if (!a.has(count, 19)) return nullptr;
+  const int64_t dy = a.integer(), ldy = a.integer(), x = a.integer(), ldx = a.integer(), t = a.integer(), A = a.integer();
+  const int64_t B = a.integer(), g = a.integer(), dA = a.integer(), dB = a.integer(), dx = a.integer();
+  const int64_t M = a.integer(), K = a.integer(), N = a.integer(), R = a.integer();
+  const float scale = a.number();
+  const int dtype = int(a.integer()), other = int(a.integer()), threads = int(a.integer());
+  if (PyErr_Occurred()) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  SLAO_LORA_CALL(lora_isa, lora_backward(matrix(dy, M, N, ldy, 1, dtype), matrix(x, M, K, ldx, 1, dtype),
+                                         matrix(t, M, R, R, 1, dtype), matrix(A, R, K, K, 1, other),
+                                         matrix(B, N, R, R, 1, other), matrix(g, M, R, R, 1, dtype),
+                                         matrix(dA, K, R, 1, K, other), matrix(dB, N, R, R, 1, other),
+                                         matrix(dx, M, K, K, 1, dtype), scale, threads));
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
 }
+
+using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+PyCFunction fast(FastCall function) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)); }
+PyMethodDef lora_methods[] = {{"lora_forward", fast(lora_forward), METH_FASTCALL, nullptr},
+                              {"lora_backward", fast(lora_backward), METH_FASTCALL, nullptr},
+                              {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
@@ -91,8 +133,7 @@ inline void define_lora(py::module_& module) {
   module.def("lora_shrink", &lora_shrink);
   module.def("lora_expand", &lora_expand);
   module.def("lora_outer", &lora_outer);
-  module.def("lora_forward", &lora_forward);
-  module.def("lora_backward", &lora_backward);
+  PyModule_AddFunctions(module.ptr(), lora_methods);
 #else
   module.def("lora_has", [](int) { return false; });
   module.attr("lora_rank") = 0;

@@ -101,6 +101,8 @@ def choose(op: str, device_type: str, wish: str = "auto") -> str:
 
     Raises ValueError when an explicit wish cannot be met, with the reason and what could.
     """
+    if _forced is None and wish == _environment == "auto":  # nobody asks for anything: the common case, asked often
+        return _available(op, device_type)[0]
     wish = requested(wish)
     if wish == "eager" and wish not in _PREFERENCE[op]:
         # Only lora_linear tells torch's calls in a good order from torch's calls in the plain one.
@@ -118,9 +120,10 @@ def choose(op: str, device_type: str, wish: str = "auto") -> str:
 
 def direct() -> bool:
     """Whether an operator's function may be called as it is: torch's dispatcher costs microseconds, and is needed
-    only by what looks on (torch.compile, dispatch modes such as a FakeTensor's or a profiler's).
+    only by what looks on (torch.compile, torch.jit.trace, dispatch modes such as a FakeTensor's or a profiler's).
     """
-    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+    compiling = torch.compiler.is_compiling()
+    return not (compiling or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None)
 
 
 @cache

@@ -10,7 +10,15 @@ from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 _BASE_TYPES = (nn.Linear, Conv1D)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MODULE = torch.nn.modules.module
+# Torch's own dictionaries, never replaced.
+GLOBAL_HOOKS = (
+    _MODULE._global_forward_hooks,
+    _MODULE._global_forward_pre_hooks,
+    _MODULE._global_backward_hooks,
+    _MODULE._global_backward_pre_hooks,
+)
 
 
 def layer_reason(layer: nn.Module) -> str | None:
@@ -32,7 +40,7 @@ def base_reason(base: nn.Module) -> str | None:
         return f"base layer is {type(base).__module__.split('.')[0]}'s {type(base).__name__}"
     if base.weight.device.type == "meta":
         return "its weights are on the meta device; load them, then patch again"
-    if base.weight.dtype not in _DTYPES:
+    if base.weight.dtype not in DTYPES:
         return f"base weight is stored as {base.weight.dtype}"
     if base.bias is not None and base.bias.dtype != base.weight.dtype:
         return f"base bias is {base.bias.dtype}, weight {base.weight.dtype}"
@@ -48,11 +56,16 @@ def adapter_reason(layer: nn.Module, adapter: str) -> str | None:
         return f"lora_A is a {type(down).__name__}, lora_B a {type(up).__name__}, not plain nn.Linear"
     if up.bias is not None or down.bias is not None:
         return "lora_bias"
-    if down.weight.dim() != 2 or up.weight.dim() != 2 or up.weight.dtype not in _DTYPES:
+    if down.weight.dim() != 2 or up.weight.dim() != 2 or up.weight.dtype not in DTYPES:
         return "lora_A or lora_B is not a plain floating matrix (sharded or quantised?)"
     if down.weight.device.type == "meta":
         return "its adapter is on the meta device; load it, then patch again"
     return _module_reason(down, "lora_A") or _module_reason(up, "lora_B")
+
+
+def in_features(base: nn.Module) -> int:
+    """What the base layer reads; Conv1D stores (K, N)."""
+    return int(base.weight.shape[1 if type(base) is nn.Linear else 0])
 
 
 def dropout_of(layer: nn.Module, adapter: str) -> float:
@@ -85,19 +98,21 @@ def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs
     base = layer.base_layer
     if type(x) not in (Tensor, nn.Parameter):
         return f"x is a {type(x).__name__}"
-    if x.dim() == 0 or x.dtype not in _DTYPES:
+    if x.dim() == 0 or x.dtype not in DTYPES:
         return f"x is a {x.dim()}-dimensional tensor of {x.dtype}"
     if x.device != base.weight.device:
         return f"x is on {x.device}, the base weight on {base.weight.device}"
     reason = base_reason(base) or _transform_reason()
     if reason is not None:
         return reason
+    if x.shape[-1] != in_features(base):
+        return f"x has {x.shape[-1]} features, the base layer reads {in_features(base)}"
     if torch.is_autocast_enabled(x.device.type):
         if torch.float64 in (x.dtype, base.weight.dtype):
             return "fp64 under autocast"
     elif x.dtype != base.weight.dtype:
         return f"x is {x.dtype}, the base weight {base.weight.dtype}"
-    if _global_hooks():
+    if any(GLOBAL_HOOKS):
         return "a global module hook is registered"
     for adapter in adapters:
         dropout = layer.lora_dropout[adapter]
@@ -109,43 +124,6 @@ def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs
         if reason is not None:
             return reason
     return None
-
-
-def plain_call(layer: nn.Module, adapter: str, x: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor] | None:
-    """Base weight and bias, A and B if `call_reason` finds nothing, in a fifth of its time; None: ask it.
-
-    The common case only: one adapter without dropout on an nn.Linear, no autocast. Module attributes are read from
-    the dictionaries where nn.Module keeps them, whose __getattr__ would cost more than all the comparisons.
-    """
-    parts = layer.__dict__["_modules"]
-    base, dropout = parts["base_layer"], parts["lora_dropout"]._modules[adapter]
-    down, up = parts["lora_A"]._modules[adapter], parts["lora_B"]._modules[adapter]
-    if not (type(base) is type(down) is type(up) is nn.Linear and type(dropout) is nn.Identity):
-        return None
-    for module in (base, down, up, dropout):
-        own = module.__dict__
-        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            return None
-        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return None
-    weight, A, B = base._parameters["weight"], down._parameters["weight"], up._parameters["weight"]
-    bias = base._parameters["bias"]
-    if not (type(weight) is type(A) is type(B) is nn.Parameter and type(x) is Tensor) or adapter in layer.lora_variant:
-        return None
-    if hasattr(weight, "ds_id") or hasattr(A, "ds_id") or hasattr(B, "ds_id"):
-        return None
-    if down._parameters["bias"] is not None or up._parameters["bias"] is not None or A.dim() != 2 or B.dim() != 2:
-        return None
-    dtype, device = x.dtype, x.device
-    if dtype is not weight.dtype or dtype not in _DTYPES or A.dtype not in _DTYPES or B.dtype not in _DTYPES:
-        return None
-    if not (device == weight.device == A.device == B.device) or x.dim() == 0 or device.type == "meta":
-        return None
-    if bias is not None and (bias.dtype is not dtype or type(bias) is not nn.Parameter):
-        return None
-    if torch.is_autocast_enabled(device.type) or _transform_reason() is not None or _global_hooks():
-        return None
-    return weight, bias, A, B
 
 
 def _module_reason(module: nn.Module, what: str) -> str | None:
@@ -176,14 +154,6 @@ def _transform_reason() -> str | None:
         return "inside a torch.func transform"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
+    if torch._C._get_tracing_state() is not None:  # what happens at raw pointers would be missing in the trace
+        return "torch.jit.trace (or an export built on it)"
     return None
-
-
-def _global_hooks() -> bool:
-    module = torch.nn.modules.module
-    return bool(
-        module._global_forward_hooks
-        or module._global_forward_pre_hooks
-        or module._global_backward_hooks
-        or module._global_backward_pre_hooks
-    )

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from . import dispatch
 from .eligibility import _BASE_TYPES
-from .ops.lora_linear import apply, group
+from .ops.lora_linear import apply_plain, group
 
 _PLAIN = (nn.Parameter, Tensor)
 _TRIES = 2  # a layer that was alone in so many of its runs is not watched any longer
@@ -56,6 +56,7 @@ class Parts(NamedTuple):
     A: Tensor
     B: Tensor
     scaling: float
+    code: int = 0  # see plain.py
 
     def version(self) -> int:
         """Grows with every write to one of them. Raises RuntimeError for inference tensors, which have none."""
@@ -144,7 +145,7 @@ class Group:
             versions = [part.version() for part in parts]
         except RuntimeError:
             return None
-        _, weights, biases, As, Bs, scalings = map(list, zip(*parts, strict=True))
+        _, weights, biases, As, Bs, scalings, _ = map(list, zip(*parts, strict=True))
         ys = group.apply(x, weights, biases, As, Bs, scalings, backend)
         _thread.slot = _Slot(self, x, version, key, ys, parts, versions, recomputed)
         return ys
@@ -252,7 +253,7 @@ def call(layer: Any, x: Tensor, parts: Parts) -> Tensor:
         elif place.index == 0 and of.layers[0]() is layer and of.is_on():
             ys = of.run(layer, x, version, key, parts, recomputed)
     if ys is None:
-        ys = [apply(x, parts.weight, parts.bias, parts.A, parts.B, parts.scaling, backend=options.backend)]
+        ys = [apply_plain(x, *parts[1:], "base", options.backend)]
     if not recomputed and _hooks(True) is not None:
         place.hold(ys, parts)
     return ys[0]

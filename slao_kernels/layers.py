@@ -10,8 +10,8 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
-from . import eligibility, groups
-from .ops.lora_linear import apply
+from . import eligibility, groups, plain
+from .ops.lora_linear import apply, apply_plain
 
 logger = logging.getLogger("slao_kernels")
 _logged: set[str] = set()
@@ -54,21 +54,19 @@ class FusedLoraLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: base(x) + Σ scaling · B A x over the active adapters. x: (..., K) -> (..., N)."""
+        if not (args or kwargs or torch.compiler.is_compiling()):
+            parts = plain.plain_call(self.__dict__, x)
+            if parts is not None:
+                options = self.slao_options
+                if options.place is not None:
+                    return groups.call(self, x, groups.Parts(parts[0], *parts))
+                return apply_plain(x, *parts, options.precision, options.backend)
         if self.disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
         adapters = [name for name in self.active_adapters if name in self.lora_A]
         if not adapters:
             return super().forward(x, *args, **kwargs)
         options = self.slao_options
-        if len(adapters) == 1 and not (args or kwargs or torch.compiler.is_compiling()):
-            plain = eligibility.plain_call(self, adapters[0], x)
-            scaling = self.scaling[adapters[0]]
-            if plain is not None and type(scaling) in (float, int):
-                weight, bias, A, B = plain
-                if options.place is not None:
-                    return groups.call(self, x, groups.Parts(weight, weight, bias, A, B, scaling))
-                precision, backend = options.precision, options.backend
-                return apply(x, weight, bias, A, B, scaling, precision=precision, backend=backend)
         reason = eligibility.call_reason(self, adapters, x, args, kwargs)
         if reason is not None:
             if not torch.compiler.is_compiling():

@@ -2,6 +2,14 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include "../tensor_table.h"
 
 #define SLAO_DECLARE(isa)                                                                                           \
@@ -18,19 +26,27 @@ SLAO_DECLARE(avx512)
 #endif
 #undef SLAO_DECLARE
 
-// lora_linear's products (lora_linear.cpp says what each is): rank at most four vectors, unit column stride of x and y,
-// one dtype throughout, which lora_has() has; of bf16 x an even number of columns.
+// lora_linear's products (lora_linear.cpp says what each is): rank at most four vectors (AMX: 64), unit column stride of
+// X, Y and T, which share a dtype that lora_has() has; the other matrices are of that dtype or fp32. lora_forward is a
+// shrink with P = Aᵀ and an expand with Q = Bᵀ; lora_backward makes g = scale dY B, dx = g A, dB = scale dYᵀ T and
+// dA = gᵀ X (as its transpose), each where its matrix has data.
 #define SLAO_DECLARE(isa)                                                                                            \
   namespace slao::isa {                                                                                              \
   bool lora_has(Dtype dtype);                                                                                        \
   void lora_shrink(const Matrix& x, const Matrix& P, const Matrix& t, float scale, int threads);                     \
   void lora_expand(const Matrix& t, const Matrix& Q, const void* bias, const Matrix& y, float scale, int threads);   \
   void lora_outer(const Matrix& x, const Matrix& t, const Matrix& d, float scale, int threads);                      \
+  void lora_forward(const Matrix& x, const Matrix& P, const Matrix& t, const Matrix& Q, const void* bias,            \
+                    const Matrix& y, float scale, int threads);                                                      \
+  void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& t, const Matrix& A, const Matrix& B,           \
+                     const Matrix& g, const Matrix& dA, const Matrix& dB, const Matrix& dx, float scale,             \
+                     int threads);                                                                                   \
   }
 #if defined(__x86_64__)
 SLAO_DECLARE(avx2)
 SLAO_DECLARE(avx512)
 SLAO_DECLARE(avx512bf16)
+SLAO_DECLARE(amx)
 #endif
 #undef SLAO_DECLARE
 
@@ -50,13 +66,30 @@ inline Isa best_isa() {
   return Isa::base;
 }
 
-// Where lora_linear is concerned: no code for the base sets, one more for processors with bf16 dot products.
-enum class LoraIsa { none, avx2, avx512, avx512bf16 };
+// Where lora_linear is concerned: no code for the base sets, more for processors with bf16 dot products or tiles.
+enum class LoraIsa { none, avx2, avx512, avx512bf16, amx };
+
+#if defined(__x86_64__)
+// Tiles are a large register state: Linux hands it out to a process that asks, where processor and kernel have it.
+inline bool tiles_granted() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 inline LoraIsa best_lora_isa() {
 #if defined(__x86_64__)
   const Isa best = best_isa();
-  if (best == Isa::avx512) return __builtin_cpu_supports("avx512bf16") ? LoraIsa::avx512bf16 : LoraIsa::avx512;
+  if (best == Isa::avx512 && __builtin_cpu_supports("avx512bf16"))
+    return tiles_granted() ? LoraIsa::amx : LoraIsa::avx512bf16;
+  if (best == Isa::avx512) return LoraIsa::avx512;
   if (best == Isa::avx2) return LoraIsa::avx2;
 #endif
   return LoraIsa::none;
@@ -76,7 +109,8 @@ inline LoraIsa best_lora_isa() {
 
 #if defined(__x86_64__)
 #define SLAO_LORA_CALL(isa, call)                                   \
-  ((isa) == ::slao::LoraIsa::avx512bf16 ? ::slao::avx512bf16::call  \
+  ((isa) == ::slao::LoraIsa::amx        ? ::slao::amx::call         \
+   : (isa) == ::slao::LoraIsa::avx512bf16 ? ::slao::avx512bf16::call  \
    : (isa) == ::slao::LoraIsa::avx512   ? ::slao::avx512::call      \
                                         : ::slao::avx2::call)
 #endif

@@ -21,18 +21,19 @@ from .. import dispatch
 LIBRARY = torch.library.Library("slao_kernels", "DEF")
 
 # y = x Wᵀ + bias + scaling (x_dropped or x) Aᵀ Bᵀ, shaped (*x.shape[:-1], N); t = (x_dropped or x) Aᵀ, (M, r).
-# A and B share one dtype: x's, or a wider one (precision="adapter"), in which t is then kept.
+# A and B share one dtype. wide: theirs, in which the branch is computed and t kept (precision="adapter"); else x's,
+# and only the backend "native" takes them in another.
 # seed (one int64 on x's device): the backend draws dropout of probability p on x itself; x_dropped is then None.
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor? x_dropped, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scaling, "
-    "str backend, Tensor? seed=None, float p=0.) -> (Tensor y, Tensor t)"
+    "str backend, Tensor? seed=None, float p=0., bool wide=False) -> (Tensor y, Tensor t)"
 )
 # With g = scaling dy B (M, r): dx (+)= dy W + g A, dA = gᵀx, dB = scaling dyᵀt. What is not needed comes back
 # empty. With x_dropped, dx holds dy W alone and dx_dropped holds g A; with a seed, x and g A are masked as in forward.
 LIBRARY.define(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor? x_dropped, Tensor weight, Tensor t, Tensor A, Tensor B, "
     "float scaling, bool need_x, bool need_dropped, bool need_A, bool need_B, str backend, "
-    "Tensor? seed=None, float p=0.) "
+    "Tensor? seed=None, float p=0., bool wide=False) "
     "-> (Tensor dx, Tensor dx_dropped, Tensor dA, Tensor dB, Tensor g)"
 )
 # r: one (r, r) matrix per A to be filled, or an empty list. status (int32, one per matrix): 0 done, 1 done but
@@ -53,9 +54,10 @@ def lora_linear(
     backend: str,
     seed: Tensor | None = None,
     p: float = 0.0,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
     run = dispatch.implementation("lora_linear", backend).forward
-    return _without_autocast(run, x, x_dropped, weight, bias, A, B, scaling, *_dropout(seed, p))
+    return _without_autocast(run, x, x_dropped, weight, bias, A, B, scaling, wide, *_dropout(seed, p))
 
 
 def _lora_linear_fake(
@@ -69,9 +71,11 @@ def _lora_linear_fake(
     backend: str,
     seed: Tensor | None = None,
     p: float = 0.0,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
     tokens = x.shape[:-1]
-    return x.new_empty((*tokens, weight.shape[0])), A.new_empty((tokens.numel(), A.shape[0]))
+    t = (A if wide else x).new_empty((tokens.numel(), A.shape[0]))
+    return x.new_empty((*tokens, weight.shape[0])), t
 
 
 def lora_linear_backward(
@@ -90,9 +94,10 @@ def lora_linear_backward(
     backend: str,
     seed: Tensor | None = None,
     p: float = 0.0,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     run = dispatch.implementation("lora_linear", backend).backward
-    needs = (need_x, need_dropped, need_A, need_B)
+    needs = (need_x, need_dropped, need_A, need_B, wide)
     return _without_autocast(run, dy, x, x_dropped, weight, t, A, B, scaling, *needs, *_dropout(seed, p))
 
 
@@ -112,6 +117,7 @@ def _lora_linear_backward_fake(
     backend: str,
     seed: Tensor | None = None,
     p: float = 0.0,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_x else (0,)),

@@ -43,12 +43,13 @@ class _LoraLinear(torch.autograd.Function):
         p: float,
     ) -> Tensor:
         routing = _routing(core, core_delta)
-        cast_A, cast_B = _cast(A, dtype), _cast(B, dtype)
-        value_B = cast_B if routing is None else (B @ routing.to(B.dtype)).to(dtype)
+        wide = dtype != x.dtype
+        A_used, B_used = _used(A, B, dtype, backend, wide)
+        value_B = B_used if routing is None else (B @ routing.to(B.dtype)).to(B_used.dtype)
         run = schema.lora_linear if dispatch.direct() else torch.ops.slao_kernels.lora_linear
-        y, t = run(x, x_dropped, weight, bias, cast_A, value_B, scaling, backend, seed, p)
-        ctx.save_for_backward(x, x_dropped, weight, t, cast_A, cast_B, core, core_delta, seed)
-        ctx.scaling, ctx.backend, ctx.p = scaling, backend, p
+        y, t = run(x, x_dropped, weight, bias, A_used, value_B, scaling, backend, seed, p, wide)
+        ctx.save_for_backward(x, x_dropped, weight, t, A_used, B_used, core, core_delta, seed)
+        ctx.scaling, ctx.backend, ctx.p, ctx.wide = scaling, backend, p, wide
         ctx.grad_dtypes = A.dtype, B.dtype
         return y
 
@@ -75,6 +76,7 @@ class _LoraLinear(torch.autograd.Function):
             ctx.backend,
             seed,
             ctx.p,
+            ctx.wide,
         )
         d_delta = (g.t() @ t).to(core_delta.dtype) if need_delta else None
         if routing is not None:
@@ -103,6 +105,13 @@ class _LoraLinear(torch.autograd.Function):
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _used(A: Tensor, B: Tensor, dtype: torch.dtype, backend: str, wide: bool) -> tuple[Tensor, Tensor]:
+    """A and B as the backend wants them: "native" rounds them itself, as it reads them."""
+    if backend == "native" and not wide and A.dtype == B.dtype:
+        return A, B
+    return _cast(A, dtype), _cast(B, dtype)
 
 
 def _routing(core: Tensor | None, core_delta: Tensor | None) -> Tensor | None:
@@ -181,6 +190,11 @@ def apply(
     if precision == "adapter":
         dtype = torch.promote_types(dtype, torch.promote_types(A.dtype, B.dtype))
     backend = dispatch.choose("lora_linear", device, backend)
+    wide = dtype != x.dtype
+    if backend == "native" and dropout == 0.0 and core is core_delta is None and not wide and dispatch.direct():
+        native: Any = dispatch.implementation("lora_linear", "native")
+        if code := native.served(x, weight, bias, A, B):
+            return native.fused(x, weight, bias, A, B, scaling, code)
     x_dropped = seed = None
     if dropout > 0.0:
         served = dtype == x.dtype and dtype in _SEEDED_DTYPES and A.shape[0] <= _SEEDED_RANK
@@ -199,8 +213,27 @@ def apply(
         )
     routing = _routing(core, core_delta)
     B = B if routing is None else B @ routing.to(B.dtype)
+    A, B = _used(A, B, dtype, backend, wide)
     run = schema.lora_linear if dispatch.direct() else torch.ops.slao_kernels.lora_linear
-    return run(x, x_dropped, weight, bias, _cast(A, dtype), _cast(B, dtype), scaling, backend, seed, dropout)[0]
+    return run(x, x_dropped, weight, bias, A, B, scaling, backend, seed, dropout, wide)[0]
+
+
+def apply_plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    code: int,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    """`apply` for what plain.py has found: no autocast, and `code` from the compiled core if that can take it whole."""
+    if code and precision == "base" and dispatch.choose("lora_linear", "cpu", backend) == "native":
+        native: Any = dispatch.implementation("lora_linear", "native")
+        return native.fused(x, weight, bias, A, B, scaling, code)
+    return apply(x, weight, bias, A, B, scaling, precision=precision, backend=backend)
 
 
 def _check(

@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import skinny, wide
+from . import skinny
+from . import wide as wide_branch
 
 
 class Products(Protocol):
@@ -34,11 +35,12 @@ def forward(
     A: Tensor,
     B: Tensor,
     scaling: float,
+    wide: bool = False,
     products: Products = skinny,
 ) -> tuple[Tensor, Tensor]:
     """(y, t) of `slao_kernels::lora_linear`; see ops/schema.py."""
-    if A.dtype != x.dtype:
-        return wide.forward(x, x_dropped, weight, bias, A, B, scaling)
+    if wide:
+        return wide_branch.forward(x, x_dropped, weight, bias, A, B, scaling)
     out_features, in_features = weight.shape
     y = x.new_empty((*x.shape[:-1], out_features))
     x2, y2 = x.reshape(-1, in_features), y.view(-1, out_features)
@@ -61,12 +63,13 @@ def backward(
     need_dropped: bool,
     need_A: bool,
     need_B: bool,
+    wide: bool = False,
     products: Products = skinny,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dx_dropped, dA, dB, g) of `slao_kernels::lora_linear_backward`; see ops/schema.py."""
-    if A.dtype != x.dtype:
+    if wide:
         needs = (need_x, need_dropped, need_A, need_B)
-        return wide.backward(dy, x, x_dropped, weight, t, A, B, scaling, *needs)
+        return wide_branch.backward(dy, x, x_dropped, weight, t, A, B, scaling, *needs)
     out_features, in_features = weight.shape
     dy2 = dy.reshape(-1, out_features)
     dx, dx_dropped = x.new_empty(x.shape if need_x else 0), x.new_empty(x.shape if need_dropped else 0)

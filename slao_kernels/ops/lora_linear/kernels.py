@@ -38,12 +38,13 @@ def forward(
     A: Tensor,
     B: Tensor,
     scaling: float,
+    wide: bool = False,
     seed: Tensor | None = None,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(y, t) of `slao_kernels::lora_linear`; with a seed, t = dropout(x) Aᵀ."""
     with _on_device(x):
-        return eager.forward(x, x_dropped, weight, bias, A, B, scaling, products=TritonProducts(seed, p))
+        return eager.forward(x, x_dropped, weight, bias, A, B, scaling, wide, TritonProducts(seed, p))
 
 
 def backward(
@@ -59,11 +60,12 @@ def backward(
     need_dropped: bool,
     need_A: bool,
     need_B: bool,
+    wide: bool = False,
     seed: Tensor | None = None,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dx_dropped, dA, dB, g) of `slao_kernels::lora_linear_backward`; with a seed, x is masked as in forward."""
-    needs = (need_x, need_dropped, need_A, need_B)
+    needs = (need_x, need_dropped, need_A, need_B, wide)
     products = TritonProducts() if seed is None else _DroppedBackward(seed, p)
     with _on_device(x):
         return eager.backward(dy, x, x_dropped, weight, t, A, B, scaling, *needs, products=products)
