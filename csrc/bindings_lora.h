@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/isa.h"
 
@@ -77,39 +78,51 @@ struct Arguments {
   float number() { return float(PyFloat_AsDouble(*next++)); }
 };
 
-// x, ldx, A, B, bias, t, y, M, K, N, R, scale, dtype, other, threads
+// x, ldx, A, B, bias, t, ldt, y, M, K, N, R, scale, dtype, other, threads
 PyObject* lora_forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Arguments a{arguments};
-  if (!a.has(count, 15)) return nullptr;
+  if (!a.has(count, 16)) return nullptr;
   const int64_t x = a.integer(), ldx = a.integer(), A = a.integer(), B = a.integer(), bias = a.integer();
-  const int64_t t = a.integer(), y = a.integer(), M = a.integer(), K = a.integer(), N = a.integer(), R = a.integer();
-  const float scale = a.number();
-  const int dtype = int(a.integer()), other = int(a.integer()), threads = int(a.integer());
-  if (PyErr_Occurred()) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  SLAO_LORA_CALL(lora_isa, lora_forward(matrix(x, M, K, ldx, 1, dtype), matrix(A, K, R, 1, K, other),
-                                        matrix(t, M, R, R, 1, dtype), matrix(B, R, N, 1, R, other),
-                                        reinterpret_cast<void*>(bias), matrix(y, M, N, N, 1, dtype), scale, threads));
-  Py_END_ALLOW_THREADS
-  Py_RETURN_NONE;
-}
-
-// dy, ldy, x, ldx, t, A, B, g, dA, dB, dx, M, K, N, R, scale, dtype, other, threads
-PyObject* lora_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  Arguments a{arguments};
-  if (!a.has(count, 19)) return nullptr;
-  const int64_t dy = a.integer(), ldy = a.integer(), x = a.integer(), ldx = a.integer(), t = a.integer(), A = a.integer();
-  const int64_t B = a.integer(), g = a.integer(), dA = a.integer(), dB = a.integer(), dx = a.integer();
+  const int64_t t = a.integer(), ldt = a.integer(), y = a.integer();
   const int64_t M = a.integer(), K = a.integer(), N = a.integer(), R = a.integer();
   const float scale = a.number();
   const int dtype = int(a.integer()), other = int(a.integer()), threads = int(a.integer());
   if (PyErr_Occurred()) return nullptr;
   Py_BEGIN_ALLOW_THREADS
-  SLAO_LORA_CALL(lora_isa, lora_backward(matrix(dy, M, N, ldy, 1, dtype), matrix(x, M, K, ldx, 1, dtype),
-                                         matrix(t, M, R, R, 1, dtype), matrix(A, R, K, K, 1, other),
-                                         matrix(B, N, R, R, 1, other), matrix(g, M, R, R, 1, dtype),
-                                         matrix(dA, K, R, 1, K, other), matrix(dB, N, R, R, 1, other),
-                                         matrix(dx, M, K, K, 1, dtype), scale, threads));
+  SLAO_LORA_CALL(lora_isa, lora_forward(matrix(x, M, K, ldx, 1, dtype), matrix(A, K, R, 1, K, other),
+                                        matrix(t, M, R, ldt, 1, dtype), matrix(B, R, N, 1, R, other),
+                                        reinterpret_cast<void*>(bias), matrix(y, M, N, N, 1, dtype), scale, threads));
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+// x, ldx, g, A, dx, M, K, R, dtype, other, threads, then for each layer dy, ldy, t, ldt, B, dA, dB, N, r, scale. g (M, R)
+// holds the layers' gs side by side, A (R, K) their As; a null dA, dB or dx is not computed, all of them need g.
+PyObject* lora_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  constexpr Py_ssize_t kShared = 11, kEach = 10;
+  Arguments a{arguments};
+  const Py_ssize_t layers = (count - kShared) / kEach;
+  if (layers < 1 || !a.has(count, kShared + layers * kEach)) return nullptr;
+  const int64_t x = a.integer(), ldx = a.integer(), g = a.integer(), A = a.integer(), dx = a.integer();
+  const int64_t M = a.integer(), K = a.integer(), R = a.integer();
+  const int dtype = int(a.integer()), other = int(a.integer()), threads = int(a.integer());
+  const int64_t size = element_size(static_cast<Dtype>(dtype));
+  std::vector<LoraGrads> grads;
+  int64_t done = 0;  // ranks
+  for (Py_ssize_t i = 0; i < layers; ++i) {
+    const int64_t dy = a.integer(), ldy = a.integer(), t = a.integer(), ldt = a.integer(), B = a.integer();
+    const int64_t dA = a.integer(), dB = a.integer(), N = a.integer(), r = a.integer();
+    const float scale = a.number();
+    grads.push_back({matrix(dy, M, N, ldy, 1, dtype), matrix(t, M, r, ldt, 1, dtype), matrix(B, N, r, r, 1, other),
+                     matrix(g ? g + done * size : 0, M, r, R, 1, dtype), matrix(dA, K, r, 1, K, other),
+                     matrix(dB, N, r, r, 1, other), scale});
+    done += r;
+  }
+  if (PyErr_Occurred()) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  SLAO_LORA_CALL(lora_isa, lora_backward(grads.data(), int(grads.size()), matrix(x, M, K, ldx, 1, dtype),
+                                         matrix(g, M, R, R, 1, dtype), matrix(A, R, K, K, 1, other),
+                                         matrix(dx, M, K, K, 1, dtype), threads));
   Py_END_ALLOW_THREADS
   Py_RETURN_NONE;
 }

@@ -16,7 +16,7 @@ from . import native
 from .eligibility import DTYPES, GLOBAL_HOOKS
 
 # weight (N, K), bias, A (r, K), B (N, r), scaling, and the dtype code with which the compiled core takes all that
-# (ops/lora_linear/native.py), 0 if it does not.
+# (ops/lora_linear/native_layer.py), 0 if it does not.
 Plain = tuple[Tensor, "Tensor | None", Tensor, Tensor, float, int]
 
 
@@ -70,7 +70,7 @@ def _in_c() -> Any:
     """The core's function, told what to compare with; None without a core."""
     if native.why_not("cpu") is not None or native.why_not_lora("cpu") is not None:
         return None
-    from .ops.lora_linear import native as products
+    from .ops.lora_linear import native_layer
 
     core = native.core()
     core.plain_setup(
@@ -84,7 +84,7 @@ def _in_c() -> Any:
             "tracing": torch._C._get_tracing_state,
             "modes": torch._C._len_torch_dispatch_stack,
             "forward_ad": forward_ad,
-            "codes": products.codes(),
+            "codes": native_layer.codes(),
             "dtypes": set(DTYPES),
             "global_hooks": GLOBAL_HOOKS,
         },

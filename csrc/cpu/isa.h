@@ -26,10 +26,20 @@ SLAO_DECLARE(avx512)
 #endif
 #undef SLAO_DECLARE
 
+namespace slao {
+
+// g (M, r) = scale dy B, dB (N, r) = scale dyᵀ t, dA (K, r) = xᵀ g: each where it has data; dA needs g.
+struct LoraGrads {
+  Matrix dy, t, B, g, dA, dB;
+  float scale;
+};
+
+}  // namespace slao
+
 // lora_linear's products (lora_linear.cpp says what each is): rank at most four vectors (AMX: 64), unit column stride of
 // X, Y and T, which share a dtype that lora_has() has; the other matrices are of that dtype or fp32. lora_forward is a
-// shrink with P = Aᵀ and an expand with Q = Bᵀ; lora_backward makes g = scale dY B, dx = g A, dB = scale dYᵀ T and
-// dA = gᵀ X (as its transpose), each where its matrix has data.
+// shrink with P = Aᵀ and an expand with Q = Bᵀ. lora_backward serves one or more layers of one x: g are their gs side by
+// side, A (R, K) their As one below the other, dx = g A; all layers have a dA or none.
 #define SLAO_DECLARE(isa)                                                                                            \
   namespace slao::isa {                                                                                              \
   bool lora_has(Dtype dtype);                                                                                        \
@@ -38,9 +48,8 @@ SLAO_DECLARE(avx512)
   void lora_outer(const Matrix& x, const Matrix& t, const Matrix& d, float scale, int threads);                      \
   void lora_forward(const Matrix& x, const Matrix& P, const Matrix& t, const Matrix& Q, const void* bias,            \
                     const Matrix& y, float scale, int threads);                                                      \
-  void lora_backward(const Matrix& dy, const Matrix& x, const Matrix& t, const Matrix& A, const Matrix& B,           \
-                     const Matrix& g, const Matrix& dA, const Matrix& dB, const Matrix& dx, float scale,             \
-                     int threads);                                                                                   \
+  void lora_backward(const LoraGrads* layers, int count, const Matrix& x, const Matrix& g, const Matrix& A,          \
+                     const Matrix& dx, int threads);                                                                 \
   }
 #if defined(__x86_64__)
 SLAO_DECLARE(avx2)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import slao_kernels
 from slao_kernels import groups
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_groups")
 
 # kind -> sizes of the groups of target_modules="all-linear", in the order of the forward. T5: the encoder's and the
 # decoder's q/k/v, and k/v of the cross-attention; GPT-2 projects q, k and v at once.
@@ -172,6 +172,26 @@ def test_a_graph_that_can_be_recomputed_keeps_groups_off(freed, twins):
     with twins.CountOps() as ops:
         model(input_ids=ids, labels=ids).loss.backward()
     assert len(ops.grouped) == 2 * len(SIZES["llama"])
+
+
+@pytest.mark.parametrize("worth", [16 * 11 * 32, 16 * 11 * 32 + 1])
+def test_a_small_x_on_a_cpu_is_left_to_each_layer(worth, twins, monkeypatch):
+    """Training, with non-reentrant checkpointing: the recompute decides the same."""
+    model, twin = twins.peft_model("llama"), twins.peft_model("llama")
+    slao_kernels.patch(model)
+    ids = torch.randint(1, 128, (16, 11))
+    for net in (model, twin):
+        enable_checkpointing(net, False)
+        with torch.no_grad():
+            net(input_ids=ids)
+    monkeypatch.setattr(groups, "_WORTH", worth)
+    losses = [net(input_ids=ids, labels=ids).loss for net in (model, twin)]
+    with twins.CountOps() as ops:
+        again = model(input_ids=ids, labels=ids).loss
+        again.backward()
+    assert len(ops.grouped) == (2 * len(SIZES["llama"]) if worth == 16 * 11 * 32 else 0)
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(again, losses[1])
 
 
 class Block(nn.Module):

@@ -15,7 +15,7 @@ import slao_kernels
 from slao_kernels import groups
 from slao_kernels.layers import FusedLoraLinear
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_groups")
 
 
 def usual(net: Block, x: Tensor) -> Tensor:

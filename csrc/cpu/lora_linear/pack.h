@@ -45,16 +45,20 @@ template <typename Word> inline Word word(const void* p) {
 }
 inline uint32_t pair_of(bf16 low, bf16 high) { return low.bits | uint32_t(high.bits) << 16; }
 
-// A copy of m in T, its long dimension contiguous; m itself if it is of that type already.
-template <typename T> Matrix converted(const Matrix& m, Scratch<T>& to) {
-  if (element_size(m.dtype) == int64_t(sizeof(T))) return m;
+// A copy of m in T, its long dimension contiguous.
+template <typename T> Matrix dense(const Matrix& m, Scratch<T>& to) {
   const bool flip = m.row_stride < m.col_stride;
   const Matrix from = flip ? Matrix{m.data, m.cols, m.rows, m.col_stride, m.row_stride, m.dtype} : m;
   if (int64_t(to.size()) < m.rows * m.cols) to.resize(m.rows * m.cols);
   for (int64_t i = 0; i < from.rows; ++i) {
-    const float* row = (const float*)from.data + i * from.row_stride;
     T* out = to.data() + i * from.cols;
     int64_t j = 0;
+    if (m.dtype != Dtype::f32) {
+      const T* row = (const T*)from.data + i * from.row_stride;
+      for (; j < from.cols; ++j) out[j] = row[j * from.col_stride];
+      continue;
+    }
+    const float* row = (const float*)from.data + i * from.row_stride;
     if (from.col_stride == 1)
       for (; j + kFloats <= from.cols; j += kFloats) Step<T>::put(out + j, load(row + j));
     for (; j < from.cols; ++j) out[j] = Step<T>::cast(row[j * from.col_stride]);
@@ -62,6 +66,11 @@ template <typename T> Matrix converted(const Matrix& m, Scratch<T>& to) {
   const Dtype dtype = sizeof(T) == 4 ? Dtype::f32 : Dtype::bf16;
   return flip ? Matrix{(char*)to.data(), m.rows, m.cols, 1, from.cols, dtype}
               : Matrix{(char*)to.data(), m.rows, m.cols, from.cols, 1, dtype};
+}
+
+// m itself if it is of T, else a copy.
+template <typename T> Matrix converted(const Matrix& m, Scratch<T>& to) {
+  return element_size(m.dtype) == int64_t(sizeof(T)) ? m : dense(m, to);
 }
 
 // m (k, n) as steps of k, each `pitch` words of n, padded with zeros: steps [begin, end) of it.
@@ -110,11 +119,13 @@ template <typename D> inline void store_columns(const float* sums, int64_t lds, 
   }
 }
 
-inline void store_outer(const float* sums, int64_t lds, int64_t r, float scale, const Matrix& d, int64_t begin, int64_t end) {
-  if (d.dtype == Dtype::f32)
-    store_columns<float>(sums, lds, r, scale, d, begin, end);
-  else
-    store_columns<bf16>(sums, lds, r, scale, d, begin, end);
+// The ranks of `count` matrices in turn.
+inline void store_outer(const float* sums, int64_t lds, float scale, const Matrix* d, int count, int64_t begin, int64_t end) {
+  for (int i = 0; i < count; sums += d[i++].cols * lds)
+    if (d[i].dtype == Dtype::f32)
+      store_columns<float>(sums, lds, d[i].cols, scale, d[i], begin, end);
+    else
+      store_columns<bf16>(sums, lds, d[i].cols, scale, d[i], begin, end);
 }
 
 }  // namespace

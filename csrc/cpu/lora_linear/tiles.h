@@ -103,7 +103,7 @@ inline void pairs_of(const Matrix& m, int64_t k, int64_t n, __m512i (&v)[16]) {
 struct Tiles {
   using Element = bf16;
   static constexpr int64_t kRows = 64, kRowStep = 16, kColumnStep = 64, kMaxRank = 64;
-  static constexpr int64_t kWork = 5000000;
+  static constexpr int64_t kWork = 800000;
   static constexpr int64_t kTile = 512;  // elements of a tile
 
   static int64_t rank_tiles(int64_t r) { return (r + 15) / 16; }
@@ -112,8 +112,11 @@ struct Tiles {
   // A rank of at most 16 takes tiles of half the depth.
   static int64_t depth(int64_t r) { return r > 16 ? 32 : 16; }
   static int64_t t_pitch(int64_t r) { return depth(r) * steps(r); }
-  static const bf16* as_is(const Matrix&) { return nullptr; }
-  static Matrix source(const Matrix& m, Scratch<bf16>&) { return m; }  // pack reads bf16 and fp32
+  static const bf16* as_is(Role, const Matrix&) { return nullptr; }
+  // pack reads bf16 and fp32, rows or columns of which are contiguous.
+  static Matrix source(const Matrix& m, Scratch<bf16>& narrow) {
+    return m.row_stride == 1 || m.col_stride == 1 ? m : dense(m, narrow);
+  }
   static void finish() { asm volatile("tilerelease"); }
 
   // --- packing, in pieces of 256 rows (of Q: columns) --------------------------------------------------------------------
@@ -223,6 +226,7 @@ struct Tiles {
       high = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(b, 1)), 16);
     }
     for (int i = 0; i < rows; ++i) {
+      __builtin_prefetch(y + i * ldy + 32, 1, 3);
       const __m512 even = _mm512_fmadd_ps(_mm512_load_ps(sums + i * 32), factor, low);
       const __m512 odd = _mm512_fmadd_ps(_mm512_load_ps(sums + i * 32 + 16), factor, high);
       const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
@@ -282,6 +286,9 @@ struct Tiles {
         const uint32_t mask = first(end - begin - half * 32);
         const __m512i a = m < count ? _mm512_maskz_loadu_epi16(mask, at) : __m512i{};
         const __m512i b = m + 1 < count ? _mm512_maskz_loadu_epi16(mask, at + x.row_stride) : __m512i{};
+        // The rows of the next block: their lines lie far apart, which no prefetcher of the processor follows.
+        __builtin_prefetch(at + 64, 0, 3);
+        __builtin_prefetch(at + x.row_stride + 64, 0, 3);
         bf16* to = pairs + (m / 32 * NJ + half * 2) * kTile + m % 32 * 16;
         storeu(to, _mm512_unpacklo_epi16(a, b));
         storeu(to + kTile, _mm512_unpackhi_epi16(a, b));
@@ -305,7 +312,7 @@ struct Tiles {
     }
   }
 
-  static void outer(const Matrix& x, const bf16* packed, int64_t r, float scale, const Matrix& d, int64_t begin,
+  static void outer(const Matrix& x, const bf16* packed, int64_t r, float scale, const Matrix* d, int parts, int64_t begin,
                     int64_t end) {
     alignas(64) bf16 pairs[kBlock / 32 * 4 * kTile];
     alignas(64) float sums[kMaxRank * kStrip];
@@ -331,7 +338,7 @@ struct Tiles {
         _mm512_store_ps(lines + i * 32, _mm512_permutex2var_ps(a, low, b));
         _mm512_store_ps(lines + i * 32 + 16, _mm512_permutex2var_ps(a, high, b));
       }
-      store_outer(lines, 32, r, scale, d, begin + j, std::min(begin + j + 32, end));
+      store_outer(lines, 32, scale, d, parts, begin + j, std::min(begin + j + 32, end));
     }
   }
 };

@@ -28,18 +28,31 @@ template <typename T> struct Vectors {
   static constexpr int64_t kColumnStep = 16;
   static constexpr int64_t kWork = 30000 * kFloats * depth;
 
-  // --- packing: pieces of 64 steps ---------------------------------------------------------------------------------
-  // One layout serves all: steps of the inner dimension, the outer one padded to whole vectors.
+  // --- packing: steps of the inner dimension, the outer one padded to whole vectors -----------------------------------
+  // Of Q in blocks of kColumns, one after the other: rows of a power of two would all fall on the same lines of the cache.
+  static constexpr int64_t kColumns = (kWide ? 4 : 2) * kFloats;
+
   static int64_t pitch(int64_t r) { return round_up(r, kFloats); }
   static int64_t steps(int64_t k) { return (k + depth - 1) / depth; }
-  static int64_t size(Role, int64_t k, int64_t n) { return steps(k) * pitch(n) * depth; }
-  static int64_t pieces(Role, int64_t k, int64_t) { return (steps(k) + 63) / 64; }
-  static const T* as_is(const Matrix& m) {
-    const bool packed = depth == 1 && m.col_stride == 1 && m.row_stride == m.cols && m.cols % kFloats == 0;
-    return packed ? (const T*)m.data : nullptr;
+  static int64_t size(Role role, int64_t k, int64_t n) {
+    return steps(k) * round_up(n, role == Role::expand ? kColumns : kFloats) * depth;
   }
-  static void pack(Role, const Matrix& m, int64_t piece, T* to) {
-    pack_steps(m, pitch(m.cols), piece * 64, std::min(steps(m.rows), piece * 64 + 64), to);
+  static int64_t pieces(Role role, int64_t k, int64_t n) {
+    return role == Role::expand ? (n + 4 * kColumns - 1) / (4 * kColumns) : (steps(k) + 63) / 64;
+  }
+  static const T* as_is(Role role, const Matrix& m) {
+    const bool whole = m.col_stride == 1 && m.row_stride == m.cols && m.cols % kFloats == 0;
+    return depth == 1 && role != Role::expand && whole ? (const T*)m.data : nullptr;
+  }
+  static void pack(Role role, const Matrix& m, int64_t piece, T* to) {
+    const int64_t inner = steps(m.rows);
+    if (role != Role::expand) return pack_steps(m, pitch(m.cols), piece * 64, std::min(inner, piece * 64 + 64), to);
+    for (int64_t j = piece * 4 * kColumns; j < std::min(m.cols, (piece + 1) * 4 * kColumns); j += kColumns) {
+      Matrix block = m;
+      block.data += j * m.col_stride * int64_t(sizeof(T));
+      block.cols = std::min(kColumns, m.cols - j);
+      pack_steps(block, kColumns, 0, inner, to + j * inner * depth);
+    }
   }
   static Matrix source(const Matrix& m, Scratch<T>& narrow) { return converted<T>(m, narrow); }
   static void finish() {}
@@ -103,14 +116,15 @@ template <typename T> struct Vectors {
   // --- y (rows) = scale t Q + bias, t (rows, pitch(r)) without gaps ---------------------------------------------------
   static int64_t t_pitch(int64_t r) { return pitch(r); }
 
+  // A block of Q's columns, of which NV vectors are used.
   template <int MI, int NV>
-  static void expand_tile(const T* t, int64_t ldt, int64_t inner, const T* packed, int64_t n, float scale, const T* bias,
-                          T* y, int64_t ldy) {
+  static void expand_tile(const T* t, int64_t ldt, int64_t inner, const T* packed, float scale, const T* bias, T* y,
+                          int64_t ldy) {
     vf acc[MI][NV] = {};
     for (int64_t s = 0; s < inner; ++s) {
       vf q[NV];
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) q[j] = loadu<vf>(packed + (s * n + j * kFloats) * depth);
+      for (int j = 0; j < NV; ++j) q[j] = loadu<vf>(packed + (s * kColumns + j * kFloats) * depth);
 #pragma GCC unroll 8
       for (int i = 0; i < MI; ++i) {
         const Word w = word<Word>(t + i * ldt + s * depth);
@@ -129,17 +143,18 @@ template <typename T> struct Vectors {
   template <int MI>
   static void expand_rows(const T* t, int64_t ldt, int64_t r, const T* packed, float scale, const T* bias, T* y,
                           int64_t ldy, int64_t cols) {
-    constexpr int NV = kWide ? 4 : 2;
-    const int64_t n = pitch(cols), inner = steps(r);
+    const int64_t inner = steps(r);
     int64_t j = 0;
-    for (; j + NV * kFloats <= cols; j += NV * kFloats)
-      expand_tile<MI, NV>(t, ldt, inner, packed + j * depth, n, scale, bias ? bias + j : nullptr, y + j, ldy);
-    for (; j + kFloats <= cols; j += kFloats)
-      expand_tile<MI, 1>(t, ldt, inner, packed + j * depth, n, scale, bias ? bias + j : nullptr, y + j, ldy);
+    for (; j + kColumns <= cols; j += kColumns)
+      expand_tile<MI, kColumns / kFloats>(t, ldt, inner, packed + j * inner * depth, scale, bias ? bias + j : nullptr,
+                                          y + j, ldy);
+    const T* last = packed + j * inner * depth;
+    for (; j + kFloats <= cols; j += kFloats, last += kFloats * depth)
+      expand_tile<MI, 1>(t, ldt, inner, last, scale, bias ? bias + j : nullptr, y + j, ldy);
     if (j == cols) return;
     T edge[MI * kFloats], tail[kFloats] = {};  // the last columns, fewer than a vector
     if (bias) std::copy(bias + j, bias + cols, tail);
-    expand_tile<MI, 1>(t, ldt, inner, packed + j * depth, n, scale, bias ? tail : nullptr, edge, kFloats);
+    expand_tile<MI, 1>(t, ldt, inner, last, scale, bias ? tail : nullptr, edge, kFloats);
     for (int i = 0; i < MI; ++i) std::copy(edge + i * kFloats, edge + i * kFloats + (cols - j), y + i * ldy + j);
   }
 
@@ -160,10 +175,15 @@ template <typename T> struct Vectors {
   static constexpr int64_t kBlock = 64;   // rows of x whose words are used before the sums go back to memory
 
   // x: words of NV vectors of columns, ldx words apart; t: words of RB ranks, ldt apart; sums: RB lines of kStrip.
+  // ahead: x's rows that come next, or null: their lines lie far apart, which no prefetcher of a processor follows.
   template <int RB, int NV>
-  static void outer_tile(const Word* x, int64_t ldx, int64_t count, const Word* t, int64_t ldt, float* sums) {
+  static void outer_tile(const Word* x, int64_t ldx, int64_t count, const Word* t, int64_t ldt, float* sums,
+                         const Word* ahead) {
     vf acc[RB][NV] = {};
     for (int64_t s = 0; s < count; ++s) {
+      if (ahead)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; ++j) __builtin_prefetch(ahead + s * ldx + j * kFloats, 0, 2);
       vf v[NV];
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) v[j] = loadu<vf>(x + s * ldx + j * kFloats);
@@ -218,7 +238,8 @@ template <typename T> struct Vectors {
     }
   };
 
-  static void outer(const Matrix& x, const T* packed, int64_t r, float scale, const Matrix& d, int64_t begin, int64_t end) {
+  static void outer(const Matrix& x, const T* packed, int64_t r, float scale, const Matrix* d, int parts, int64_t begin,
+                    int64_t end) {
     constexpr int RB = kWide ? 8 : 4, NV = 3;
     const int64_t ldt = pitch(r), width = end - begin, whole = width / kFloats * kFloats;
     const int64_t ranks = round_up(r, RB);  // t is padded with zeros
@@ -230,15 +251,17 @@ template <typename T> struct Vectors {
       words.take(x, row, count, begin, end);
       const Word* t = (const Word*)packed + row / depth * ldt;
       auto columns = [&](int64_t i) {
+        const Word* ahead = depth == 1 && i == 0 ? words.body + NV * kFloats : nullptr;
         int64_t j = 0;
         for (; j + NV * kFloats <= whole; j += NV * kFloats)
-          outer_tile<RB, NV>(words.body + j, words.ld, inner, t + i, ldt, sums + i * kStrip + j);
-        for (; j < whole; j += kFloats) outer_tile<RB, 1>(words.body + j, words.ld, inner, t + i, ldt, sums + i * kStrip + j);
-        if (j < width) outer_tile<RB, 1>(words.tail, kFloats, inner, t + i, ldt, sums + i * kStrip + j);
+          outer_tile<RB, NV>(words.body + j, words.ld, inner, t + i, ldt, sums + i * kStrip + j, ahead ? ahead + j : nullptr);
+        for (; j < whole; j += kFloats)
+          outer_tile<RB, 1>(words.body + j, words.ld, inner, t + i, ldt, sums + i * kStrip + j, ahead ? ahead + j : nullptr);
+        if (j < width) outer_tile<RB, 1>(words.tail, kFloats, inner, t + i, ldt, sums + i * kStrip + j, nullptr);
       };
       for (int64_t i = 0; i < ranks; i += RB) columns(i);
     }
-    store_outer(sums, kStrip, r, scale, d, begin, end);
+    store_outer(sums, kStrip, scale, d, parts, begin, end);
   }
 };
 

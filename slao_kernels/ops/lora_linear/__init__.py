@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ... import dispatch
 from .. import schema
-from . import reference
+from . import native_layer, reference
 
 PRECISIONS = ("base", "adapter")
 # Where kernels.py draws dropout itself.
@@ -191,10 +191,9 @@ def apply(
         dtype = torch.promote_types(dtype, torch.promote_types(A.dtype, B.dtype))
     backend = dispatch.choose("lora_linear", device, backend)
     wide = dtype != x.dtype
-    if backend == "native" and dropout == 0.0 and core is core_delta is None and not wide and dispatch.direct():
-        native: Any = dispatch.implementation("lora_linear", "native")
-        if code := native.served(x, weight, bias, A, B):
-            return native.fused(x, weight, bias, A, B, scaling, code)
+    common = dropout == 0.0 and core is core_delta is None and not wide and dispatch.direct()
+    if backend == "native" and common and (code := native_layer.served(x, weight, bias, A, B)):
+        return native_layer.fused(x, weight, bias, A, B, scaling, code)
     x_dropped = seed = None
     if dropout > 0.0:
         served = dtype == x.dtype and dtype in _SEEDED_DTYPES and A.shape[0] <= _SEEDED_RANK
@@ -231,8 +230,7 @@ def apply_plain(
 ) -> Tensor:
     """`apply` for what plain.py has found: no autocast, and `code` from the compiled core if that can take it whole."""
     if code and precision == "base" and dispatch.choose("lora_linear", "cpu", backend) == "native":
-        native: Any = dispatch.implementation("lora_linear", "native")
-        return native.fused(x, weight, bias, A, B, scaling, code)
+        return native_layer.fused(x, weight, bias, A, B, scaling, code)
     return apply(x, weight, bias, A, B, scaling, precision=precision, backend=backend)
 
 
