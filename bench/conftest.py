@@ -73,11 +73,14 @@ def rows_table(rows: list[dict[str, Any]]) -> list[str]:
     """Lines of benches that wrote their own rows; those with the same columns share a table. None is an empty cell."""
     tables: dict[tuple[str, ...], list[list[str]]] = {}
     for row in rows:
-        cells = [
-            "" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()
-        ]
-        tables.setdefault(tuple(row), []).append(cells)
+        tables.setdefault(tuple(row), []).append([_cell(value) for value in row.values()])
     return [line for head, body in tables.items() for line in aligned(head, body)]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return "" if value is None else str(value)
 
 
 def aligned(head: Sequence[str], body: list[list[str]]) -> list[str]:
