@@ -155,7 +155,7 @@ def rows(races: list[Medians], tokens: int, memory: dict[str, int]) -> list[dict
     found: list[dict[str, Any]] = []
     for name in races[0]:
         # Other projects' kernels run on adapters of the base's dtype, where there are such.
-        narrow = name.endswith(", base dtype") or name in rivals.NAMES.values()
+        narrow = ", base dtype" in name or name in rivals.NAMES.values()
         peft = "PEFT, base dtype" if narrow and "PEFT, base dtype" in races[0] else "PEFT"
         seconds = best(races, lambda race, name=name: race[name])
         over = None if name in ("frozen", peft) else best(races, partial(share, ours=name, peft=peft))

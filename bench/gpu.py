@@ -6,6 +6,9 @@ A part is tests, layers, steps or rest; without any, all of them. Each takes min
 loan of a machine; FILE (build/gpu.json) keeps the parts of earlier runs. A part carries the environment that it ran
 in: device, driver, clocks as found before and after, versions, date, commit. FILE is written after every file of
 benches, so that what was measured survives an interruption. Nothing of the card's settings is changed.
+
+Where nothing can be installed: `python setup.py build_ext --inplace` builds the compiled core in the checkout, and
+this file, called by its path, runs from there.
 """
 
 from __future__ import annotations
