@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 BENCH_JSON ?= build/bench.json
+GPU_JSON ?= build/gpu.json
 BIN = $(VENV)/bin
 DRIVER = $(MAKE) --silent --no-print-directory -j$(shell getconf _NPROCESSORS_ONLN) -f tests/csrc/Makefile
 INSTALL = pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test bench lint asan aarch64 format clean
+.PHONY: help demo test bench gpu lint asan aarch64 format clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -28,6 +29,11 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	mkdir -p $(dir $(BENCH_JSON))
 	$(BIN)/pytest bench --benchmark-json=$(BENCH_JSON) $(ARGS)
+
+## make gpu     on a machine with a GPU: its tests and all benches, figures into build/gpu.json (GPU_JSON=);
+##              PARTS="tests layers steps rest" chooses some of them, ARGS= goes to pytest
+gpu: $(VENV)/.installed
+	@$(BIN)/python bench/gpu.py $(PARTS) --out $(GPU_JSON) -- $(ARGS)
 
 ## make lint    ruff and mypy
 lint: $(VENV)/.installed

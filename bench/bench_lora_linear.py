@@ -3,6 +3,8 @@
 The frozen layer is the floor of what training through a layer costs: forward, and backward to x. Columns: "PEFT" and
 "ours" have fp32 adapters, as PEFT makes them; ", base dtype" marks adapters in the dtype of the frozen weight.
 "ours" on fp32 adapters computes its branch in the base's dtype (patch's default), PEFT in fp32.
+On a GPU also: "ours, triton" (its rank-r products in Triton); ", graph": captured in a CUDA graph and replayed, which
+leaves out the host's time for the launches, its ratio being to "frozen, graph"; Axolotl's and Unsloth's kernels.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from functools import partial
 from typing import Any
 
 import pytest
+import rivals
 import torch
 import torch.nn.functional as F
 from contestants import ALPHA, RANK, MmAddmm, adapted, assert_ran_fused, fused, lora_modules
-from race import interleave, record
+from race import best, graphed, interleave, record
 from torch import Tensor, nn
 
 from slao_kernels.testing import TOLERANCE, error_ratio
@@ -41,6 +44,7 @@ SIZES = {
     "32x384x384": Size(32, 384, 101, 20),
     "8192x4096x4096": Size(8192, 4096, 15, 2),
 }
+FOR_A_GPU = "8192x4096x4096"
 
 
 class Projections(nn.Module):
@@ -74,12 +78,11 @@ def contestants(x: Tensor, weights: list[Tensor], compiled: bool) -> dict[str, C
         model = Projections(weights)
         model = prepare(adapted(model, [name for name, _ in model.named_children()], base_dtype))
         layers = lora_modules(model)
-        wanted = [x] + [part["default"].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
         if prepare is torch.compile:
-            return Contestant(lambda: model(x), wanted, model)
+            return Contestant(lambda: model(x), [x, *adapters(layers)], model)
         with torch.no_grad():
             model(x)  # as evaluation before training; whatever is learned from a first call is learned here
-        return Contestant(lambda: [layer(x) for layer in layers], wanted, model)
+        return Contestant(lambda: [layer(x) for layer in layers], [x, *adapters(layers)], model)
 
     def as_is(model: nn.Module) -> nn.Module:
         return model
@@ -96,19 +99,56 @@ def contestants(x: Tensor, weights: list[Tensor], compiled: bool) -> dict[str, C
     layers = zip(weights, pairs[::2], pairs[1::2], strict=True)
     flat = [part for layer in layers for part in layer]
     found["mm+addmm_"] = Contestant(lambda: MmAddmm.apply(x, ALPHA / RANK, *flat), [x, *pairs])
-    return found | {f"ours{suffix}": of_modules(fused, base_dtype) for suffix, base_dtype in adapter_dtypes.items()}
+    backends = {"": "auto", ", triton": "triton"} if x.is_cuda else {"": "auto"}
+    for name, backend in backends.items():
+        for suffix, base_dtype in adapter_dtypes.items():
+            found[f"ours{name}{suffix}"] = of_modules(partial(fused, backend=backend), base_dtype)
+    return found
 
 
-def agree(found: dict[str, Contestant], dys: list[Tensor]) -> None:
-    """A fast wrong answer is no benchmark: outputs and all gradients against PEFT's."""
-    peft = found["PEFT"]
+def adapters(layers: list[Any]) -> list[Tensor]:
+    return [part["default"].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
+
+
+def foreign(x: Tensor, weights: list[Tensor], wanted: str) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """Other projects' kernels on adapters of the base's dtype, which they compute in; and who is left out, and why."""
+    kernels, left_out = rivals.load(wanted)
+    found = {}
+    for name, module in kernels.items():
+        model = Projections(weights)
+        layers = lora_modules(adapted(model, [name for name, _ in model.named_children()], base_dtype=True))
+        call = rivals.of_layers(module, layers)
+        found[name] = Contestant(partial(call, x), [x, *adapters(layers)])
+    return found, left_out
+
+
+def difference(contestant: Contestant, expected: list[Tensor], dys: list[Tensor]) -> float:
+    return max(map(error_ratio, [*contestant.forward(), *contestant.both(dys)], expected))
+
+
+def agree(found: dict[str, Contestant], others: dict[str, Contestant], dys: list[Tensor]) -> dict[str, str]:
+    """A fast wrong answer is no benchmark: outputs and all gradients against PEFT's.
+
+    Of others, which are not this project's to repair, those that fail come back with the reason.
+    """
+    peft, allowed = found["PEFT"], 2 * TOLERANCE[dys[0].dtype]  # either may be as far as that from the exact result
     expected = [*peft.forward(), *peft.both(dys)]
     for name, contestant in found.items():
         if name not in ("PEFT", "frozen"):
-            error = max(map(error_ratio, [*contestant.forward(), *contestant.both(dys)], expected))
-            assert error <= TOLERANCE[dys[0].dtype], f"{name} does not compute what PEFT does: off by {error:.1e}"
+            error = difference(contestant, expected, dys)
+            assert error <= allowed, f"{name} does not compute what PEFT does: off by {error:.1e}"
         if name.startswith("ours") and contestant.model is not None:
             assert_ran_fused(contestant.model)
+    failed = {}
+    for name, contestant in others.items():
+        try:
+            error = difference(contestant, expected, dys)
+        except Exception as problem:  # whatever another project's code raises
+            failed[name] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        else:
+            if error > 2 * allowed:  # they round a scaled branch before it is added
+                failed[name] = f"does not compute what PEFT does: off by {error:.1e}"
+    return failed
 
 
 def run(
@@ -120,13 +160,44 @@ def run(
     weights = [(torch.randn(shape) / size.width**0.5).to(device, DTYPES[dtype]) for _ in range(projections)]
     dys = [torch.randn(size.tokens, size.width).to(device, DTYPES[dtype]) for _ in weights]
     found = contestants(x, weights, options.getoption("--compile"))
-    agree(found, dys)
+    others, left_out = foreign(x, weights, options.getoption("--rivals")) if device == "cuda" else ({}, {})
+    failed = agree(found, others, dys)
+    found |= {name: contestant for name, contestant in others.items() if name not in failed}
     calls: dict[str, Callable[[], object]] = {}
     for name, contestant in found.items():
         calls[name] = partial(contestant.both, dys) if backward else contestant.forward
-    best_of = options.getoption("--best-of")
-    races = interleave(benchmark, calls, device, size.rounds, size.iterations, best_of)
+    in_graphs: list[str] = []
+    for name in ("frozen", "ours", "ours, triton") if device == "cuda" else ():
+        try:
+            calls[f"{name}, graph"] = graphed(calls[name])
+        except RuntimeError as problem:
+            failed[f"{name}, graph"] = str(problem).splitlines()[0]
+        else:
+            in_graphs.append(name)
+    races = interleave(benchmark, calls, device, size.rounds, size.iterations, options.getoption("--best-of"))
     record(benchmark, races, "frozen", device)
+    if device != "cuda":
+        return
+    for name in in_graphs[1:] if in_graphs[:1] == ["frozen"] else ():
+        ratio = best(races, lambda race, name=name: race[f"{name}, graph"] / race["frozen, graph"])
+        benchmark.extra_info[f"{name}, graph / frozen, graph"] = ratio
+    benchmark.extra_info |= {"left out": left_out | failed, "rows": rows(benchmark.extra_info)}
+
+
+def rows(info: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line for each contestant: with this many, a table with one column each is too wide to read."""
+    found = []
+    for key in info:
+        name = key.removesuffix(" ms")
+        if name != key:
+            floor = "frozen, graph" if name.endswith(", graph") else "frozen"
+            found.append({"contestant": name, "ms": info[key], "x frozen": info.get(f"{name} / {floor}")})
+    return found
+
+
+def skip_on_a_cpu(size: str, device: str) -> None:
+    if size == FOR_A_GPU and device == "cpu":
+        pytest.skip("a GPU's size: minutes on a CPU")
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
@@ -135,13 +206,13 @@ def run(
 def test_layer(
     size: str, dtype: str, direction: str, benchmark: Any, device: str, request: pytest.FixtureRequest
 ) -> None:
-    if size == "8192x4096x4096" and device == "cpu":
-        pytest.skip("a GPU's size: minutes on a CPU")
+    skip_on_a_cpu(size, device)
     run(SIZES[size], 1, dtype, direction != "forward", benchmark, device, request.config)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("size", ["2048x4096x4096"])
+@pytest.mark.parametrize("size", ["2048x4096x4096", FOR_A_GPU])
 def test_qkv(size: str, dtype: str, benchmark: Any, device: str, request: pytest.FixtureRequest) -> None:
     """Forward and backward of three layers that share x."""
+    skip_on_a_cpu(size, device)
     run(SIZES[size], 3, dtype, True, benchmark, device, request.config)

@@ -1,21 +1,27 @@
 """A whole training step on a whole model: forward, backward, AdamW on the adapters; ours against PEFT.
 
 "frozen" is the model without adapters or optimiser, forward and backward to the embedding output: what training
-through it costs at least. All contestants get the same embedding output, which asks for a gradient, so that the rest
-of a step is the adapters' alone. `ours share` = (ours - frozen) / (PEFT - frozen): what is left of PEFT's overhead.
+through it costs at least. All contestants have the same frozen weights in memory, and get the same embedding output,
+which asks for a gradient, so that the rest of a step is the adapters' alone.
+`ours share` = (ours - frozen) / (PEFT - frozen): what is left of PEFT's overhead.
 "PEFT" and "ours" have fp32 adapters, as PEFT makes them; ", base dtype" marks autocast_adapter_dtype=False.
+The Llama-3 geometries need a GPU. There a row also gives tokens/s, `overhead left` against PEFT in the same mode, and
+the memory that a step takes at its peak beyond what lies there between steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
+import rivals
 import torch
 import transformers as hf
-from contestants import adapted, assert_ran_fused, fused, lora_modules
+from contestants import adapted, assert_ran_fused, fused, lora_modules, twin
+from models import CASES, Case, on_device
 from race import Medians, best, interleave, record
 from torch import Tensor, nn
 
@@ -28,41 +34,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 AGREEMENT = {torch.bfloat16: (3e-2, 1e-1), torch.float32: (1e-5, 1e-4)}
 
 
-def minilm(dtype: torch.dtype) -> nn.Module:
-    """The geometry of all-MiniLM-L6-v2, random weights."""
-    sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
-    config = hf.BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return hf.AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa")
-
-
-def llama(dtype: torch.dtype) -> nn.Module:
-    """Four blocks in a Llama's proportions; a small vocabulary, so that the head does not hide them."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
-    config = hf.LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=4096, use_cache=False)
-    return hf.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-
-
-@dataclass(frozen=True)
-class Case:
-    build: Callable[[torch.dtype], nn.Module]
-    batch: int
-    length: int
-    rounds: int
-    iterations: int
-
-
-CASES = {
-    "minilm-16x64": Case(minilm, 16, 64, 11, 1),
-    "minilm-2x16": Case(minilm, 2, 16, 31, 4),
-    "llama-2x256": Case(llama, 2, 256, 7, 1),
-}
-
-
 class Training:
     """One contestant: its model, its optimiser if anything is trained, and the data that all of them share."""
 
-    def __init__(self, model: nn.Module, embeddings: Tensor, labels: Tensor) -> None:
+    def __init__(self, model: nn.Module, embeddings: Tensor, labels: Tensor, compiled: bool = False) -> None:
         self.model, self.embeddings, self.labels = model.train(), embeddings, labels
+        self.call = torch.compile(model) if compiled else model
         layers = lora_modules(model)
         self.trained = [part["default"].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
         # fused: what transformers' Trainer takes by default. The rate only keeps the weights near where they began.
@@ -70,8 +47,8 @@ class Training:
 
     def loss(self) -> Tensor:
         if isinstance(self.model, hf.LlamaForCausalLM):
-            return self.model(inputs_embeds=self.embeddings, labels=self.labels).loss
-        output = self.model(inputs_embeds=self.embeddings)
+            return self.call(inputs_embeds=self.embeddings, labels=self.labels).loss
+        output = self.call(inputs_embeds=self.embeddings)
         # Every sentence picks itself by its pooled output, whose layers all take part in the loss.
         logits = output.pooler_output.float() @ output.last_hidden_state.float().mean(1).t()
         return nn.functional.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
@@ -90,53 +67,139 @@ class Training:
         return loss.detach(), torch.cat([grad.flatten().float() for grad in grads])
 
 
-def agree(found: dict[str, Training]) -> None:
-    """A fast wrong answer is no benchmark: loss and gradients against PEFT's, before anything is trained."""
+def agree(found: dict[str, Training]) -> dict[str, str]:
+    """A fast wrong answer is no benchmark: loss and gradients against PEFT's, before anything is trained.
+
+    Returns who of the others (rivals.py), which are not this project's to repair, failed, and why.
+    """
     loss, grads = found["PEFT"].first_pass()
+    bounds = list(AGREEMENT[found["PEFT"].embeddings.dtype])
+    failed: dict[str, str] = {}
+
+    def errors(name: str) -> list[float]:
+        its_loss, its_grads = found[name].first_pass()
+        return [error_ratio(its_loss, loss), error_ratio(its_grads, grads)]
+
+    if "PEFT, base dtype" in found:
+        # Rounding grows with depth: whoever rounds as PEFT's own other mode does may be as far off, either way.
+        bounds = [max(bound, 2 * own) for bound, own in zip(bounds, errors("PEFT, base dtype"), strict=True)]
     for name, training in found.items():
-        if name not in ("PEFT", "frozen"):
-            its_loss, its_grads = training.first_pass()
-            if name.startswith("ours"):
-                assert_ran_fused(training.model)
-            errors = error_ratio(its_loss, loss), error_ratio(its_grads, grads)
-            bounds = AGREEMENT[training.embeddings.dtype]
-            wrong = any(error > bound for error, bound in zip(errors, bounds, strict=True))
-            assert not wrong, f"{name} does not compute what PEFT does: loss and gradients differ by {errors}"
+        if name in ("PEFT", "PEFT, base dtype", "frozen"):
+            continue
+        foreign = name in rivals.NAMES.values()
+        try:
+            off = errors(name)
+        except Exception as problem:  # whatever another project's code raises
+            if not foreign:
+                raise
+            failed[name] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+            continue
+        if name.startswith("ours"):
+            assert_ran_fused(training.model)
+        if any(error > bound for error, bound in zip(off, bounds, strict=True)):
+            failed[name] = f"does not compute what PEFT does: loss and gradients differ by {off}"
+            assert foreign, f"{name} {failed[name]}"
+    return failed
+
+
+def contestants(
+    case: Case, dtype: torch.dtype, device: str, compiled: bool = False, others: dict[str, Any] | None = None
+) -> dict[str, Training]:
+    """All of them on one frozen base; others: name -> kernels of rivals.py."""
+    base = on_device(case.build, dtype, device, case.for_a_gpu).requires_grad_(False)
+    shape = case.batch, case.length
+    labels = torch.randint(base.config.vocab_size, shape).to(device)
+    embeddings = base.get_input_embeddings()(labels).detach().requires_grad_()
+
+    def training(base_dtype: bool, prepare: Callable[[nn.Module], nn.Module], compiled: bool = False) -> Training:
+        return Training(checkpointed(prepare(adapted(twin(base), "all-linear", base_dtype))), **data, compiled=compiled)
+
+    def checkpointed(model: nn.Module) -> nn.Module:
+        if case.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+    data = {"embeddings": embeddings, "labels": labels}
+    modes = {"": False} if dtype == torch.float32 else {"": False, ", base dtype": True}
+    found = {"frozen": Training(checkpointed(twin(base)), **data)}
+    found |= {f"PEFT{suffix}": training(mode, lambda model: model) for suffix, mode in modes.items()}
+    if compiled and not case.checkpointing:
+        torch.compiler.reset()
+        found |= {
+            f"PEFT{suffix}, compiled": training(mode, lambda model: model, True) for suffix, mode in modes.items()
+        }
+    backends = {"": "auto", ", triton": "triton"} if device == "cuda" else {"": "auto"}
+    for name, backend in backends.items():
+        prepare = partial(fused, backend=backend)
+        found |= {f"ours{name}{suffix}": training(mode, prepare) for suffix, mode in modes.items()}
+    if isinstance(base, hf.LlamaForCausalLM):
+        for name, kernels in (others or {}).items():
+            found[name] = training(dtype != torch.float32, partial(rivals.fuse, kernels=kernels))
+    return found
+
+
+def share(times: Medians, ours: str, peft: str) -> float:
+    return (times[ours] - times["frozen"]) / (times[peft] - times["frozen"])
+
+
+def step_memory(training: Training) -> int:
+    """Bytes at a step's peak beyond those allocated before it: activations, gradients and temporaries."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    training.step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def rows(races: list[Medians], tokens: int, memory: dict[str, int]) -> list[dict[str, Any]]:
+    """A line for each contestant. `overhead left` is against PEFT with adapters of the same dtype."""
+    found: list[dict[str, Any]] = []
+    for name in races[0]:
+        # Other projects' kernels run on adapters of the base's dtype, where there are such.
+        narrow = ", base dtype" in name or name in rivals.NAMES.values()
+        peft = "PEFT, base dtype" if narrow and "PEFT, base dtype" in races[0] else "PEFT"
+        seconds = best(races, lambda race, name=name: race[name])
+        over = None if name in ("frozen", peft) else best(races, partial(share, ours=name, peft=peft))
+        line = {"contestant": name, "ms": seconds * 1e3}
+        line["x frozen"] = best(races, lambda race, name=name: race[name] / race["frozen"])
+        line |= {"tokens/s": round(tokens / seconds), "overhead left": over}
+        line["step GB"] = memory[name] / 1e9 if name in memory else None
+        found.append(line)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _memory_back(device: str) -> Iterator[None]:
+    yield
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("case", list(CASES))
 def test_step(case: str, dtype: str, benchmark: Any, device: str, request: pytest.FixtureRequest) -> None:
-    chosen = CASES[case]
-
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        return chosen.build(DTYPES[dtype]).to(device)
-
-    modes = {"": False} if dtype == "fp32" else {"": False, ", base dtype": True}
-    models = {"frozen": model().requires_grad_(False)}
-    models |= {f"PEFT{suffix}": adapted(model(), "all-linear", base) for suffix, base in modes.items()}
-    models |= {f"ours{suffix}": fused(adapted(model(), "all-linear", base)) for suffix, base in modes.items()}
-    shape = chosen.batch, chosen.length
-    frozen = models["frozen"]
-    labels = torch.randint(frozen.config.vocab_size, shape).to(device)
-    embeddings = frozen.get_input_embeddings()(labels).detach().requires_grad_()
-    found = {name: Training(model, embeddings, labels) for name, model in models.items()}
-    agree(found)
-
-    calls: dict[str, Callable[[], object]] = {name: training.step for name, training in found.items()}
-    best_of = request.config.getoption("--best-of")
-    races = interleave(benchmark, calls, device, chosen.rounds, chosen.iterations, best_of)
+    chosen, options = CASES[case], request.config
+    if chosen.for_a_gpu and device == "cpu":
+        pytest.skip("a GPU's model: minutes a step on a CPU")
+    if chosen.for_a_gpu and dtype != "bf16":
+        pytest.skip("nobody trains it in fp32, and contestants would not fit")
+    others, left_out = rivals.load(options.getoption("--rivals")) if device == "cuda" else ({}, {})
+    try:
+        found = contestants(chosen, DTYPES[dtype], device, options.getoption("--compile"), others)
+        failed = agree(found)
+        found = {name: training for name, training in found.items() if name not in failed}
+        calls: dict[str, Callable[[], object]] = {name: training.step for name, training in found.items()}
+        best_of = options.getoption("--best-of")
+        races = interleave(benchmark, calls, device, chosen.rounds, chosen.iterations, best_of)
+        memory = {name: step_memory(training) for name, training in found.items() if device == "cuda"}
+    except torch.OutOfMemoryError as error:
+        pytest.skip(f"out of memory: {str(error).splitlines()[0]}")
+    info = benchmark.extra_info
     record(benchmark, races, "frozen", device)
-    for suffix in modes:
+    for suffix in [""] if dtype == "fp32" else ["", ", base dtype"]:
         ours, peft = f"ours{suffix}", f"PEFT{suffix}"
-
-        def share(t: Medians, ours: str = ours, peft: str = peft) -> float:
-            return (t[ours] - t["frozen"]) / (t[peft] - t["frozen"])
-
-        def ratio(t: Medians, ours: str = ours, peft: str = peft) -> float:
-            return t[ours] / t[peft]
-
-        benchmark.extra_info[f"ours share{suffix}"] = best(races, share)
-        benchmark.extra_info[f"ours / PEFT{suffix}"] = best(races, ratio)
-    benchmark.extra_info["adapted layers"] = len(lora_modules(models["ours"]))
+        info[f"ours share{suffix}"] = best(races, partial(share, ours=ours, peft=peft))
+        info[f"ours / PEFT{suffix}"] = best(races, lambda race, ours=ours, peft=peft: race[ours] / race[peft])
+    info["adapted layers"] = len(lora_modules(found["ours"].model))
+    if device == "cuda":
+        info |= {"left out": left_out | failed, "rows": rows(races, chosen.batch * chosen.length, memory)}

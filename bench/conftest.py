@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--model", default="llama-3-8b", help="geometry, see bench/shapes.py")
     parser.addoption("--threads", default=None, type=int, help="CPU threads (default: torch's)")
     parser.addoption("--best-of", default=1, type=int, help="repeat the races against a frozen base, take the best")
-    parser.addoption("--compile", action="store_true", help="lora_linear: PEFT under torch.compile too (slow to start)")
+    parser.addoption("--compile", action="store_true", help="PEFT under torch.compile too (slow to start)")
+    parser.addoption("--rounds", default=None, type=int, help="at most so many rounds: figures are then worth little")
+    parser.addoption("--rivals", default="axolotl,unsloth", help="on a GPU, where installed; see bench/rivals.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import race
+
+    race.at_most = config.getoption("--rounds")
 
 
 @pytest.fixture
@@ -38,9 +47,13 @@ def layers(request: pytest.FixtureRequest) -> list[tuple[int, int]]:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
-    against_frozen = []
+    against_frozen, rows, left_out = [], [], {}
     for bench in getattr(session, "benchmarks", []):
         info = bench.extra_info
+        left_out |= info.get("left out", {})
+        if "rows" in info:
+            rows += [{"": bench.name.removeprefix("test_"), **row} for row in info["rows"]]
+            continue
         if "frozen ms" in info:
             against_frozen.append((bench.name, info))
             continue
@@ -50,8 +63,33 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 peer = key.removesuffix(" / ours")
                 cells.append(f"{peer} {info[f'{peer} ms']:.2f} ms = {value:.2f}x")
         terminalreporter.write_line(f"{bench.name}: " + ", ".join(cells))
-    for line in frozen_table(against_frozen):
+    for line in frozen_table(against_frozen) + rows_table(rows):
         terminalreporter.write_line(line)
+    for name, reason in left_out.items():
+        terminalreporter.write_line(f"left out: {name}: {reason}")
+
+
+def rows_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of benches that wrote their own rows; those with the same columns share a table. None is an empty cell."""
+    tables: dict[tuple[str, ...], list[list[str]]] = {}
+    for row in rows:
+        tables.setdefault(tuple(row), []).append([_cell(value) for value in row.values()])
+    return [line for head, body in tables.items() for line in aligned(head, body)]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return "" if value is None else str(value)
+
+
+def aligned(head: Sequence[str], body: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    lines = []
+    for row in (head, *body):
+        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([row[0].ljust(len(first)), *rest]))
+    return lines
 
 
 def frozen_table(rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -68,10 +106,4 @@ def frozen_table(rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
             elif key.startswith("ours") and not key.endswith(("_ms", " / frozen")):
                 cells[key] = f"{value:.2f}"
         tables.setdefault(tuple(cells), []).append(list(cells.values()))
-    lines: list[str] = []
-    for head, body in tables.items():
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        for row in (head, *body):
-            first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            lines.append("  ".join([row[0].ljust(len(first)), *rest]))
-    return lines
+    return [line for head, body in tables.items() for line in aligned(head, body)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +15,11 @@ from torch import Tensor, nn
 import slao_kernels
 
 RANK, ALPHA = 16, 32
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A second module tree over the very same parameters and buffers: another contestant on one frozen base."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
 def adapted(model: nn.Module, targets: str | list[str], base_dtype: bool = False) -> nn.Module:
@@ -37,9 +44,9 @@ def lora_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, lora.Linear)]
 
 
-def fused(model: nn.Module) -> nn.Module:
+def fused(model: nn.Module, backend: str = "auto") -> nn.Module:
     """`model`, which has a LoRA, patched; an error if any layer keeps PEFT's forward."""
-    slao_kernels.patch(model, strict=True)
+    slao_kernels.patch(model, strict=True, backend=backend)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from statistics import median
@@ -9,16 +10,46 @@ from typing import Any
 
 import torch
 
+# On a GPU a lap is so many calls or so many seconds, whichever comes first: the queue has to fill, as in training.
+GPU_CALLS, GPU_SECONDS = 20, 0.02
+
+at_most: int | None = None  # rounds of any race, for a run that only shows that all works (--rounds)
+
 
 def clock(function: Callable[[], object], device: str) -> float:
-    """Seconds of one call, the device's work included."""
+    """Seconds of one call, the device's work included; on a GPU by its own events, host time between them included."""
     if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
     started = time.perf_counter()
     function()
-    if device == "cuda":
-        torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def capped(rounds: int) -> int:
+    return rounds if at_most is None else min(rounds, at_most)
+
+
+def graphed(function: Callable[[], object]) -> Callable[[], None]:
+    """`function` captured in a CUDA graph; a call replays it: the device's work without the launches' host time.
+
+    Its inputs must stay where they are, and it must not wait for the device. Raises RuntimeError if it does.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 def race(
@@ -37,7 +68,7 @@ def race(
 
     for function in (ours, *peers.values()):
         function()
-    benchmark.pedantic(lambda: mine.append(clock(ours, device)), setup=run_peers, rounds=rounds, iterations=1)
+    benchmark.pedantic(lambda: mine.append(clock(ours, device)), setup=run_peers, rounds=capped(rounds), iterations=1)
     us = median(mine)
     ratios = {name: median(values) / us for name, values in times.items()}
     benchmark.extra_info |= {
@@ -71,8 +102,7 @@ def interleave(
     iterations: calls timed together, where one is too short for the clock; pytest-benchmark's own table shows all of
     them as one. The others start each round with another of them, so that none always finds the same one's cache.
     """
-    if device == "cuda":
-        iterations = max(iterations, 20)  # the queue has to fill, as in training
+    rounds = capped(rounds)
     times: dict[str, list[float]] = {name: [] for name in contestants}
     others = [name for name in contestants if name != "ours"]
 
@@ -92,7 +122,13 @@ def interleave(
 
     for name in contestants:
         lap(name)  # warm-up
-        times[name].clear()
+    if device == "cuda":
+        for name in contestants:
+            lap(name)  # by now everything is compiled
+        fastest = min(laps[-1] for laps in times.values())
+        iterations = max(iterations, min(GPU_CALLS, math.ceil(GPU_SECONDS / fastest)))
+    for laps in times.values():
+        laps.clear()
     benchmark.pedantic(lambda: lap("ours"), setup=run_others, rounds=rounds * best_of, iterations=1)
     return [
         {name: median(laps[start : start + rounds]) for name, laps in times.items()}

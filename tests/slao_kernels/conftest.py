@@ -1,4 +1,5 @@
-"""Fixtures of the tests of `slao_kernels`: twins.py, one thread for tiny models, the log, the emulated GPU kernels."""
+"""Fixtures of the tests of `slao_kernels`: twins.py, places.py, one thread for tiny models, the log, the emulated GPU
+kernels."""
 
 from __future__ import annotations
 
@@ -13,21 +14,47 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 
-@pytest.fixture(scope="session")
-def twins() -> ModuleType:
-    """tests/slao_kernels/twins.py (test folders are no packages, so it cannot be imported by name)."""
-    path = Path(__file__).with_name("twins.py")
-    spec = importlib.util.spec_from_file_location("slao_kernels_tests_twins", path)
+def _module(stem: str) -> ModuleType:
+    """A module beside this one: test folders are no packages, so it cannot be imported by name."""
+    path = Path(__file__).with_name(f"{stem}.py")
+    spec = importlib.util.spec_from_file_location(f"slao_kernels_tests_{stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def twins() -> ModuleType:
+    """tests/slao_kernels/twins.py"""
+    return _module("twins")
+
+
+_places = _module("places")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(place, marks=[pytest.mark.gpu] if place.on_gpu else [], id=f"{place.device}-{place.backend}")
+        for place in _places.PLACES
+    ]
+)
+def place(request: pytest.FixtureRequest) -> Any:
+    """A device and a backend of lora_linear; see tests/slao_kernels/places.py."""
+    from slao_kernels import dispatch
+
+    missing = dispatch.why_not("lora_linear", request.param.backend, request.param.device)
+    if missing is not None:
+        pytest.skip(missing)
+    return request.param
 
 
 @pytest.fixture

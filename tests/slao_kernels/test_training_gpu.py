@@ -1,0 +1,214 @@
+"""Training patched layers on a real GPU, by the bodies that a CPU runs too: whole steps in a graph, groups, streams.
+
+The model is an attention-like block, so that q, k and v make a group; transformers' models wait for the device here
+and there, which is not what these tests ask.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import slao_kernels
+from slao_kernels import groups
+from slao_kernels.testing import error_ratio
+
+# Of a bf16 step against PEFT's own bf16 step, which rounds more often: four layers, each rounded to 2^-8.
+BF16 = 2e-2
+
+
+class Block(nn.Module):
+    """q, k and v of one x, and o after them. `between` is called before k."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.between = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
+        self.between()
+        return self.o(torch.tanh(q * self.k(x) + self.v(x)))
+
+
+def pair(place, twins, dtype: torch.dtype = torch.float32, **options) -> tuple[Block, Block]:
+    """(patched, PEFT's own), alike."""
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        config = twins.config(target_modules=["q", "k", "v", "o"], **options)
+        block = peft.inject_adapter_in_model(config, Block(32).to(place.device, dtype)).train()
+        found.append(twins.train_a_little(block).to(place.device))
+    slao_kernels.patch(found[0], strict=True, backend=place.backend)
+    return found[0], found[1]
+
+
+def batches(place, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 17, 32, generator=g).to(place.device, dtype) for _ in range(count)]
+
+
+def gradients(model: nn.Module, x: Tensor, run=lambda model, x: model(x)) -> dict[str, Tensor]:
+    """The output and every gradient, x's included."""
+    model.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = run(model, x)
+    y.float().square().mean().backward()
+    return {"y": y.detach(), "x": x.grad} | {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+class Trainer:
+    """Steps on one static batch, which is what a graph can hold."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.model, self.x = model, x.clone()
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(self.trained, lr=0.5)
+
+    def step(self) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model(self.x).float().square().mean()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_steps_in_a_graph(dtype, place, twins):
+    """Forward, backward and optimizer captured once, replayed for five batches: PEFT's losses and PEFT's adapters."""
+    model, twin = pair(place, twins, dtype)
+    ours, theirs = (Trainer(net, batches(place, 1, dtype)[0]) for net in (model, twin))
+    start = [p.detach().clone() for p in ours.trained]
+    replay = place.captured(ours.step)
+    assert [len(names) for names in groups.describe(model)] == [3]
+    with torch.no_grad():  # warming up has trained
+        for parameter, value in zip(ours.trained, start, strict=True):
+            parameter.copy_(value)
+    losses: list[Tensor] = []
+    expected: list[Tensor] = []
+    for x in batches(place, 5, dtype):
+        for trainer, run, kept in ((ours, replay, losses), (theirs, theirs.step, expected)):
+            trainer.x.copy_(x)
+            kept.append(run().clone())
+    tolerance = 1e-5 if dtype == torch.float32 else BF16
+    assert error_ratio(torch.stack(losses), torch.stack(expected)) <= tolerance
+    assert expected[0] != expected[1]
+    for mine, other, before in zip(ours.trained, theirs.trained, start, strict=True):
+        moved = other.detach() - before
+        assert moved.abs().max() > 0
+        # What five steps changed, and not what was there before, has to agree.
+        assert error_ratio(mine.detach() - before, moved) <= 5 * tolerance
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpoint", "reentrant checkpoint"])
+def test_groups(reentrant, place, twins):
+    """Learned and used there as on a CPU; with checkpointing too."""
+    model, twin = pair(place, twins)
+
+    def run(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x) if reentrant is None else checkpoint(net, x, use_reentrant=reentrant)
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    for i, x in enumerate(batches(place, 4)):
+        with twins.CountOps() as ops:
+            found = gradients(model, x, run)
+        optimizer.step()  # changes nothing but the versions, which tell that no old forward is computed again
+        twins.check_close(found, gradients(twin, x, run))
+        assert set(ops.grouped) == ({3} if i else set())
+    assert groups.describe(model) == [["q", "k", "v"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_side_stream(dtype, place, twins):
+    """Everything that a call starts is on the caller's stream: one that is far behind gives the same bits."""
+    model, twin = pair(place, twins, dtype)
+    x, later = batches(place, 2, dtype)
+    gradients(model, later)
+    expected = gradients(model, x)
+    with place.side_stream():
+        place.busy()
+        with twins.CountOps() as ops:
+            found = gradients(model, x)
+    assert ops.grouped == [3]
+    twins.check_equal(found, expected)
+    twins.check_close(found, gradients(twin, x), twins.FP32_RATIO if dtype == torch.float32 else BF16)
+
+
+def test_a_sibling_on_another_stream_computes_alone(place, twins):
+    """What the leader left was computed on its stream; nothing would order the sibling's consumers after it."""
+    model, twin = pair(place, twins)
+    x, later = batches(place, 2)
+    for _ in range(2):
+        gradients(model, x)
+    expected = gradients(twin, later)
+    assert groups.describe(model) == [["q", "k", "v"]]
+    switched = []
+
+    def switch() -> None:
+        stream = place.side_stream()
+        stream.__enter__()
+        switched.append(stream)
+
+    model.between = switch
+    found = gradients(model, later)
+    switched.pop().__exit__(None, None, None)
+    twins.check_close(found, expected)
+    assert groups.describe(model) == ([] if place.on_gpu else [["q", "k", "v"]])
+
+
+def test_two_threads_with_streams_of_their_own(place, twins):
+    """One model, which learns meanwhile: each thread gets its own input's output."""
+    if place.device == "cpu" and place.backend == "triton":
+        pytest.skip("Triton's interpreter changes its language module for the time of a launch: one thread only")
+    model, twin = pair(place, twins)
+    inputs = batches(place, 2)
+    with torch.no_grad():
+        expected = [twin(x) for x in inputs]
+    failed: list[str] = []
+
+    def work(i: int) -> None:
+        try:
+            torch.set_num_threads(1)
+            with place.side_stream():
+                for _ in range(10):
+                    place.busy()
+                    with torch.set_grad_enabled(bool(i)):
+                        y = model(inputs[i])
+                    if error_ratio(y, expected[i]) > twins.FP32_RATIO:
+                        failed.append(f"thread {i} has other numbers")
+        except Exception as error:
+            failed.append(f"thread {i}: {error!r}")
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.2}], ids=["groups", "dropout"])
+def test_a_step_does_not_wait_for_the_device(options, place, twins):
+    model, _ = pair(place, twins, **options)
+    trainer = Trainer(model, batches(place, 1)[0])
+    for _ in range(2):
+        trainer.step()
+    with place.no_waiting(), twins.CountOps() as ops:
+        loss = trainer.step()
+    assert ops.grouped == ([] if options else [3])
+    assert loss.isfinite()
+
+
+def test_compiled_block(place, twins):
+    """Layers run alone in a compiled graph; one graph, no break."""
+    model, twin = pair(place, twins)
+    (x,) = batches(place, 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=place.compiler)
+    found = {name.removeprefix("_orig_mod."): value for name, value in gradients(compiled, x).items()}
+    twins.check_close(found, gradients(twin, x))
