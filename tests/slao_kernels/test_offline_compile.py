@@ -123,8 +123,8 @@ def cases() -> dict[str, tuple[tiles.Tile, str, bool, str]]:
     found = {}
     for tile in tiles.table("default"):
         dtype = "bf16" if tile.bits == 16 else "fp32"
-        layout = "odd sizes" if not tile.aligned else "odd rank" if tile.r <= 16 else "multiples of 16"
         always, never = tile.kernel == "expand_dropped", tile.kernel == "grad_t"
+        layout = "odd sizes" if not tile.aligned else "multiples of 16" if never and tile.r > 16 else "odd rank"
         for dropout in {always, not never}:
             blocks = f"{tile.kernel}-{dtype}-{tile.block_m}x{tile.block_k}x{tile.block_r}"
             name = f"{blocks}-{'dropout' if dropout else 'plain'}-{layout.replace(' ', '_')}"

@@ -119,14 +119,14 @@ def _serves(x: Tensor, r: int) -> bool:
 def _tile(name: str, x: Tensor, r: int) -> tuple[tiles.Tile | None, int]:
     """(the tile for the large matrix x, the device's number of multiprocessors)"""
     device, processors = tiles.device_of(x.device.index if x.is_cuda else None)
-    return tiles.find(name, x.dtype, x.shape[0], x.shape[1], r, _aligned(x, r), device), processors
+    return tiles.find(name, x.dtype, x.shape[0], x.shape[1], r, _aligned(name, x, r), device), processors
 
 
-def _aligned(x: Tensor, r: int) -> bool:
+def _aligned(name: str, x: Tensor, r: int) -> bool:
     """Whether a tile's rows can be loaded 16 bytes at a time. Where not, each element has an address of its own in
-    registers, which large tiles then spill; at r <= 16 the rank's own matrices are too small for that."""
+    registers, which large tiles then spill; of a rank that is no multiple of 16, only those of grad_t."""
     dense = x.stride(1) == 1 and x.shape[1] % 16 == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
-    return dense and (r <= 16 or r % 16 == 0)
+    return dense and (name != "grad_t" or r <= 16 or r % 16 == 0)
 
 
 def _shrink(x: Tensor, A: Tensor, out: Tensor, alpha: float, seed: Tensor | None = None, below: int = 0) -> None:

@@ -66,7 +66,9 @@ def test_rate_and_mean():
 
 @on_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [((7,), 33, 17, 1), ((2, 50), 40, 24, 12), ((150,), 96, 80, 64)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [((7,), 33, 17, 1), ((2, 50), 40, 24, 12), ((33,), 48, 32, 20), ((150,), 96, 80, 64)], ids=str
+)
 def test_dropout_gradients(shape, dtype):
     inputs = make(*shape, dtype)
     torch.manual_seed(3)

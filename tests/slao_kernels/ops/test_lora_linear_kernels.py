@@ -18,7 +18,7 @@ from slao_kernels.ops.lora_linear import kernels
 pytestmark = pytest.mark.usefixtures("poisoned")
 test_under_the_interpreter = interpreted(__file__, at_least=150)
 
-RANKS = [1, 8, 12, 16, 64, 256]
+RANKS = [1, 8, 12, 16, 24, 64, 100, 256]
 # (M, K): one row, odd sizes, sums split into parts, several blocks of rows
 SIZES = [(1, 2112), (3, 33), (70, 130), (300, 48), (1030, 17)]
 
@@ -104,6 +104,14 @@ def test_sums_are_split_and_repeatable(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert max(parts for parts, _ in seen) > 1
     assert min(parts for parts, _ in seen) == 1
+
+
+@pytest.mark.parametrize("kernel", ["shrink", "outer"])
+@pytest.mark.parametrize("r", [24, 100, 200, 256])
+def test_one_block_holds_the_rank(kernel, r):
+    """So x is read once; ranks that are no multiple of 16 too."""
+    tile, _ = kernels._tile(kernel, torch.zeros(512, 4096, dtype=torch.bfloat16), r)
+    assert tile.block_r >= r
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 1000, 4096, 11008])
