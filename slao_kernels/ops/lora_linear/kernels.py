@@ -1,4 +1,4 @@
-"""lora_linear with its rank-r products in Triton; the base GEMM stays torch's.
+"""lora_linear with its rank-r products in Triton; the base GEMM stays torch's, but for what gemm.py takes.
 
 Dropout on x is drawn inside the products and drawn again in backward: neither a mask nor a masked copy of x exists.
 Element (m, k) of x, seen as (M, K), is kept where its 16 bits of Philox4x32-10 are below `keep_below`: key = seed,
@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import device as kernel
-from . import eager, skinny, tiles
+from . import eager, gemm, skinny, tiles
 from .launch import COMPUTE, gather, landing, launch, parts_of
 
 _MAX_RANK = 256
@@ -81,6 +81,12 @@ class TritonProducts:
     def expand_(self, y: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None) -> None:
         skinny.expand_(y, t, B, scaling, bias)
 
+    def gemm_(
+        self, y: Tensor, x: Tensor, W: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None
+    ) -> bool:
+        """y <- x W + scaling t Bᵀ + bias in one kernel, and True, where gemm.py says that this pays."""
+        return gemm.gemm_(y, x, W, t, B.t(), scaling, bias)
+
     def grad_t(self, dy: Tensor, t: Tensor, B: Tensor, scaling: float, g: Tensor | None, dB: Tensor | None) -> None:
         if not _serves(dy, B.shape[1]):
             skinny.grad_t(dy, t, B, scaling, g, dB)
@@ -107,9 +113,13 @@ class _DroppedBackward(TritonProducts):
         assert self.seed is not None
         _expand_dropped(t, B.t(), y, scaling * self.scale, self.seed, self.keep_below)
 
+    def gemm_(self, *_: object) -> bool:
+        """Never: the rank's term alone is masked, and in the one kernel it is not alone."""
+        return False
+
 
 _plain = TritonProducts()
-shrink, expand_, grad_t, grad_A = _plain.shrink, _plain.expand_, _plain.grad_t, _plain.grad_A
+shrink, expand_, gemm_, grad_t, grad_A = _plain.shrink, _plain.expand_, _plain.gemm_, _plain.grad_t, _plain.grad_A
 
 
 def _serves(x: Tensor, r: int) -> bool:
