@@ -12,7 +12,7 @@ import slao_kernels
 from slao_kernels.testing import TOLERANCE, error_ratio
 
 pytest.importorskip("triton", reason="triton is not installed")
-from slao_kernels.ops.lora_linear import kernels
+from slao_kernels.ops.lora_linear import gemm, kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 test_under_the_interpreter = interpreted(__file__, at_least=4)
@@ -131,6 +131,48 @@ def test_compiled_by_inductor(p):
         exact = eager_tests.oracle({name: value.detach() for name, value in inputs.items()}, NAMES)
         found = {"y": y, **dict(zip(NAMES, grads, strict=True))}
         eager_tests.compare(found, exact, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", gemm.CANDIDATES, ids=str)
+@pytest.mark.parametrize("shape", [((8192,), 4096, 4096, 16), ((2, 2048), 4096, 14336, 64), ((4095,), 1536, 2560, 8)])
+def test_large_in_the_gemm(shape, tile, gemm_runs):
+    if tile.tma and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no descriptors in this GPU's hardware")
+    names = ("x", "A", "B")
+    inputs = {name: value.cuda() for name, value in eager_tests.make(*shape, torch.bfloat16).items()}
+    with gemm.force(tile):
+        found = eager_tests.ours(inputs, names, backend="triton")
+        again = eager_tests.ours(inputs, names, backend="triton")
+    assert gemm_runs == 2 * ["nk", "kn"]
+    eager_tests.compare(found, eager_tests.oracle(inputs, names), 1.5 * TOLERANCE[torch.bfloat16])
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_of_the_gemm(gemm_runs):
+    inputs = {name: value.cuda() for name, value in eager_tests.make((512,), 512, 384, 16, torch.bfloat16).items()}
+    leaves = [inputs[name].requires_grad_() for name in NAMES]
+    tma = torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+
+    def step() -> list[Tensor]:
+        with gemm.force(next(tile for tile in gemm.CANDIDATES if tile.tma is tma)):
+            y = slao_kernels.lora_linear(*leaves, 0.7, backend="triton")
+            return [y.detach(), *torch.autograd.grad(y, leaves, inputs["dy"])]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        plain = [value.clone() for _ in range(3) for value in step()][-6:]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        graph.replay()
+        torch.empty(1 << 24, device="cuda").fill_(float("nan"))  # whoever's memory the descriptors were in
+        torch.cuda.synchronize()
+        assert all(error_ratio(a, b) <= TOLERANCE[torch.bfloat16] for a, b in zip(captured, plain, strict=True))
 
 
 @pytest.mark.gpu
