@@ -129,7 +129,7 @@ def _serves(x: Tensor, r: int) -> bool:
 def _tile(name: str, x: Tensor, r: int) -> tuple[tiles.Tile | None, int]:
     """(the tile for the large matrix x, the device's number of multiprocessors)"""
     device, processors = tiles.device_of(x.device.index if x.is_cuda else None)
-    return tiles.find(name, x.dtype, x.shape[0], x.shape[1], r, _aligned(name, x, r), device), processors
+    return tiles.forced.get(name) or tiles.find(name, x.dtype, *x.shape, r, _aligned(name, x, r), device), processors
 
 
 def _aligned(name: str, x: Tensor, r: int) -> bool:

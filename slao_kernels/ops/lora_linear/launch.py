@@ -16,6 +16,8 @@ INTERPRETED = bool(knobs.runtime.interpret)
 COMPUTE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _REDUCE_BLOCK = 1024
 
+last: Any = None  # the compiled kernel that was launched last, for the tuner: it tells its name and its spills
+
 
 def launch(
     kernel: Any, grid: tuple[int, ...], x: Tensor, warps: int, stages: int, *arguments: Any, **constants: Any
@@ -23,9 +25,10 @@ def launch(
     """Run `kernel` on x's device; its products' operands have x's dtype."""
     stages = min(stages, 2) if torch.version.hip else stages  # a third does not fit in 64 KB there
     compute = tl.float32 if INTERPRETED else COMPUTE[x.dtype]
+    global last
     with _on(x):
         # Fused multiply-add, said out loud: its default differs between Triton's versions.
-        kernel[grid](
+        last = kernel[grid](
             *arguments, **constants, COMPUTE=compute, num_warps=warps, num_stages=stages, enable_fp_fusion=True
         )
 

@@ -15,7 +15,8 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -108,6 +109,21 @@ def find(
             rank = min(tile.r for tile in fitting)
             return min((tile for tile in fitting if tile.r == rank), key=lambda tile: tile.distance(m, k))
     return None
+
+
+forced: dict[str, Tile] = {}
+
+
+@contextmanager
+def force(tile: Tile) -> Iterator[None]:
+    """Within the block the tile's kernel takes it for every shape; for the tuner. It holds for the whole process."""
+    before = dict(forced)
+    forced[tile.kernel] = tile
+    try:
+        yield
+    finally:
+        forced.clear()
+        forced.update(before)
 
 
 @cache
