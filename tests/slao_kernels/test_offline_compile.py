@@ -168,7 +168,13 @@ def test_reduction(target):
 _TMA, _POINTER = ([tile for tile in gemm.CANDIDATES if tile.tma is tma] for tma in (True, False))
 GEMM_TILES = {"sm_80": _POINTER, "gfx942": _POINTER, "sm_90": _TMA, "sm_100": [_TMA[0], _TMA[3]]}
 # rank -> whether it and its matrices' rows are multiples of 8
-GEMM_RANKS = {"r = 12": (12, False), "r = 8": (8, True), "r = 32": (32, True), "r = 64": (64, True)}
+GEMM_RANKS = {
+    "r = 1": (1, False),
+    "r = 12": (12, False),
+    "r = 8": (8, True),
+    "r = 32": (32, True),
+    "r = 64": (64, True),
+}
 
 
 def gemm_usage(tile: gemm.Tile, target: str, r: int, by_8: bool, forward: bool, dtype: str = "bf16") -> Usage:
@@ -178,6 +184,8 @@ def gemm_usage(tile: gemm.Tile, target: str, r: int, by_8: bool, forward: bool, 
     types |= {"Q_BY_N": forward, "S_BY_N": forward, "RANK_BY_8": by_8, "GROUP_M": tile.group_m}
     types |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     types["BLOCK_R"] = gemm.rank_block(r, by_8)
+    if r == 1:  # Triton makes a 1 a constant; B (N, 1) is read as one row
+        types |= {"R": 1, "stride_t": 1} | ({"S_BY_N": False, "stride_s": 1} if forward else {})
     where, _ = TARGETS[target]
     stages = min(tile.stages, 2) if where.backend == "hip" else tile.stages
     options = {"num_warps": tile.warps, "num_stages": stages, "enable_fp_fusion": True}

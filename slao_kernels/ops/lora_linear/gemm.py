@@ -17,6 +17,7 @@ ours_us + noise_us < torch_us. All else is torch's, as for a device that has no 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from . import tiles
 from .gemm_device import gemm_kernel
@@ -60,7 +62,7 @@ class Tile:
 
 # What the tuner tries. Chosen by compiling, not by running: for every rank and layout these need no more than 255
 # registers and 208 KB and spill nothing, with descriptors on sm_90 and without on sm_80 and gfx942
-# (tests/slao_kernels/test_offline_gemm.py).
+# (tests/slao_kernels/test_offline_compile.py).
 CANDIDATES = (
     Tile(128, 256, 64, warps=8, stages=3, tma=True),
     Tile(256, 128, 64, warps=8, stages=3, tma=True),
@@ -124,6 +126,7 @@ def chosen(layout: str, dtype: torch.dtype, m: int, n: int, k: int, r: int, devi
 
 
 _forced: Tile | None = None
+_unfit: set[Tile] = set()
 
 
 @contextmanager
@@ -153,9 +156,18 @@ def gemm_(out: Tensor, P: Tensor, Q: Tensor, T: Tensor, S: Tensor, alpha: float,
         return False
     (m, k), n, r = P.shape, Q.shape[1], T.shape[1]
     tile = chosen(layout, P.dtype, m, n, k, r, device) if _forced is None else _forced
-    if tile is None:
+    if tile is None or tile in _unfit:
         return False
-    run(tile, out, P, Q, T, S, alpha, bias)
+    try:
+        run(tile, out, P, Q, T, S, alpha, bias)
+    except OutOfResources as error:  # raised before anything is launched
+        if _forced is not None:
+            raise
+        _unfit.add(tile)
+        warnings.warn(
+            f"{tile} does not fit on {device} with this Triton, torch's products serve: {error}", stacklevel=2
+        )
+        return False
     return True
 
 

@@ -20,6 +20,7 @@ from slao_kernels.testing import TOLERANCE, error_ratio
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.runtime import _allocation  # noqa: E402
+from triton.runtime.errors import OutOfResources  # noqa: E402
 
 from slao_kernels.ops.lora_linear import gemm, group, kernels  # noqa: E402
 
@@ -251,12 +252,12 @@ def test_compiles_without_a_graph_break(gemm_runs):
     eager_tests.compare(found, exact, TOLERANCE[torch.bfloat16])
 
 
-@on_device
-def test_a_table_turns_it_on(tmp_path, monkeypatch, gemm_runs):
-    """The device's own file decides for each product: here dx wins and forward loses."""
+@pytest.fixture
+def table(tmp_path, monkeypatch) -> None:
+    """The device's own file: dx of (70, 48, 40) wins at rank 8, its forward loses."""
     device, _ = gemm.tiles.device_of(0 if DEVICE == "cuda" else None)
-    tile = dataclasses.asdict(TILES["tma"])
-    row = {"dtype": "bfloat16", "m": 60, "r": 8, "ours_us": 9, "noise_us": 0.5, "tile": tile}
+    row = {"dtype": "bfloat16", "m": 60, "r": 8, "ours_us": 9, "noise_us": 0.5}
+    row |= {"tile": dataclasses.asdict(TILES["tma"])}
     rows = [
         {**row, "layout": "nk", "n": 40, "k": 48, "torch_us": 9.4},
         {**row, "layout": "kn", "n": 48, "k": 40, "torch_us": 9.6},
@@ -264,7 +265,33 @@ def test_a_table_turns_it_on(tmp_path, monkeypatch, gemm_runs):
     monkeypatch.setattr(gemm.tiles, "FOLDER", tmp_path)
     gemm.tiles.path_of(device).write_text(json.dumps({"gemm": rows}))
     gemm.tiles.path_of("default").write_text(json.dumps({"tiles": [dataclasses.asdict(t) for t in DEFAULTS]}))
+
+
+@on_device
+def test_a_table_turns_it_on(table, gemm_runs):
     inputs = make((70,), 48, 40, 8, torch.bfloat16)
     found = eager_tests.ours(inputs, NAMES, backend="triton")
     assert gemm_runs == ["kn"]
     eager_tests.compare(found, eager_tests.oracle(inputs, NAMES), TOLERANCE[torch.bfloat16])
+
+
+@on_device
+def test_a_tile_that_does_not_fit_is_left_out(table, monkeypatch):
+    """A table from another version of Triton, whose kernels need more: one warning, and torch's products."""
+    asked = []
+
+    def launch(*arguments, **constants):
+        asked.append(arguments)
+        raise OutOfResources(240 << 10, 227 << 10, "shared memory")
+
+    monkeypatch.setattr(gemm, "launch", launch)
+    monkeypatch.setattr(gemm, "_unfit", set())
+    inputs = make((70,), 48, 40, 8, torch.bfloat16)
+    with pytest.warns(UserWarning, match="does not fit on .* torch's products serve: out of resource: shared memory"):
+        found = eager_tests.ours(inputs, NAMES, backend="triton")
+    again = eager_tests.ours(inputs, NAMES, backend="triton")
+    assert len(asked) == 1
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    eager_tests.compare(found, eager_tests.oracle(inputs, NAMES), TOLERANCE[torch.bfloat16])
+    with gemm.force(TILES["pointers"]), pytest.raises(OutOfResources):
+        eager_tests.ours(inputs, NAMES, backend="triton")
