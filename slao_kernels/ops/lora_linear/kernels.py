@@ -81,9 +81,7 @@ class TritonProducts:
     def expand_(self, y: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None) -> None:
         skinny.expand_(y, t, B, scaling, bias)
 
-    def gemm_(
-        self, y: Tensor, x: Tensor, W: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None
-    ) -> bool:
+    def gemm_(self, y: Tensor, x: Tensor, W: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None) -> bool:
         """y <- x W + scaling t Bᵀ + bias in one kernel, and True, where gemm.py says that this pays."""
         return gemm.gemm_(y, x, W, t, B.t(), scaling, bias)
 
