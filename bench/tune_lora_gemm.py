@@ -165,7 +165,7 @@ def some(size: int) -> Tensor:
 def agree(what: object, found: Tensor, exact: Tensor) -> None:
     error = error_ratio(found, exact)
     if not error <= TOLERANCE[found.dtype]:
-        sys.exit(f"{what} is wrong by {error:.1e}: nothing was written")
+        sys.exit(f"{what} is wrong by {error:.1e}: stopped, and its row was not written")
 
 
 def tune_gemm(of: Product, dtype: torch.dtype, rounds: int) -> Any:
@@ -249,22 +249,28 @@ def main() -> None:
 
     from slao_kernels.ops.lora_linear import tiles as tables
 
-    torch.manual_seed(0)
     device, dtype = torch.cuda.get_device_name(), getattr(torch, options.dtype)
-    tiles, measured = [], []
-    for skinny in skinny_products(options.models, options.tokens):
-        if (tile := tune_skinny(skinny, dtype, options.rounds)) is not None:
-            tiles.append(tile)
-            print(f"{skinny}: {tile.block_m} x {tile.block_k}, {tile.warps} warps", flush=True)
-    for one in products(options.models, options.tokens, options.ranks):
-        if (row := tune_gemm(one, dtype, options.rounds)) is not None:
-            measured.append(row)
-            verdict = "ours" if row.wins else "torch"
-            print(f"{one}: {row.ours_us} µs, torch {row.torch_us} (± {row.noise_us}): {verdict}", flush=True)
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     about = f"Measured by bench/tune_lora_gemm.py on {device} ({versions}), {options.dtype}, {options.rounds} rounds."
     path = options.device_json or tables.path_of(device)
-    write(path, table(about, tiles, measured))
+    tiles, measured = [], []
+
+    def keep() -> None:  # after every row: a run that is cut short leaves what it has
+        write(path, table(about, tiles, measured))
+
+    keep()  # before anything is measured: the path may be no place to write to
+    torch.manual_seed(0)
+    for one in products(options.models, options.tokens, options.ranks):
+        if (row := tune_gemm(one, dtype, options.rounds)) is not None:
+            measured.append(row)
+            keep()
+            verdict = "ours" if row.wins else "torch"
+            print(f"{one}: {row.ours_us} µs, torch {row.torch_us} (± {row.noise_us}): {verdict}", flush=True)
+    for skinny in skinny_products(options.models, options.tokens):
+        if (tile := tune_skinny(skinny, dtype, options.rounds)) is not None:
+            tiles.append(tile)
+            keep()
+            print(f"{skinny}: {tile.block_m} x {tile.block_k}, {tile.warps} warps", flush=True)
     print(f"{path}: {len(tiles)} tiles, the GEMM for {sum(row.wins for row in measured)} of {len(measured)} products")
 
 

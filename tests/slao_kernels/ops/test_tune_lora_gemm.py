@@ -21,7 +21,7 @@ import shapes  # noqa: E402
 import tune_lora_gemm as tuner  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fresh_tables")
-test_under_the_interpreter = interpreted(__file__, at_least=12)
+test_under_the_interpreter = interpreted(__file__, at_least=15)
 
 
 @pytest.fixture
@@ -147,6 +147,26 @@ def test_a_wrong_result_ends_it(stopwatch, monkeypatch):
     monkeypatch.setattr(gemm, "run", lambda tile, out, P, Q, T, S, alpha: run(tile, out, P, Q, T, S, 1.1 * alpha))
     with pytest.raises(SystemExit, match="is wrong by"):
         tuner.tune_gemm(tuner.Product("nk", 40, 72, 64, 8), torch.bfloat16, 3)
+
+
+@interprets
+def test_a_run_cut_short_leaves_its_rows(stopwatch, folder, monkeypatch):
+    tune, seen = tuner.tune_gemm, []
+
+    def second_fails(of, *rest):
+        seen.append(of)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return tune(of, *rest)
+
+    monkeypatch.setattr(tuner, "tune_gemm", second_fails)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "interpreter")
+    monkeypatch.setattr(sys, "argv", ["tune", "--models", "minilm", "--tokens", "32", "--ranks", "8", "--rounds", "2"])
+    with pytest.raises(KeyboardInterrupt):
+        tuner.main()
+    (row,) = gemm.measurements("interpreter")
+    assert (row.layout, row.m, row.n, row.k, row.r) == seen[0]
 
 
 @interprets
