@@ -1,5 +1,5 @@
-"""Every Triton kernel with its default tiles, compiled for GPUs that are not here: no spill, no trap, shared memory
-within the device's.
+"""Every Triton kernel with its default tiles (the GEMM: its candidates), compiled for GPUs that are not here: no spill,
+no trap, shared memory within the device's; on sm_90 the GEMM has Hopper's own instructions.
 
 What Triton would not refuse by itself: it emits code that spills registers, needs more shared memory than there is,
 or stops at a bare trap.
@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from slao_kernels.ops.lora_linear import device, tiles  # noqa: E402
+from slao_kernels.ops.lora_linear import device, gemm, gemm_device, tiles  # noqa: E402
 
 # name -> (target, bytes of shared memory that a block may have)
 TARGETS = {
@@ -34,7 +34,7 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
-_POINTERS = {"x", "A", "out", "seed", "g", "dy", "t", "B", "dB", "workspace"}
+_POINTERS = {"x", "A", "out", "seed", "g", "dy", "t", "B", "dB", "workspace", "P", "Q", "T", "S", "bias"}
 _FLOATS = {"alpha", "scaling"}
 # A dense matrix's columns are next to each other; Triton makes a 1 a constant.
 _DENSE = {"stride_xk", "stride_ak", "stride_yn", "stride_tr", "stride_br", "stride_gr", "stride_ok"}
@@ -42,7 +42,7 @@ _DENSE = {"stride_xk", "stride_ak", "stride_yn", "stride_tr", "stride_br", "stri
 _FLIPPED = _DENSE - {"stride_ak", "stride_ok"} | {"stride_ar", "stride_or"}
 _NEVER_ALIGNED = {"M", "keep_below", "size", "parts"}
 # Integers that are no multiple of 16, for Triton's specialisation: nothing; the rank (r = 8); all sizes.
-_OF_THE_RANK = {"R", "stride_gm", "stride_tm", "stride_bn"}
+_OF_THE_RANK = {"R", "stride_gm", "stride_tm", "stride_bn", "stride_t"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Usage:
     shared: int
     spilled: int
     trap: bool
+    text: str = field(repr=False)
 
 
 def compiled(kernel: Any, target: GPUTarget, types: dict[str, Any], options: dict[str, Any], layout: str) -> Usage:
@@ -64,10 +65,11 @@ def compiled(kernel: Any, target: GPUTarget, types: dict[str, Any], options: dic
     dense, odd = (_FLIPPED if layout == "flipped" else _DENSE), set(_NEVER_ALIGNED)
     if layout in ("odd rank", "flipped"):
         odd |= _OF_THE_RANK | ({"stride_ak", "stride_ok"} if layout == "flipped" else set())
+        odd |= {"stride_s"} if types.get("S_BY_N") else set()
     for i, name in enumerate(kernel.arg_names):
         if name in types and not isinstance(types[name], str):
             signature[name], constants[(i,)] = "constexpr", types[name]
-        elif name == "seed" and name not in types:
+        elif name in ("seed", "bias") and name not in types:
             signature[name], constants[(i,)] = "constexpr", None
         elif name in dense:
             signature[name], constants[(i,)] = "constexpr", 1
@@ -84,10 +86,10 @@ def compiled(kernel: Any, target: GPUTarget, types: dict[str, Any], options: dic
         spills = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text)
         (registers,) = re.findall(r"\.vgpr_count:\s*(\d+)", text)
         assert len(spills) == 2
-        return Usage(int(registers), binary.metadata.shared, sum(map(int, spills)), "s_trap" in text)
+        return Usage(int(registers), binary.metadata.shared, sum(map(int, spills)), "s_trap" in text, text)
     # What is spilled lies on the stack.
-    (registers, stack) = _resources(binary.asm["cubin"])
-    return Usage(registers, binary.metadata.shared, stack, re.search(r"\btrap;", binary.asm["ptx"]) is not None)
+    (registers, stack), text = _resources(binary.asm["cubin"]), binary.asm["ptx"]
+    return Usage(registers, binary.metadata.shared, stack, re.search(r"\btrap;", text) is not None, text)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -123,8 +125,8 @@ def cases() -> dict[str, tuple[tiles.Tile, str, bool, str]]:
     found = {}
     for tile in tiles.table("default"):
         dtype = "bf16" if tile.bits == 16 else "fp32"
-        layout = "odd sizes" if not tile.aligned else "odd rank" if tile.r <= 16 else "multiples of 16"
         always, never = tile.kernel == "expand_dropped", tile.kernel == "grad_t"
+        layout = "odd sizes" if not tile.aligned else "multiples of 16" if never and tile.r > 16 else "odd rank"
         for dropout in {always, not never}:
             blocks = f"{tile.kernel}-{dtype}-{tile.block_m}x{tile.block_k}x{tile.block_r}"
             name = f"{blocks}-{'dropout' if dropout else 'plain'}-{layout.replace(' ', '_')}"
@@ -159,6 +161,77 @@ def test_reduction(target):
         device.reduce_kernel, TARGETS[target][0], types, {"num_warps": 4, "enable_fp_fusion": True}, "odd sizes"
     )
     assert (found.spilled, found.trap) == (0, False), found
+
+
+# The GEMM: target -> the candidates that have to fit there. On sm_100 the tuner leaves out the others, which spill some
+# registers; elsewhere it is the loads that differ, by descriptors or by pointers.
+_TMA, _POINTER = ([tile for tile in gemm.CANDIDATES if tile.tma is tma] for tma in (True, False))
+GEMM_TILES = {"sm_80": _POINTER, "gfx942": _POINTER, "sm_90": _TMA, "sm_100": [_TMA[0], _TMA[3]]}
+# rank -> whether it and its matrices' rows are multiples of 8
+GEMM_RANKS = {
+    "r = 1": (1, False),
+    "r = 12": (12, False),
+    "r = 8": (8, True),
+    "r = 32": (32, True),
+    "r = 64": (64, True),
+}
+
+
+def gemm_usage(tile: gemm.Tile, target: str, r: int, by_8: bool, forward: bool, dtype: str = "bf16") -> Usage:
+    """Usage of the GEMM as gemm.py launches it: forward (W and B read by their rows, with a bias), or for dx."""
+    types: dict[str, Any] = dict.fromkeys(("P", "Q", "T", "S", "out"), dtype) | ({"bias": dtype} if forward else {})
+    types |= {"COMPUTE": triton.language.bfloat16 if dtype == "bf16" else triton.language.float16, "TMA": tile.tma}
+    types |= {"Q_BY_N": forward, "S_BY_N": forward, "RANK_BY_8": by_8, "GROUP_M": tile.group_m}
+    types |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    types["BLOCK_R"] = gemm.rank_block(r, by_8)
+    if r == 1:  # Triton makes a 1 a constant; B (N, 1) is read as one row
+        types |= {"R": 1, "stride_t": 1} | ({"S_BY_N": False, "stride_s": 1} if forward else {})
+    where, _ = TARGETS[target]
+    stages = min(tile.stages, 2) if where.backend == "hip" else tile.stages
+    options = {"num_warps": tile.warps, "num_stages": stages, "enable_fp_fusion": True}
+    return compiled(gemm_device.gemm_kernel, where, types, options, "odd rank")
+
+
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "dx"])
+@pytest.mark.parametrize("rank", GEMM_RANKS)
+@pytest.mark.parametrize(
+    ("target", "tile"),
+    [
+        pytest.param(target, tile, id=f"{target}-{tile.block_m}x{tile.block_n}x{tile.block_k}")
+        for target, listed in GEMM_TILES.items()
+        for tile in listed
+    ],
+)
+def test_gemm_fits_without_a_spill(target, tile, rank, forward):
+    found = gemm_usage(tile, target, *GEMM_RANKS[rank], forward)
+    assert (found.spilled, found.trap) == (0, False), found
+    assert found.shared <= TARGETS[target][1], found
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "dx"])
+def test_gemm_is_hoppers(forward, dtype):
+    """Descriptors for P, Q and the output, each of the loads and the store by the copy engine, all products wgmma's."""
+    found = gemm_usage(_TMA[0], "sm_90", 16, True, forward, dtype)
+    assert (found.spilled, found.trap) == (0, False), found
+    loads = re.findall(r"cp\.async\.bulk\.tensor\.2d\.shared\S*\.global", found.text)
+    stores = re.findall(r"cp\.async\.bulk\.tensor\.2d\.global\.shared", found.text)
+    # Two matrices: two stages ahead of the loop of three stages, and in it.
+    assert (len(loads), len(stores)) == (6, 1)
+    assert found.text.count("wgmma.mma_async") == 5  # 16 ranks at once, and 64 of K in four
+    assert "mma.sync" not in found.text
+
+
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "dx"])
+def test_gemm_elsewhere(forward):
+    """On sm_100 the copy engine and its own products; by pointers on sm_80 copies ahead of the products."""
+    newer, older = (
+        gemm_usage(tile, sm, 16, True, forward).text for tile, sm in ((_TMA[0], "sm_100"), (_POINTER[0], "sm_80"))
+    )
+    assert "cp.async.bulk.tensor.2d.shared" in newer
+    assert "tcgen05.mma" in newer
+    assert "cp.async.cg.shared.global" in older
+    assert "mma.sync" in older
 
 
 def test_a_spill_is_seen():

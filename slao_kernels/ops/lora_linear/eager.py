@@ -45,8 +45,7 @@ def forward(
     y = x.new_empty((*x.shape[:-1], out_features))
     x2, y2 = x.reshape(-1, in_features), y.view(-1, out_features)
     t = products.shrink(x2 if x_dropped is None else x_dropped.reshape(-1, in_features), A)
-    products.expand_(y2, t, B, scaling, bias)
-    y2.addmm_(x2, weight.t())
+    skinny.linear_(products, y2, x2, weight.t(), t, B, scaling, bias)
     return y, t
 
 
@@ -85,8 +84,7 @@ def backward(
     if need_x:
         dx2 = dx.view(-1, in_features)
         if x_dropped is None:
-            products.expand_(dx2, g, A.t(), 1.0)
-            dx2.addmm_(dy2, weight)
+            skinny.linear_(products, dx2, dy2, weight, g, A.t(), 1.0)
         else:
             torch.mm(dy2, weight, out=dx2)
     return dx, dx_dropped, dA, dB, g

@@ -55,8 +55,7 @@ def forward(
         # N-D from the start: a view of a 2-D result would refuse the caller's in-place operations.
         y = x.new_empty((*x.shape[:-1], weight.shape[0]))
         y2 = y.view(-1, weight.shape[0])
-        products.expand_(y2, t_i, B, scaling, bias)
-        y2.addmm_(x2, weight.t())
+        skinny.linear_(products, y2, x2, weight.t(), t_i, B, scaling, bias)
         ys.append(y)
     return ys, t
 
@@ -99,8 +98,8 @@ def backward(
             row = end
     if need_x:
         dx2 = dx.view(-1, in_features)
-        products.expand_(dx2, g, A.t(), 1.0)
-        for dy2, weight in zip(dy2s, weights, strict=True):
+        skinny.linear_(products, dx2, dy2s[0], weights[0], g, A.t(), 1.0)
+        for dy2, weight in zip(dy2s[1:], weights[1:], strict=True):
             dx2.addmm_(dy2, weight)
     return dx, dA, dBs
 

@@ -1,4 +1,4 @@
-"""lora_linear with its rank-r products in Triton; the base GEMM stays torch's.
+"""lora_linear with its rank-r products in Triton; the base GEMM stays torch's, but for what gemm.py takes.
 
 Dropout on x is drawn inside the products and drawn again in backward: neither a mask nor a masked copy of x exists.
 Element (m, k) of x, seen as (M, K), is kept where its 16 bits of Philox4x32-10 are below `keep_below`: key = seed,
@@ -9,20 +9,13 @@ generator's integer work would otherwise be about as long as reading x (an estim
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
-import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
 from . import device as kernel
-from . import eager, skinny, tiles
+from . import eager, gemm, skinny, tiles
+from .launch import COMPUTE, gather, landing, launch, parts_of
 
-INTERPRETED = bool(knobs.runtime.interpret)
-_COMPUTE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _MAX_RANK = 256
-_REDUCE_BLOCK = 1024
 
 
 def keep_below(p: float) -> int:
@@ -43,8 +36,7 @@ def forward(
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(y, t) of `slao_kernels::lora_linear`; with a seed, t = dropout(x) Aᵀ."""
-    with _on_device(x):
-        return eager.forward(x, x_dropped, weight, bias, A, B, scaling, wide, TritonProducts(seed, p))
+    return eager.forward(x, x_dropped, weight, bias, A, B, scaling, wide, TritonProducts(seed, p))
 
 
 def backward(
@@ -67,8 +59,7 @@ def backward(
     """(dx, dx_dropped, dA, dB, g) of `slao_kernels::lora_linear_backward`; with a seed, x is masked as in forward."""
     needs = (need_x, need_dropped, need_A, need_B, wide)
     products = TritonProducts() if seed is None else _DroppedBackward(seed, p)
-    with _on_device(x):
-        return eager.backward(dy, x, x_dropped, weight, t, A, B, scaling, *needs, products=products)
+    return eager.backward(dy, x, x_dropped, weight, t, A, B, scaling, *needs, products=products)
 
 
 class TritonProducts:
@@ -89,6 +80,10 @@ class TritonProducts:
     # One product of inner size r that writes all of y: the GEMM library is at the copy's speed there.
     def expand_(self, y: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None) -> None:
         skinny.expand_(y, t, B, scaling, bias)
+
+    def gemm_(self, y: Tensor, x: Tensor, W: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None) -> bool:
+        """y <- x W + scaling t Bᵀ + bias in one kernel, and True, where gemm.py says that this pays."""
+        return gemm.gemm_(y, x, W, t, B.t(), scaling, bias)
 
     def grad_t(self, dy: Tensor, t: Tensor, B: Tensor, scaling: float, g: Tensor | None, dB: Tensor | None) -> None:
         if not _serves(dy, B.shape[1]):
@@ -116,60 +111,30 @@ class _DroppedBackward(TritonProducts):
         assert self.seed is not None
         _expand_dropped(t, B.t(), y, scaling * self.scale, self.seed, self.keep_below)
 
+    def gemm_(self, *_: object) -> bool:
+        """Never: the rank's term alone is masked, and in the one kernel it is not alone."""
+        return False
+
 
 _plain = TritonProducts()
-shrink, expand_, grad_t, grad_A = _plain.shrink, _plain.expand_, _plain.grad_t, _plain.grad_A
+shrink, expand_, gemm_, grad_t, grad_A = _plain.shrink, _plain.expand_, _plain.gemm_, _plain.grad_t, _plain.grad_A
 
 
 def _serves(x: Tensor, r: int) -> bool:
-    return x.dtype in _COMPUTE and 0 < r <= _MAX_RANK and x.numel() > 0
-
-
-def _on_device(x: Tensor) -> AbstractContextManager[None]:
-    """Triton launches on the current device, which need not be x's."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+    return x.dtype in COMPUTE and 0 < r <= _MAX_RANK and x.numel() > 0
 
 
 def _tile(name: str, x: Tensor, r: int) -> tuple[tiles.Tile | None, int]:
     """(the tile for the large matrix x, the device's number of multiprocessors)"""
     device, processors = tiles.device_of(x.device.index if x.is_cuda else None)
-    return tiles.find(name, x.dtype, x.shape[0], x.shape[1], r, _aligned(x, r), device), processors
+    return tiles.forced.get(name) or tiles.find(name, x.dtype, *x.shape, r, _aligned(name, x, r), device), processors
 
 
-def _aligned(x: Tensor, r: int) -> bool:
+def _aligned(name: str, x: Tensor, r: int) -> bool:
     """Whether a tile's rows can be loaded 16 bytes at a time. Where not, each element has an address of its own in
-    registers, which large tiles then spill; at r <= 16 the rank's own matrices are too small for that."""
+    registers, which large tiles then spill; of a rank that is no multiple of 16, only those of grad_t."""
     dense = x.stride(1) == 1 and x.shape[1] % 16 == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
-    return dense and (r <= 16 or r % 16 == 0)
-
-
-def _launch(x: Tensor, tile: tiles.Tile) -> dict[str, object]:
-    stages = min(tile.stages, 2) if torch.version.hip else tile.stages  # a third does not fit in 64 KB there
-    compute = tl.float32 if INTERPRETED else _COMPUTE[x.dtype]
-    # Fused multiply-add, said out loud: its default differs between Triton's versions.
-    return {"COMPUTE": compute, "num_warps": tile.warps, "num_stages": stages, "enable_fp_fusion": True}
-
-
-def _landing(out: Tensor) -> Tensor:
-    """Where a kernel writes `out`: itself, but fp32 for bf16 where Triton interprets (it truncates)."""
-    rounds_badly = INTERPRETED and out.dtype == torch.bfloat16
-    if out.is_contiguous() and not rounds_badly:
-        return out
-    return torch.empty(out.shape, dtype=torch.float32 if rounds_badly else out.dtype, device=out.device)
-
-
-def _parts(out: Tensor, parts: int) -> Tensor:
-    """A workspace for the parts of the contiguous `out`; `out` itself where there is but one."""
-    return out if parts == 1 else torch.empty((parts, *out.shape), dtype=torch.float32, device=out.device)
-
-
-def _gather(workspace: Tensor, landing: Tensor, out: Tensor) -> None:
-    """out <- the sum of its parts."""
-    if workspace is not landing:
-        size = landing.numel()
-        kernel.reduce_kernel[(-(-size // _REDUCE_BLOCK),)](workspace, landing, size, len(workspace), _REDUCE_BLOCK)
-    if landing is not out:
-        out.copy_(landing)
+    return dense and (name != "grad_t" or r <= 16 or r % 16 == 0)
 
 
 def _shrink(x: Tensor, A: Tensor, out: Tensor, alpha: float, seed: Tensor | None = None, below: int = 0) -> None:
@@ -182,9 +147,14 @@ def _shrink(x: Tensor, A: Tensor, out: Tensor, alpha: float, seed: Tensor | None
     assert tile is not None
     blocks, rank_blocks = -(-m // tile.block_m), -(-r // tile.block_r)
     parts, per_part = tiles.split(k, tile.block_k, blocks * rank_blocks, processors)
-    landing = _landing(out)
-    workspace = _parts(landing, parts)
-    kernel.shrink_kernel[(blocks, parts, rank_blocks)](
+    landed = landing(out)
+    workspace = parts_of(landed, parts)
+    launch(
+        kernel.shrink_kernel,
+        (blocks, parts, rank_blocks),
+        x,
+        tile.warps,
+        tile.stages,
         x,
         A,
         workspace,
@@ -200,9 +170,8 @@ def _shrink(x: Tensor, A: Tensor, out: Tensor, alpha: float, seed: Tensor | None
         BLOCK_M=tile.block_m,
         BLOCK_K=tile.block_k,
         BLOCK_R=tile.block_r,
-        **_launch(x, tile),
     )
-    _gather(workspace, landing, out)
+    gather(workspace, landed, out)
 
 
 def _outer(g: Tensor, x: Tensor, out: Tensor, alpha: float, seed: Tensor | None = None, below: int = 0) -> None:
@@ -217,10 +186,15 @@ def _outer(g: Tensor, x: Tensor, out: Tensor, alpha: float, seed: Tensor | None 
     parts, per_part = tiles.split(m, tile.block_m, columns * rank_blocks, processors)
     transposed = not out.is_contiguous() and out.t().is_contiguous()
     out = out.t() if transposed else out
-    landing = _landing(out)
-    workspace = _parts(landing, parts)
-    strides = (1, landing.stride(0)) if transposed else (landing.stride(0), 1)
-    kernel.outer_kernel[(columns, parts, rank_blocks)](
+    landed = landing(out)
+    workspace = parts_of(landed, parts)
+    strides = (1, landed.stride(0)) if transposed else (landed.stride(0), 1)
+    launch(
+        kernel.outer_kernel,
+        (columns, parts, rank_blocks),
+        x,
+        tile.warps,
+        tile.stages,
         g,
         x,
         workspace,
@@ -237,9 +211,8 @@ def _outer(g: Tensor, x: Tensor, out: Tensor, alpha: float, seed: Tensor | None 
         BLOCK_M=tile.block_m,
         BLOCK_K=tile.block_k,
         BLOCK_R=tile.block_r,
-        **_launch(x, tile),
     )
-    _gather(workspace, landing, out)
+    gather(workspace, landed, out)
 
 
 def one_pass_pays(dy: Tensor, r: int, row_blocks: int, parts: int) -> bool:
@@ -262,9 +235,14 @@ def _grad_t_in_one_pass(dy: Tensor, t: Tensor, B: Tensor, scaling: float, g: Ten
     parts, per_part = tiles.split(n, tile.block_k, row_blocks, processors)
     if not one_pass_pays(dy, r, row_blocks, parts):
         return False
-    landing_g, landing_dB = _landing(g), _landing(dB)
-    part_g, part_dB = _parts(landing_g, parts), _parts(landing_dB, row_blocks)
-    kernel.grad_t_kernel[(row_blocks, parts)](
+    landed_g, landed_dB = landing(g), landing(dB)
+    part_g, part_dB = parts_of(landed_g, parts), parts_of(landed_dB, row_blocks)
+    launch(
+        kernel.grad_t_kernel,
+        (row_blocks, parts),
+        dy,
+        tile.warps,
+        tile.stages,
         dy,
         t,
         B,
@@ -281,10 +259,9 @@ def _grad_t_in_one_pass(dy: Tensor, t: Tensor, B: Tensor, scaling: float, g: Ten
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_k,
         BLOCK_R=tile.block_r,
-        **_launch(dy, tile),
     )
-    _gather(part_g, landing_g, g)
-    _gather(part_dB, landing_dB, dB)
+    gather(part_g, landed_g, g)
+    gather(part_dB, landed_dB, dB)
     return True
 
 
@@ -295,24 +272,28 @@ def _expand_dropped(g: Tensor, A: Tensor, out: Tensor, alpha: float, seed: Tenso
         return
     tile, _ = _tile("expand_dropped", out, max(r, 1))
     assert tile is not None
-    landing = _landing(out)
-    kernel.expand_dropped_kernel[(-(-m // tile.block_m), -(-k // tile.block_k))](
+    landed = landing(out)
+    launch(
+        kernel.expand_dropped_kernel,
+        (-(-m // tile.block_m), -(-k // tile.block_k)),
+        out,
+        tile.warps,
+        tile.stages,
         g,
         A,
-        landing,
+        landed,
         seed,
         m,
         k,
         r,
         *g.stride(),
         *A.stride(),
-        landing.stride(0),
+        landed.stride(0),
         alpha,
         below,
         BLOCK_M=tile.block_m,
         BLOCK_K=tile.block_k,
         BLOCK_R=tile.block_r,
-        **_launch(out, tile),
     )
-    if landing is not out:
-        out.copy_(landing)
+    if landed is not out:
+        out.copy_(landed)

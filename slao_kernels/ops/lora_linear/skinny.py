@@ -6,6 +6,8 @@ Each of them reads or writes one large matrix and costs next to no arithmetic: t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,17 @@ def grad_t(dy: Tensor, t: Tensor, B: Tensor, scaling: float, g: Tensor | None, d
 def grad_A(g: Tensor, x: Tensor, dA: Tensor) -> None:
     """dA <- gᵀ x: g (M, r), x (M, K), dA (r, K)."""
     torch.mm(g.t(), x, out=dA)
+
+
+def linear_(
+    products: Any, y: Tensor, x: Tensor, W: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None
+) -> None:
+    """y <- x W + scaling t Bᵀ + bias: y (M, N), x (M, K), W (K, N), t (M, r), B (N, r), bias (N).
+
+    By the backend's one kernel, `products.gemm_`, where it has one and takes this product; else LoRA first, and the
+    base GEMM on top of it with beta = 1.
+    """
+    gemm_ = getattr(products, "gemm_", None)
+    if gemm_ is None or not gemm_(y, x, W, t, B, scaling, bias):
+        products.expand_(y, t, B, scaling, bias)
+        y.addmm_(x, W)

@@ -1,10 +1,12 @@
-"""Which tile a Triton kernel takes for a shape: a JSON table per device name, and a default for all others.
+"""Which tile a Triton kernel takes for a shape: a JSON file per device name, and a default for all others.
 
-A table is configs/<device name, lower case, _ for everything odd>.json: {"about": ..., "tiles": [...]}, a tile being
-{"kernel", "bits" of the tensors' dtype, "r" (largest rank that it serves), "m" and "k" (the shape it was chosen at),
-"block_m", "block_k", "block_r", "warps", "stages"}, and "aligned": false where it is for tensors whose rows do not all
-start at multiples of 16 elements. Among the tiles with the smallest sufficient `r`, the one nearest in (m, k) is
-taken. A device's table is asked first and need not be complete; nothing here raises for an unknown device.
+A file is configs/<device name, lower case, _ for everything odd>.json: {"about": ..., "tiles": [...], "gemm": [...]},
+either list or both; gemm.py says what is in the second. A tile is {"kernel", "bits" of the tensors' dtype, "r" (largest
+rank that it serves), "m" and "k" (the shape it was chosen at), "block_m", "block_k", "block_r", "warps", "stages"}, and
+"aligned": false where it is for tensors whose rows do not all start at multiples of 16 elements. Among the tiles with
+the smallest sufficient `r`, the one nearest in (m, k) is taken. A device's table is asked first and need not be
+complete. Nothing here raises for a device that is unknown or a file that cannot be read; `bench/tune_lora_gemm.py`
+writes one.
 """
 
 from __future__ import annotations
@@ -13,13 +15,31 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 FOLDER = Path(__file__).with_name("configs")
+_LISTS = {"tiles", "gemm"}
+Row = TypeVar("Row")
+
+
+def check_positive(*values: object) -> None:
+    """ValueError unless all are positive integers."""
+    if not all(type(value) is int and value > 0 for value in values):
+        raise ValueError(f"{values} should be positive integers")
+
+
+def check_blocks(*blocks: int, warps: int) -> None:
+    """ValueError unless these are sizes that Triton takes: blocks of 16, 32, 64, ..., and 1, 2, 4, ... warps."""
+    check_positive(*blocks, warps)
+    if min(blocks) < 16 or any(size & (size - 1) for size in (*blocks, warps)):
+        raise ValueError(f"blocks {blocks} should be powers of two from 16 up, warps {warps} a power of two")
 
 
 @dataclass(frozen=True)
@@ -38,22 +58,43 @@ class Tile:
     k: int = 4096
     aligned: bool = True
 
+    def __post_init__(self) -> None:
+        check_positive(self.r, self.m, self.k, self.stages)
+        check_blocks(self.block_m, self.block_k, self.block_r, warps=self.warps)
+
     def distance(self, m: int, k: int) -> float:
         """Of a shape from the one that the tile was chosen at, in factors of two."""
         return abs(math.log2(max(m, 1) / self.m)) + abs(math.log2(max(k, 1) / self.k))
 
 
+def _tile(row: dict[str, Any]) -> Tile:
+    return Tile(**row)
+
+
+def path_of(device: str) -> Path:
+    """Where the tables of a device name are, if there are any."""
+    return FOLDER / (re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") + ".json")
+
+
 @cache
-def table(device: str) -> tuple[Tile, ...]:
-    """The tiles written for a device name; none where there is no table, or none that can be read."""
-    path = FOLDER / (re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") + ".json")
+def rows(device: str, name: str, read: Callable[[dict[str, Any]], Row]) -> tuple[Row, ...]:
+    """The list `name` in the device's file, row by row through `read`; none where there is no such list, and a warning
+    where it cannot be read."""
+    path = path_of(device)
     if not path.is_file():
         return ()
     try:
-        return tuple(Tile(**row) for row in json.loads(path.read_text(encoding="utf-8"))["tiles"])
-    except (ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"{path.name} is no table of tiles ({error}); the default ones are used", stacklevel=2)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        absent = name not in content and not _LISTS.isdisjoint(content)
+        return () if absent else tuple(read(row) for row in content[name])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{path.name} has no table of {name} that can be read ({error}); it is left out", stacklevel=2)
         return ()
+
+
+def table(device: str) -> tuple[Tile, ...]:
+    """The tiles written for a device name; none where there is no table, or none that can be read."""
+    return rows(device, "tiles", _tile)
 
 
 @cache
@@ -68,6 +109,21 @@ def find(
             rank = min(tile.r for tile in fitting)
             return min((tile for tile in fitting if tile.r == rank), key=lambda tile: tile.distance(m, k))
     return None
+
+
+forced: dict[str, Tile] = {}
+
+
+@contextmanager
+def force(tile: Tile) -> Iterator[None]:
+    """Within the block the tile's kernel takes it for every shape; for the tuner. It holds for the whole process."""
+    before = dict(forced)
+    forced[tile.kernel] = tile
+    try:
+        yield
+    finally:
+        forced.clear()
+        forced.update(before)
 
 
 @cache

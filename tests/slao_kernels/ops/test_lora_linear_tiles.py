@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,8 @@ import torch
 
 from slao_kernels.ops.lora_linear import tiles
 
+pytestmark = pytest.mark.usefixtures("fresh_tables")
 KERNELS = ["shrink", "outer", "grad_t", "expand_dropped"]
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    for function in (tiles.table, tiles.find):
-        function.cache_clear()
-    yield
-    for function in (tiles.table, tiles.find):
-        function.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -82,12 +75,38 @@ def test_a_devices_own_table_comes_first(tmp_path: Path, monkeypatch):
     assert block_m(5000, 7000, r=17) == 128  # not in its table: the default
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"tiles": [{"kernel": "shrink"}]}', '{"rows": []}'])
+BROKEN = {
+    "not JSON": "{",
+    "a list": "[]",
+    "a number": "5",
+    "neither list": '{"rows": []}',
+    "a row without sizes": '{"tiles": [{"kernel": "shrink"}]}',
+    "a row that is none": '{"tiles": [7]}',
+    "no list": '{"tiles": 7}',
+    "a size of 0": json.dumps({"tiles": [{**ROW, "block_m": 64, "m": 0}]}),
+    "a size in quotes": json.dumps({"tiles": [{**ROW, "block_m": "64"}]}),
+    "a block of 48": json.dumps({"tiles": [{**ROW, "block_m": 48}]}),
+    "a block of 8": json.dumps({"tiles": [{**ROW, "block_m": 8}]}),
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
 def test_a_broken_table_warns_and_is_left_out(text, tmp_path, monkeypatch):
     (tmp_path / "gpu.json").write_text(text)
     (tmp_path / "default.json").write_text((tiles.FOLDER / "default.json").read_text())
     monkeypatch.setattr(tiles, "FOLDER", tmp_path)
-    with pytest.warns(UserWarning, match="gpu.json is no table of tiles"):
+    with pytest.warns(UserWarning, match="gpu.json has no table of tiles that can be read"):
         found = tiles.find("shrink", torch.bfloat16, 4096, 4096, 16, device="GPU")
     assert found is not None
     assert found.block_m == 64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert tiles.find("shrink", torch.bfloat16, 64, 4096, 16, device="GPU") is not None
+
+
+def test_a_file_may_hold_one_list(tmp_path, monkeypatch):
+    (tmp_path / "gpu.json").write_text('{"about": "for the test", "gemm": []}')
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tiles.table("GPU") == ()

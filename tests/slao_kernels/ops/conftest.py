@@ -1,0 +1,54 @@
+"""What the tests of one op's backends share."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # on_triton, test_lora_linear
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Every fresh tensor is NaN: what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh_tables() -> Iterator[None]:
+    """What is remembered of the devices' tables is forgotten, before and after."""
+    from slao_kernels.ops.lora_linear import tiles
+
+    remembered = [tiles.rows, tiles.find]
+    if importlib.util.find_spec("triton"):
+        from slao_kernels.ops.lora_linear import gemm
+
+        remembered.append(gemm.chosen)
+    for function in remembered:
+        function.cache_clear()
+    yield
+    for function in remembered:
+        function.cache_clear()
+
+
+@pytest.fixture
+def gemm_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The layout of each product that the GEMM with the rank-r term computes."""
+    from slao_kernels.ops.lora_linear import gemm
+
+    seen, run = [], gemm.run
+
+    def watched(tile, out, P, Q, T, S, alpha, bias=None):
+        seen.append(gemm.layout_of(out, P, Q, T, S, bias))
+        run(tile, out, P, Q, T, S, alpha, bias)
+
+    monkeypatch.setattr(gemm, "run", watched)
+    return seen

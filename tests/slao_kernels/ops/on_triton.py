@@ -1,0 +1,100 @@
+"""What the tests of Triton's kernels share: where they run, inputs, the comparison with torch's own products, masks.
+
+On a GPU such a file runs there. Elsewhere its `test_under_the_interpreter` runs it once more in a process of its own,
+in which Triton interprets its kernels on CPU tensors: the variable that says so is read when triton is imported, and
+torch.compile imports it too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_lora_linear as eager_tests
+import torch
+from torch import Tensor
+
+from slao_kernels.ops.lora_linear import reference
+from slao_kernels.testing import error_ratio
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+on_device = (lambda test: test) if INTERPRETED else pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = ("x", "weight", "bias", "A", "B")
+
+
+def interpreted(file: str, at_least: int) -> Callable[[], None] | None:
+    """The test that runs `file` under the interpreter and sees that many tests pass; None where it is that run."""
+    if INTERPRETED:
+        return None
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of this file run on the GPU here")
+    def test() -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+        env = os.environ | {"TRITON_INTERPRET": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=590, cwd=Path(file).parent)
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+        (passed,) = re.findall(r"(\d+) passed", done.stdout)
+        assert int(passed) >= at_least, done.stdout[-2000:]
+
+    return test
+
+
+def draw(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(size, generator=g, dtype=torch.float64) * scale).to(dtype).to(DEVICE)
+
+
+def empty(*size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, device=DEVICE)
+
+
+def make(*shape, **options) -> dict[str, Tensor]:
+    """The inputs of test_lora_linear.py, on the device."""
+    return {name: value.to(DEVICE) for name, value in eager_tests.make(*shape, **options).items()}
+
+
+def close(found: Tensor, exact: Tensor, torchs: Tensor) -> None:
+    """No further from the exact result than torch's own product is, but for the order of an fp32 sum."""
+    assert found.dtype == torchs.dtype
+    allowed = 1.1 * error_ratio(torchs, exact) + 16 * torch.finfo(torch.float32).eps
+    assert error_ratio(found, exact) <= allowed, (error_ratio(found, exact), allowed)
+
+
+def philox_mask(seed: int, rows: int, columns: int, p: float) -> np.ndarray:
+    """The mask of kernels.py's docstring, from Philox4x32-10 as its paper writes it (Salmon et al., SC'11)."""
+    groups = -(-columns // 8)
+    c = [np.zeros((rows, groups), np.uint64) for _ in range(4)]
+    c[0] += np.arange(groups, dtype=np.uint64)[None, :]
+    c[1] += np.arange(rows, dtype=np.uint64)[:, None]
+    low, key = np.uint64(0xFFFFFFFF), [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        first, second = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [
+            (second >> np.uint64(32)) ^ c[1] ^ np.uint64(key[0]),
+            second & low,
+            (first >> np.uint64(32)) ^ c[3] ^ np.uint64(key[1]),
+            first & low,
+        ]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    halves = np.stack([half for word in c for half in (word & np.uint64(0xFFFF), word >> np.uint64(16))], -1)
+    return halves.reshape(rows, -1)[:, :columns] < max(1, round((1 - p) * 65536))
+
+
+def with_mask(inputs: dict[str, Tensor], mask: Tensor, names: tuple[str, ...], s: float = 0.7) -> dict[str, Tensor]:
+    """Value and gradients in fp64, by autograd through an explicit mask."""
+
+    def function(t: dict[str, Tensor]) -> Tensor:
+        core, delta = t.get("core"), t.get("core_delta")
+        return reference.lora_linear(t["x"], t["x"] * mask, t["weight"], t.get("bias"), t["A"], t["B"], s, core, delta)
+
+    return eager_tests.run(function, {name: value.double() for name, value in inputs.items()}, names)

@@ -1,0 +1,297 @@
+"""The GEMM with the rank-r term inside, with descriptors and by pointers: the product itself, and lora_linear on it.
+
+Triton's interpreter has descriptors, and checks that what they describe starts at multiples of 16 bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import test_lora_linear as eager_tests
+import test_lora_linear_group as group_tests
+import torch
+from on_triton import DEVICE, NAMES, close, draw, empty, interpreted, make, on_device, philox_mask, with_mask
+from torch import Tensor
+
+import slao_kernels
+from slao_kernels.testing import TOLERANCE, error_ratio
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+from triton.runtime import _allocation  # noqa: E402
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
+from slao_kernels.ops.lora_linear import gemm, group, kernels  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("poisoned", "fresh_tables")
+test_under_the_interpreter = interpreted(__file__, at_least=110)
+
+DTYPES = [torch.bfloat16, torch.float16]
+RANKS = [1, 8, 12, 16, 24, 64, 100, 256]
+# (M, K, N): one row, no multiples of the tile, several groups of rows, and of 8 but not of 16
+SIZES = [(1, 48, 64), (70, 200, 136), (300, 104, 72), (5, 8, 8)]
+DEFAULTS = gemm.tiles.table("default")
+TILES = {name: gemm.Tile(32, 64, 32, warps=4, stages=2, tma=name == "tma", group_m=3) for name in ("tma", "pointers")}
+
+
+def product(m: int, k: int, n: int, r: int, dtype: torch.dtype, layout: str, bias: bool) -> tuple[Tensor, ...]:
+    """(P, Q, T, S, bias); "nk": Q and S are transposed views, as in forward, else as in dx."""
+    P, T = draw(m, k, dtype=dtype), draw(m, r, dtype=dtype, seed=1)
+    Q, S = draw(k, n, dtype=dtype, seed=2, scale=k**-0.5), draw(r, n, dtype=dtype, seed=3, scale=r**-0.5)
+    if layout == "nk":
+        Q, S = Q.t().contiguous().t(), S.t().contiguous().t()
+    return P, Q, T, S, draw(n, dtype=dtype, seed=4) if bias else None
+
+
+def check(tile: gemm.Tile, P: Tensor, Q: Tensor, T: Tensor, S: Tensor, bias: Tensor | None, layout: str) -> Tensor:
+    """The product, which is the exact one rounded once, but for the order of an fp32 sum."""
+    out, alpha = empty(P.shape[0], Q.shape[1], dtype=P.dtype), 0.7
+    assert gemm.layout_of(out, P, Q, T, S, bias) == layout
+    with gemm.force(tile):
+        assert gemm.gemm_(out, P, Q, T, S, alpha, bias)
+    exact = P.double() @ Q.double() + alpha * T.double() @ S.double()
+    exact = exact if bias is None else exact + bias.double()
+    close(out, exact, exact.to(P.dtype))
+    return out
+
+
+@on_device
+@pytest.mark.parametrize("how", TILES)
+@pytest.mark.parametrize("r", RANKS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_product(size, r, how):
+    for dtype in DTYPES:
+        for layout, bias in (("nk", True), ("kn", False)):
+            check(TILES[how], *product(*size, r, dtype, layout, bias), layout)
+
+
+@on_device
+@pytest.mark.parametrize("how", TILES)
+@pytest.mark.parametrize("layout", ["nk", "kn"])
+@pytest.mark.parametrize("r", [8, 12])
+def test_rows_of_larger_matrices(r, layout, how):
+    """What a group and a split projection hand over: rows apart, and K and the first rank no multiples of anything."""
+    P, Q, T, S, _ = product(70, 61, 72, r, torch.bfloat16, layout, False)
+    P = torch.nn.functional.pad(P, (0, 19))[:, :61]
+    if layout == "nk":
+        Q = torch.nn.functional.pad(Q.t(), (0, 11))[:, :61].t()
+    stacked = torch.cat([T[:, :5], T, T[:, :4]], 1)
+    assert (P.stride(), stacked.stride()) == ((80, 1), (r + 9, 1))
+    found = check(TILES[how], P, Q, stacked[:, 5 : 5 + r], S, None, layout)
+    assert torch.equal(found, check(TILES[how], P, Q, T, S, None, layout))
+
+
+@on_device
+def test_every_tile_of_the_tuner_computes_the_same():
+    args = product(300, 136, 264, 16, torch.bfloat16, "nk", True)
+    for tile in gemm.CANDIDATES:
+        if tile.tma and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+            continue
+        check(tile, *args, "nk")
+
+
+INELIGIBLE = (
+    "fp32",
+    "fp64",
+    "x not at a multiple of 16 bytes",
+    "rows of x not at multiples of 16 bytes",
+    "x transposed",
+    "one row of x for all",
+    "t transposed",
+    "bias with gaps",
+    "another dtype of bias",
+    "rank 257",
+    "rank 0",
+    "N no multiple of 8",
+    "no rows",
+    "no columns of x",
+)
+
+
+def ineligible(why: str) -> tuple[Tensor, ...]:
+    P, Q, T, S, bias = product(20, 48, 64, 8, torch.bfloat16, "nk", True)
+    flat = torch.zeros(20 * 48 + 1, dtype=P.dtype, device=DEVICE)
+    wide = product(20, 48, 64, 257, torch.bfloat16, "nk", True)
+    odd = product(20, 48, 60, 8, torch.bfloat16, "nk", True)
+    cases = {
+        "fp32": tuple(x.float() for x in (P, Q, T, S, bias)),
+        "fp64": tuple(x.double() for x in (P, Q, T, S, bias)),
+        "x not at a multiple of 16 bytes": (flat[1:].view(20, 48), Q, T, S, bias),
+        "rows of x not at multiples of 16 bytes": (torch.nn.functional.pad(P, (0, 3))[:, :48], Q, T, S, bias),
+        "x transposed": (P.t().contiguous().t(), Q, T, S, bias),
+        "one row of x for all": (P[:1].expand(20, 48), Q, T, S, bias),
+        "t transposed": (P, Q, T.t().contiguous().t(), S, bias),
+        "bias with gaps": (P, Q, T, S, torch.stack([bias, bias], 1)[:, 0]),
+        "another dtype of bias": (P, Q, T, S, bias.half()),
+        "rank 257": wide,
+        "rank 0": (P, Q, T[:, :0], S[:0], bias),
+        "N no multiple of 8": odd,
+        "no rows": (P[:0], Q, T[:0], S, bias),
+        "no columns of x": (P[:, :0], Q[:0], T, S, bias),
+    }
+    assert tuple(cases) == INELIGIBLE
+    return cases[why]
+
+
+@on_device
+@pytest.mark.parametrize("why", INELIGIBLE)
+def test_what_the_kernel_does_not_take(why):
+    P, Q, T, S, bias = ineligible(why)
+    out = empty(P.shape[0], Q.shape[1], dtype=P.dtype)
+    with gemm.force(TILES["tma"]):
+        assert not gemm.gemm_(out, P, Q, T, S, 0.7, bias)
+    assert out.isnan().all()
+
+
+@on_device
+@pytest.mark.parametrize("how", TILES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("shape", [((1,), 64, 48, 8), ((2, 35), 40, 24, 12), ((130,), 96, 80, 64)], ids=str)
+def test_value_and_gradients(shape, conv1d, dtype, how, gemm_runs):
+    inputs = make(*shape, dtype)
+    exact = eager_tests.oracle(inputs, NAMES)
+    if conv1d:
+        inputs["weight"] = inputs["weight"].t().contiguous().t()
+    with gemm.force(TILES[how]):
+        found = eager_tests.ours(inputs, NAMES, backend="triton")
+        again = eager_tests.ours(inputs, NAMES, backend="triton")
+    # `run` clones leaves, which keeps strides: forward and dx, twice.
+    assert gemm_runs == 2 * (["kn", "nk"] if conv1d else ["nk", "kn"])
+    eager_tests.compare(found, exact, TOLERANCE[dtype])
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    # t and g are rounded as before; y and dx are rounded once less.
+    torchs = eager_tests.ours(inputs, NAMES, backend="eager")
+    for name in ("y", "x"):
+        assert error_ratio(found[name], exact[name]) <= 1.02 * error_ratio(torchs[name], exact[name])
+
+
+@on_device
+@pytest.mark.parametrize("how", TILES)
+def test_routing_core(how, gemm_runs):
+    names = ("x", "weight", "A", "B", "core", "core_delta")
+    inputs = make((5, 7), 48, 40, 8, torch.bfloat16)
+    with gemm.force(TILES[how]):
+        found = eager_tests.ours(inputs, names, backend="triton")
+    assert gemm_runs == ["nk", "kn"]
+    eager_tests.compare(found, eager_tests.oracle(inputs, names), 1.5 * TOLERANCE[torch.bfloat16])
+
+
+@on_device
+def test_dropout_takes_it_forward_only(gemm_runs):
+    """In dx the rank's term alone is masked."""
+    inputs = make((40,), 48, 40, 8, torch.bfloat16)
+    torch.manual_seed(3)
+    seed = torch.randint(2**63 - 1, (1,), device=DEVICE).item()
+    mask = torch.from_numpy(philox_mask(seed, 40, 48, 0.4)).to(DEVICE) * (65536 / kernels.keep_below(0.4))
+    torch.manual_seed(3)
+    with gemm.force(TILES["tma"]):
+        found = eager_tests.ours(inputs, NAMES, dropout=0.4, backend="triton")
+    assert gemm_runs == ["nk"]
+    eager_tests.compare(found, with_mask(inputs, mask, NAMES), 1.5 * TOLERANCE[torch.bfloat16])
+
+
+@on_device
+@pytest.mark.parametrize("shape", [(33,), (0,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_else_torchs(dtype, shape, gemm_runs):
+    """fp32, and an empty batch: nothing gemm_runs in the kernel, and the result is right."""
+    inputs = make(shape, 40, 24, 8, dtype)
+    with gemm.force(TILES["tma"]):
+        found = eager_tests.ours(inputs, NAMES, backend="triton")
+    assert gemm_runs == ([] if dtype == torch.float32 or shape == (0,) else ["nk", "kn"])
+    eager_tests.compare(found, eager_tests.oracle(inputs, NAMES), TOLERANCE[dtype])
+
+
+@on_device
+@pytest.mark.parametrize("how", TILES)
+@pytest.mark.parametrize("ranks", [(8, 8, 16), (1, 12)], ids=str)
+def test_group(ranks, how, gemm_runs):
+    """Every output that can; in backward the stacked ranks with the first layer's product, the others on top."""
+    inputs = {name: value.to(DEVICE) for name, value in group_tests.make((2, 35), 48, ranks, torch.bfloat16).items()}
+    count, wanted = len(ranks), group_tests.trainable(inputs)
+
+    def ours(t: dict[str, Tensor], count: int) -> list[Tensor]:
+        lists = [[t.get(f"{part}{i}") for i in range(count)] for part in group_tests.PARTS]
+        return group.apply(t["x"], *lists, list(group_tests.SCALINGS[:count]), "triton")
+
+    with gemm.force(TILES[how]):
+        found = group_tests.run(ours, inputs, count, wanted, range(count))
+    # N = 24, 28, 32: the second one's rows do not start at multiples of 16 bytes.
+    assert gemm_runs == ["nk"] * (count - 1) + ["kn"]
+    wide = {name: value.double() for name, value in inputs.items()}
+    expected = group_tests.run(group_tests.oracle, wide, count, wanted, range(count))
+    for name, value in expected.items():
+        assert error_ratio(found[name], value) <= 1.5 * TOLERANCE[torch.bfloat16], name
+
+
+@on_device
+def test_the_callers_allocator_stays():
+    """Descriptors need memory from Triton's allocator, which belongs to the caller."""
+
+    def own(size: int, align: int, stream: int | None) -> Tensor:
+        raise AssertionError("the caller's allocator was asked")
+
+    triton.set_allocator(own)
+    check(TILES["tma"], *product(70, 200, 136, 8, torch.bfloat16, "nk", True), "nk")
+    assert _allocation._allocator.get() is own
+
+
+@on_device
+def test_compiles_without_a_graph_break(gemm_runs):
+    inputs = make((16,), 32, 24, 8, torch.bfloat16)
+    leaves = [inputs[name].requires_grad_() for name in NAMES]
+    function = torch.compile(slao_kernels.lora_linear, fullgraph=True, backend="aot_eager")
+    with gemm.force(TILES["tma"]):
+        y = function(*leaves, 0.7, backend="triton")
+        grads = torch.autograd.grad(y, leaves, inputs["dy"])
+    assert gemm_runs == ["nk", "kn"]
+    found = {"y": y, **dict(zip(NAMES, grads, strict=True))}
+    exact = eager_tests.oracle({name: value.detach() for name, value in inputs.items()}, NAMES)
+    eager_tests.compare(found, exact, TOLERANCE[torch.bfloat16])
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch) -> None:
+    """The device's own file: dx of (70, 48, 40) wins at rank 8, its forward loses."""
+    device, _ = gemm.tiles.device_of(0 if DEVICE == "cuda" else None)
+    row = {"dtype": "bfloat16", "m": 60, "r": 8, "ours_us": 9, "noise_us": 0.5}
+    row |= {"tile": dataclasses.asdict(TILES["tma"])}
+    rows = [
+        {**row, "layout": "nk", "n": 40, "k": 48, "torch_us": 9.4},
+        {**row, "layout": "kn", "n": 48, "k": 40, "torch_us": 9.6},
+    ]
+    monkeypatch.setattr(gemm.tiles, "FOLDER", tmp_path)
+    gemm.tiles.path_of(device).write_text(json.dumps({"gemm": rows}))
+    gemm.tiles.path_of("default").write_text(json.dumps({"tiles": [dataclasses.asdict(t) for t in DEFAULTS]}))
+
+
+@on_device
+def test_a_table_turns_it_on(table, gemm_runs):
+    inputs = make((70,), 48, 40, 8, torch.bfloat16)
+    found = eager_tests.ours(inputs, NAMES, backend="triton")
+    assert gemm_runs == ["kn"]
+    eager_tests.compare(found, eager_tests.oracle(inputs, NAMES), TOLERANCE[torch.bfloat16])
+
+
+@on_device
+def test_a_tile_that_does_not_fit_is_left_out(table, monkeypatch):
+    """A table from another version of Triton, whose kernels need more: one warning, and torch's products."""
+    asked = []
+
+    def launch(*arguments, **constants):
+        asked.append(arguments)
+        raise OutOfResources(240 << 10, 227 << 10, "shared memory")
+
+    monkeypatch.setattr(gemm, "launch", launch)
+    monkeypatch.setattr(gemm, "_unfit", set())
+    inputs = make((70,), 48, 40, 8, torch.bfloat16)
+    with pytest.warns(UserWarning, match="does not fit on .* torch's products serve: out of resource: shared memory"):
+        found = eager_tests.ours(inputs, NAMES, backend="triton")
+    again = eager_tests.ours(inputs, NAMES, backend="triton")
+    assert len(asked) == 1
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    eager_tests.compare(found, eager_tests.oracle(inputs, NAMES), TOLERANCE[torch.bfloat16])
+    with gemm.force(TILES["pointers"]), pytest.raises(OutOfResources):
+        eager_tests.ours(inputs, NAMES, backend="triton")

@@ -1,0 +1,132 @@
+"""When the GEMM with the rank-r term is taken: only by a measurement near the product that says it wins."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+from slao_kernels.ops.lora_linear import gemm, tiles
+
+pytestmark = pytest.mark.usefixtures("fresh_tables")
+
+TILE = {"block_m": 128, "block_n": 256, "block_k": 64, "warps": 8, "stages": 3, "tma": True}
+ROW = {"layout": "kn", "dtype": "bfloat16", "m": 8192, "n": 4096, "k": 14336, "r": 16, "tile": TILE}
+ROW |= {"ours_us": 100.0, "torch_us": 110.0, "noise_us": 2.0}
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch):
+    """Writes the rows given into the file of "GPU"."""
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
+
+    def write(*rows: dict) -> None:
+        tiles.path_of("GPU").write_text(json.dumps({"about": "for the test", "gemm": rows}))
+
+    return write
+
+
+def chosen(**wish) -> gemm.Tile | None:
+    """The tile for ROW's product, with the differences in `wish`."""
+    asked = (
+        {key: ROW[key] for key in ("layout", "m", "n", "k", "r")} | {"dtype": torch.bfloat16, "device": "GPU"} | wish
+    )
+    return gemm.chosen(**asked)
+
+
+def test_no_device_has_a_table_and_none_is_an_error():
+    assert [path.name for path in tiles.FOLDER.iterdir()] == ["default.json"]
+    for device in ("NVIDIA H200", "AMD Instinct MI300X", "A GPU of 2040", "", "interpreter"):
+        assert gemm.measurements(device) == ()
+        assert chosen(device=device) is None
+
+
+@pytest.mark.parametrize(("torch_us", "wins"), [(110.0, True), (102.1, True), (102.0, False), (90.0, False)])
+def test_a_win_is_more_than_the_noise(torch_us, wins, write):
+    write({**ROW, "torch_us": torch_us})
+    assert chosen() == (gemm.Tile(**TILE) if wins else None)
+
+
+@pytest.mark.parametrize(
+    ("wish", "near"),
+    [
+        ({"m": 6000}, True),
+        ({"m": 11000}, True),
+        ({"m": 5700}, False),
+        ({"m": 12000}, False),
+        ({"m": 1}, False),
+        ({"r": 24}, False),
+        ({"r": 12}, False),  # as near, but read in another way
+        ({"r": 8}, False),
+        ({"n": 4104}, False),
+        ({"k": 14328}, False),
+        ({"layout": "nk"}, False),
+        ({"dtype": torch.float16}, False),
+        ({"dtype": torch.float32}, False),
+        ({"device": "another GPU"}, False),
+    ],
+    ids=str,
+)
+def test_near(wish, near, write):
+    write(ROW)
+    assert (chosen(**wish) is not None) is near
+
+
+def test_the_nearest_row_decides(write):
+    """A loss that is nearer than a win is a loss, whatever the order of the rows."""
+    lost = {**ROW, "m": 7000, "torch_us": 50.0}
+    for rows in ((ROW, lost), (lost, ROW)):
+        write(*rows)
+        for cached in (tiles.rows, gemm.chosen):
+            cached.cache_clear()
+        assert chosen(m=8000) is not None
+        assert chosen(m=7100) is None
+
+
+BROKEN = {
+    "not JSON": "{",
+    "neither list": '{"rows": []}',
+    "no list": '{"gemm": {"a": 1}}',
+    **{
+        f"{key} {value!r}": json.dumps({"gemm": [{**ROW, key: value}]})
+        for key, value in (
+            ("m", 0),
+            ("m", "8192"),
+            ("n", 4096.5),
+            ("layout", "tn"),
+            ("dtype", "float32"),
+            ("ours_us", -1),
+            ("ours_us", "fast"),
+            ("torch_us", float("nan")),
+            ("tile", None),
+            ("tile", {**TILE, "block_n": 512}),
+            ("tile", {**TILE, "block_k": 48}),
+            ("tile", {**TILE, "colour": "red"}),
+            ("note", "?"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_a_broken_table_warns_once_and_is_left_out(text, write):
+    tiles.path_of("GPU").write_text(text)
+    with pytest.warns(UserWarning, match="gpu.json has no table of gemm that can be read"):
+        assert chosen() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(m=8000) is None
+
+
+def test_forcing_ends_with_the_block():
+    first, second = gemm.CANDIDATES[:2]
+    with gemm.force(first):
+        with pytest.raises(ZeroDivisionError), gemm.force(second):
+            assert gemm._forced is second
+            raise ZeroDivisionError
+        assert gemm._forced is first
+    assert gemm._forced is None

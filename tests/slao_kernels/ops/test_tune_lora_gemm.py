@@ -1,0 +1,205 @@
+"""The tuner, all but its clock, without a GPU: what it measures and tries, and that lora_linear finds its tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from on_triton import DEVICE, INTERPRETED, interpreted
+
+pytest.importorskip("triton", reason="triton is not installed")
+from slao_kernels.ops.lora_linear import gemm, tiles
+
+BENCH = Path(__file__).resolve().parents[3] / "bench"
+sys.path.insert(0, str(BENCH))
+import shapes  # noqa: E402
+import tune_lora_gemm as tuner  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("fresh_tables")
+test_under_the_interpreter = interpreted(__file__, at_least=15)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Tables are looked for here."""
+    (tmp_path / "default.json").write_text((tiles.FOLDER / "default.json").read_text())
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def test_products_are_forward_and_dx_of_every_layer():
+    found = tuner.products(["llama-3-8b"], [2048, 8192], [8])
+    assert len(found) == len(set(found)) == 2 * 2 * 4
+    assert ("nk", 2048, 14336, 4096, 8) in found  # gate_proj forward: N = 14336
+    assert ("kn", 2048, 4096, 14336, 8) in found  # and its dx, a sum over 14336
+    every = tuner.products(tuner.GEOMETRIES, tuner.TOKENS, tuner.RANKS)
+    assert len(every) == len(set(every)) == 2 * 16 * 9
+
+
+def test_skinny_products_read_x_or_dy():
+    found = tuner.skinny_products(["llama-3-8b"], [2048])
+    widths = {kernel: {of.k for of in found if of.kernel == kernel} for kernel in ("shrink", "outer", "grad_t")}
+    assert widths == {"shrink": {4096, 14336}, "outer": {4096, 14336}, "grad_t": {1024, 4096, 14336}}
+    assert len(found) == len(set(found)) == 7 * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tiles_to_try(dtype):
+    for of in tuner.skinny_products(tuner.GEOMETRIES, tuner.TOKENS):
+        tried = tuner.skinny_tiles(of, dtype)
+        assert len(tried) == len(set(tried)) >= 8
+        default = tiles.find(of.kernel, dtype, of.m, of.k, of.r)
+        assert dataclasses.replace(tried[0], m=default.m, k=default.k) == default
+        assert {(tile.kernel, tile.bits, tile.r, tile.m, tile.k) for tile in tried} == {
+            (of.kernel, 16, of.r, of.m, of.k)
+        }
+        assert all(tile.block_r >= of.r for tile in tried)
+
+
+def test_what_is_written_is_what_is_found(folder):
+    skinny = [
+        tuner.skinny_tiles(of, torch.bfloat16)[i % 8]
+        for i, of in enumerate(tuner.skinny_products(["qwen3-4b", "minilm"], tuner.TOKENS))
+    ]
+    measured = [
+        gemm.Measurement(*of[:1], "bfloat16", *of[1:], 100.0, 90.0 + i % 30, 0.5, gemm.CANDIDATES[i % 8])
+        for i, of in enumerate(tuner.products(["qwen3-4b"], tuner.TOKENS, tuner.RANKS))
+    ]
+    path = tiles.path_of("A GPU of 2040")
+    assert path.parent == folder
+    tuner.write(path, tuner.table("for the test", skinny, measured))
+    assert [one.name for one in folder.iterdir() if one.suffix != ".json"] == []
+    text = path.read_text()
+    assert json.loads(text)["about"] == "for the test"
+    assert len(text.splitlines()) == len(skinny) + len(measured) + 7
+    assert tiles.table("A GPU of 2040") == tuple(skinny)
+    assert gemm.measurements("A GPU of 2040") == tuple(measured)
+    for tile in skinny:
+        found = tiles.find(tile.kernel, torch.bfloat16, tile.m, tile.k, tile.r, device="A GPU of 2040")
+        assert found == tile
+    wins = 0
+    for row in measured:
+        found = gemm.chosen(row.layout, torch.bfloat16, row.m, row.n, row.k, row.r, "A GPU of 2040")
+        assert found == (row.tile if row.wins else None)
+        wins += row.wins
+    assert 0 < wins < len(measured)
+
+
+def test_nothing_measured_is_a_table_too(folder):
+    tuner.write(tiles.path_of("GPU"), tuner.table("for the test", [], []))
+    assert tiles.table("GPU") == gemm.measurements("GPU") == ()
+
+
+def test_forced_tiles_end_with_the_block():
+    tile = tiles.table("default")[0]
+    with tiles.force(tile):
+        assert tiles.forced == {tile.kernel: tile}
+    assert tiles.forced == {}
+
+
+def test_spread_is_half_the_quartiles_distance():
+    assert tuner.spread([float(i) for i in range(1, 12)]) == 3.0
+
+
+@pytest.fixture
+def stopwatch(monkeypatch) -> None:
+    """The tuner where Triton interprets: the n-th contestant of a race takes 100 - n µs, and everything fits."""
+
+    def race(contestants, rounds):
+        for call in contestants.values():
+            call()
+        return {name: [100.0 - i] * rounds for i, name in enumerate(contestants)}
+
+    monkeypatch.setattr(tuner, "DEVICE", DEVICE)
+    monkeypatch.setattr(tuner, "race", race)
+    monkeypatch.setattr(tuner, "fits", lambda call, kernel: call() is None or True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+interprets = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter")
+
+
+@interprets
+@pytest.mark.parametrize("layout", ["nk", "kn"])
+def test_measures_the_gemm(layout, stopwatch):
+    of = tuner.Product(layout, 40, 72, 64, 8)
+    found = tuner.tune_gemm(of, torch.bfloat16, 3)
+    times = {"ours_us": 100.0, "torch_us": 99.0, "noise_us": 0.0}
+    assert found == gemm.Measurement(**of._asdict(), dtype="bfloat16", **times, tile=gemm.CANDIDATES[-1])
+
+
+@interprets
+@pytest.mark.parametrize("kernel", ["shrink", "outer", "grad_t"])
+def test_measures_tiles(kernel, stopwatch):
+    of = tuner.Skinny(kernel, 80, 64, 16)
+    assert tuner.tune_skinny(of, torch.bfloat16, 3) == tuner.skinny_tiles(of, torch.bfloat16)[-1]
+    assert tiles.forced == {}
+
+
+@interprets
+def test_a_wrong_result_ends_it(stopwatch, monkeypatch):
+    run = gemm.run
+    monkeypatch.setattr(gemm, "run", lambda tile, out, P, Q, T, S, alpha: run(tile, out, P, Q, T, S, 1.1 * alpha))
+    with pytest.raises(SystemExit, match="is wrong by"):
+        tuner.tune_gemm(tuner.Product("nk", 40, 72, 64, 8), torch.bfloat16, 3)
+
+
+@interprets
+def test_a_run_cut_short_leaves_its_rows(stopwatch, folder, monkeypatch):
+    tune, seen = tuner.tune_gemm, []
+
+    def second_fails(of, *rest):
+        seen.append(of)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return tune(of, *rest)
+
+    monkeypatch.setattr(tuner, "tune_gemm", second_fails)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "interpreter")
+    monkeypatch.setattr(sys, "argv", ["tune", "--models", "minilm", "--tokens", "32", "--ranks", "8", "--rounds", "2"])
+    with pytest.raises(KeyboardInterrupt):
+        tuner.main()
+    (row,) = gemm.measurements("interpreter")
+    assert (row.layout, row.m, row.n, row.k, row.r) == seen[0]
+
+
+@interprets
+def test_the_whole_run(stopwatch, folder, monkeypatch, capsys):
+    small = {"small": shapes.Geometry(1, (("up", 64, 32), ("down", 32, 64)))}
+    monkeypatch.setattr(tuner, "GEOMETRIES", small)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "interpreter")
+    monkeypatch.setattr(sys, "argv", ["tune", "--tokens", "48", "--ranks", "8", "16", "--rounds", "2"])
+    tuner.main()
+    tiles.rows.cache_clear()  # the next process, which finds the file
+    assert len(gemm.measurements("interpreter")) == 8
+    assert len(tiles.table("interpreter")) == 2 * 3 * 3
+    assert "the GEMM for 0 of 8 products" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(tmp_path):
+    command = [sys.executable, str(BENCH / "tune_lora_gemm.py"), "--device-json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "no CUDA or ROCm device" in done.stderr
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path):
+    out = tmp_path / "out.json"
+    command = [sys.executable, str(BENCH / "tune_lora_gemm.py"), "--device-json", str(out), "--models", "minilm"]
+    command += ["--tokens", "2048", "--ranks", "8", "--rounds", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    assert len(content["gemm"]) == 6
+    assert len(content["tiles"]) > 6
