@@ -269,6 +269,11 @@ class _Products:
             return skinny.grad_A(g, x, dA)
         _outer(x, g, dA.t(), 1.0, code)
 
+    # fp32 adapters on a 16-bit base: torch's, for now.
+    shrink_wide = staticmethod(skinny.shrink_wide)
+    outer_wide = staticmethod(skinny.outer_wide)
+    add_wide_ = staticmethod(skinny.add_wide_)
+
 
 def _shrink(x: Tensor, P: Tensor, t: Tensor, scale: float, code: int) -> None:
     """t (M, R) = scale x (M, K) P (K, R)."""
