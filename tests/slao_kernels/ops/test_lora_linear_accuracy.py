@@ -138,6 +138,16 @@ def test_hilo_products_at_any_size(setting, monkeypatch):
         check(setting, delta, "eager", "cpu")
 
 
+@pytest.mark.skipif(NATIVE is not None, reason=str(NATIVE))
+def test_the_compiled_outer_product_at_any_size(monkeypatch):
+    """Which larger layers than these take: bf16 terms, products and sums by the core, fp32 out."""
+    from slao_kernels.ops.lora_linear import native
+
+    monkeypatch.setattr(native, "_SPLIT_FROM", 1)
+    for delta in (0.01, 1 / 3, 10):
+        check(WIDE[0], delta, "native", "cpu")
+
+
 def test_the_rule_can_fail():
     """A branch of 16-bit adapters at ten times the base is no fp32 branch; PEFT itself passes anywhere."""
     with pytest.raises(AssertionError, match=r"y at all shapes and ranks: 2\.\d+ times PEFT's"):

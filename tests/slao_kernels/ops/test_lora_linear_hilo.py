@@ -239,8 +239,23 @@ def test_dropout(narrow, way):
 def test_operator_contract(needs, way):
     inputs = make((6,), 16, 24, 4, torch.bfloat16, torch.float32)
     x, weight, bias, A, B, dy = (inputs[name] for name in (*NAMES, "dy"))
-    torch.library.opcheck(torch.ops.slao_kernels.lora_linear.default, (x, None, weight, bias, A, B, 0.5, "eager"))
-    backward = (dy, x, x.clone() if needs[1] else None, weight, x.float() @ A.t(), A, B, 0.5, *needs, "eager")
+    forward = (x, None, weight, bias, A, B, 0.5, "eager", None, 0.0, True)
+    torch.library.opcheck(torch.ops.slao_kernels.lora_linear.default, forward)
+    backward = (
+        dy,
+        x,
+        x.clone() if needs[1] else None,
+        weight,
+        x.float() @ A.t(),
+        A,
+        B,
+        0.5,
+        *needs,
+        "eager",
+        None,
+        0.0,
+        True,
+    )
     torch.library.opcheck(torch.ops.slao_kernels.lora_linear_backward.default, backward)
 
 
