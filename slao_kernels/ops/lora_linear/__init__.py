@@ -141,7 +141,7 @@ def lora_linear(
     B (N, r), core and core_delta (r, r) or None; returns (..., N), a fresh tensor in the dtype of the base product.
     Dtypes: x, weight and bias share one floating dtype; under autocast they are cast to its dtype. A and B may
     have another: `precision="base"` computes the LoRA branch in the base's dtype with the GEMM's fp32 accumulation,
-    `"adapter"` in A's and B's own (the wider of them and the base's), block by block without a wide copy of x.
+    `"adapter"` in A's and B's own (the wider of them and the base's), without a wide copy of x (see wide.py).
     Gradients have the dtype of their tensor; x, weight, bias, A, B and core_delta get one, core does not. With a
     core, A's and B's gradient flows through core_delta only (C-LoRA, arXiv 2502.17920). Differentiable once.
     `dropout` is a probability and applies when `training`; its mask is torch's own (`F.dropout`), or drawn inside the

@@ -18,8 +18,8 @@ from . import skinny
 from . import wide as wide_branch
 
 
-class Products(Protocol):
-    """The rank-r products; skinny.py says what each computes."""
+class Products(wide_branch.Products, Protocol):
+    """The rank-r products; skinny.py says what each computes, wide.py what those for wider adapters do."""
 
     def shrink(self, x: Tensor, A: Tensor) -> Tensor: ...
     def expand_(self, y: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None) -> None: ...
@@ -40,7 +40,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y, t) of `slao_kernels::lora_linear`; see ops/schema.py."""
     if wide:
-        return wide_branch.forward(x, x_dropped, weight, bias, A, B, scaling)
+        return wide_branch.forward(x, x_dropped, weight, bias, A, B, scaling, products)
     out_features, in_features = weight.shape
     y = x.new_empty((*x.shape[:-1], out_features))
     x2, y2 = x.reshape(-1, in_features), y.view(-1, out_features)
@@ -68,7 +68,7 @@ def backward(
     """(dx, dx_dropped, dA, dB, g) of `slao_kernels::lora_linear_backward`; see ops/schema.py."""
     if wide:
         needs = (need_x, need_dropped, need_A, need_B)
-        return wide_branch.backward(dy, x, x_dropped, weight, t, A, B, scaling, *needs)
+        return wide_branch.backward(dy, x, x_dropped, weight, t, A, B, scaling, *needs, products)
     out_features, in_features = weight.shape
     dy2 = dy.reshape(-1, out_features)
     dx, dx_dropped = x.new_empty(x.shape if need_x else 0), x.new_empty(x.shape if need_dropped else 0)

@@ -9,10 +9,11 @@ generator's integer work would otherwise be about as long as reading x (an estim
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import device as kernel
-from . import eager, gemm, skinny, tiles
+from . import eager, gemm, hilo, skinny, tiles, wide
 from .launch import COMPUTE, gather, landing, launch, parts_of
 
 _MAX_RANK = 256
@@ -102,6 +103,21 @@ class TritonProducts:
         else:
             _outer(g, x, dA, self.scale, self.seed, self.keep_below)
 
+    # fp32 adapters on a 16-bit base; no dropout of our own there (see apply in __init__.py).
+    def shrink_wide(self, x: Tensor, A: Tensor, scaling: float) -> Tensor:
+        if not wide.splits(x, A):
+            return skinny.shrink_wide(x, A, scaling)
+        return hilo.shrink(x, A, _fp32_shrink).mul_(scaling)
+
+    def outer_wide(self, t: Tensor, x: Tensor, out: Tensor, scaling: float) -> None:
+        if wide.splits(x, t):
+            torch.mul(hilo.outer(t, x, _fp32_outer), scaling, out=out)
+        else:
+            skinny.outer_wide(t, x, out, scaling)
+
+    def add_wide_(self, y: Tensor, t: Tensor, B: Tensor, scaling: float) -> None:
+        skinny.add_wide_(y, t, B, scaling)
+
 
 class _DroppedBackward(TritonProducts):
     """In backward `expand_` makes dx's part g A, and what dropout left out of x has none."""
@@ -143,7 +159,7 @@ def _shrink(x: Tensor, A: Tensor, out: Tensor, alpha: float, seed: Tensor | None
     if m * k * r == 0:
         out.zero_()
         return
-    tile, processors = _tile("shrink", x, r)
+    tile, processors = _tile("shrink", x, min(r, _MAX_RANK))  # more ranks are more programs
     assert tile is not None
     blocks, rank_blocks = -(-m // tile.block_m), -(-r // tile.block_r)
     parts, per_part = tiles.split(k, tile.block_k, blocks * rank_blocks, processors)
@@ -174,13 +190,27 @@ def _shrink(x: Tensor, A: Tensor, out: Tensor, alpha: float, seed: Tensor | None
     gather(workspace, landed, out)
 
 
+def _fp32_shrink(x: Tensor, P: Tensor) -> Tensor:
+    """x P in fp32: x (M, K), P (K, R)."""
+    out = torch.empty((x.shape[0], P.shape[1]), dtype=torch.float32, device=x.device)
+    _shrink(x, P.t(), out, 1.0)
+    return out
+
+
+def _fp32_outer(g: Tensor, x: Tensor) -> Tensor:
+    """g x in fp32: g (R, M), x (M, K)."""
+    out = torch.empty((g.shape[0], x.shape[1]), dtype=torch.float32, device=x.device)
+    _outer(g.t(), x, out, 1.0)
+    return out
+
+
 def _outer(g: Tensor, x: Tensor, out: Tensor, alpha: float, seed: Tensor | None = None, below: int = 0) -> None:
     """out (R, K) <- alpha gᵀ x; g (M, R), x (M, K) with any strides. A transposed `out` is written as such."""
     (m, k), r = x.shape, g.shape[1]
     if m * k * r == 0:
         out.zero_()
         return
-    tile, processors = _tile("outer", x, r)
+    tile, processors = _tile("outer", x, min(r, _MAX_RANK))
     assert tile is not None
     columns, rank_blocks = -(-k // tile.block_k), -(-r // tile.block_r)
     parts, per_part = tiles.split(m, tile.block_m, columns * rank_blocks, processors)

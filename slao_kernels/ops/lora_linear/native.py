@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import eager, skinny
-from .native_layer import backward_of, codes, core, forward_of, served
+from . import eager, hilo, skinny
+from . import wide as wide_branch
+from .native_layer import CODES, backward_of, codes, core, forward_of, served
 
 
 def _code(r: int, *large: Tensor) -> int:
@@ -112,6 +113,30 @@ class _Products:
         if not code:
             return skinny.grad_A(g, x, dA)
         _outer(x, g, dA.t(), 1.0, code)
+
+    # fp32 adapters on a 16-bit base: the core has no shrink whose t is fp32, and no expand that adds.
+    shrink_wide = staticmethod(skinny.shrink_wide)
+    add_wide_ = staticmethod(skinny.add_wide_)
+
+    @staticmethod
+    def outer_wide(t: Tensor, x: Tensor, out: Tensor, scaling: float) -> None:
+        if _code(1, x) != CODES[torch.bfloat16] or x.numel() < _SPLIT_FROM or not wide_branch.splits(x, t):
+            return skinny.outer_wide(t, x, out, scaling)
+        torch.mul(hilo.outer(t, x, _fp32_outer), scaling, out=out)
+
+
+# Elements of x from which the terms' making pays: at r = 16, 164 µs against 146 for 1024 × 384, 269 against 419 for
+# 1024 × 1024, 1565 against 3583 for 2048 × 4096 (AMX, 2 threads; blocks of rows by torch).
+_SPLIT_FROM = 1 << 20
+
+
+def _fp32_outer(g: Tensor, x: Tensor) -> Tensor:
+    """g x in fp32: g (R, M) and x (M, K) bf16, g's columns dense; as many ranks at a time as the core takes."""
+    out = torch.empty((g.shape[0], x.shape[1]), dtype=torch.float32)
+    for first in range(0, g.shape[0], core()[1]):
+        ranks = slice(first, first + core()[1])
+        _outer(x, g[ranks].t(), out[ranks].t(), 1.0, CODES[x.dtype])
+    return out
 
 
 def _fits(factor: Tensor, large: Tensor) -> bool:

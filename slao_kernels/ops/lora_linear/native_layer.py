@@ -16,13 +16,13 @@ from torch.autograd.function import once_differentiable
 
 from ... import native
 
-_CODES = {torch.float32: 1, torch.bfloat16: 2}  # csrc/tensor_table.h
+CODES = {torch.float32: 1, torch.bfloat16: 2}  # csrc/tensor_table.h
 
 
 @cache
 def codes() -> dict[torch.dtype, int]:
     """The dtypes that this processor's code multiplies."""
-    return {dtype: code for dtype, code in _CODES.items() if native.core().lora_has(code)}
+    return {dtype: code for dtype, code in CODES.items() if native.core().lora_has(code)}
 
 
 @cache

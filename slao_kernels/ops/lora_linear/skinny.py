@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .wide import add_wide_, outer_wide, shrink_wide
+
+__all__ = ["add_wide_", "expand_", "grad_A", "grad_t", "outer_wide", "shrink", "shrink_wide"]
+
 
 def shrink(x: Tensor, A: Tensor) -> Tensor:
     """x Aᵀ: x (M, K), A (r, K); (M, r)."""

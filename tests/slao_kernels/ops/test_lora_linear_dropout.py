@@ -115,7 +115,11 @@ def test_dropout_that_the_kernels_do_not_draw(case):
     found = eager_tests.ours(inputs, NAMES, backend="triton", **options)
     torch.manual_seed(3)
     expected = eager_tests.ours(inputs, NAMES, backend="eager", **options)
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    if case == "adapter precision":  # the mask is torch's, the products are not
+        for name, value in expected.items():
+            assert error_ratio(found[name], value) <= TOLERANCE[value.dtype], name
+    else:
+        assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @on_device

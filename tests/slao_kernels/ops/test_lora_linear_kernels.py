@@ -165,3 +165,24 @@ def test_a_rank_beyond_the_kernels_is_torchs():
     inputs = make((9,), 300, 280, 270, torch.float32)
     found = eager_tests.ours(inputs, NAMES, backend="triton")
     eager_tests.compare(found, eager_tests.oracle(inputs, NAMES), TOLERANCE[torch.float32])
+
+
+@on_device
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [((1,), 64, 48, 8), ((2, 5), 33, 17, 1), ((70,), 96, 80, 12), ((20,), 130, 110, 100)])
+def test_fp32_adapters(shape, narrow, monkeypatch):
+    """precision="adapter": t, g, dA and dB in fp32 by the kernels, at three times the rank (a tile has up to 256)."""
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("not computed by the kernels")
+
+    monkeypatch.setattr(skinny, "shrink_wide", refuse)
+    monkeypatch.setattr(skinny, "outer_wide", refuse)
+    inputs = make(*shape, narrow)
+    (k, n, r) = shape[1:]
+    inputs |= {"A": draw(r, k, seed=1, scale=k**-0.5), "B": draw(n, r, seed=2, scale=3 * r**-0.5)}
+    found = eager_tests.ours(inputs, NAMES, backend="triton", precision="adapter")
+    for name, value in eager_tests.oracle(inputs, NAMES).items():
+        dtype = torch.float32 if name in ("A", "B") else narrow
+        assert found[name].dtype == dtype
+        assert error_ratio(found[name], value) <= TOLERANCE[dtype], name

@@ -158,3 +158,17 @@ def test_what_the_core_cannot_do_is_torchs(why):
         torch.testing.assert_close(*found)
     else:
         assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("r", [1, 16, 64])
+def test_fp32_outer_of_a_split(isa, r, monkeypatch):
+    """precision="adapter": dA and dB in fp32 from a bf16 x, more ranks than the core takes at once."""
+    has(torch.bfloat16, r, isa)
+    monkeypatch.setattr(ours, "_SPLIT_FROM", 1)
+    monkeypatch.setattr(ours.skinny, "outer_wide", None)
+    g = torch.Generator().manual_seed(r)
+    x, t = strided(70, 130, torch.bfloat16, g), torch.randn(70, r, generator=g)
+    exact = 0.7 * t.double().t() @ x.double()
+    for out in (torch.full((r, 130), torch.nan), torch.full((130, r), torch.nan).t()):
+        ours._THIS.outer_wide(t, x, out, 0.7)
+        assert error_ratio(out, exact) <= RATIO[torch.float32]
