@@ -54,8 +54,10 @@ def adapter_reason(layer: nn.Module, adapter: str) -> str | None:
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
         return f"lora_A is a {type(down).__name__}, lora_B a {type(up).__name__}, not plain nn.Linear"
-    if up.bias is not None or down.bias is not None:
-        return "lora_bias"
+    if down.bias is not None:
+        return "lora_A has a bias"
+    if up.bias is not None and (up.bias.dtype not in DTYPES or type(up.bias) not in (nn.Parameter, Tensor)):
+        return f"lora_B's bias is a {type(up.bias).__name__} of {up.bias.dtype}"
     if down.weight.dim() != 2 or up.weight.dim() != 2 or up.weight.dtype not in DTYPES:
         return "lora_A or lora_B is not a plain floating matrix (sharded or quantised?)"
     if down.weight.device.type == "meta":

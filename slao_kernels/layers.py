@@ -74,16 +74,17 @@ class FusedLoraLinear(lora.Linear):
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
         weight = base.weight if type(base) is nn.Linear else base.weight.t()  # Conv1D stores (K, N)
-        A, B, scaling = self._adapter(adapters)
+        A, B, scaling = stacked(self, adapters)
+        bias = with_own_bias(self, adapters, base.bias)
         # Several adapters with dropout have been ruled out: each would see a mask of its own.
         dropout = eligibility.active_dropout(self, adapters[0])
-        grouped = options.place is not None and not torch.compiler.is_compiling()
+        grouped = options.place is not None and bias is base.bias and not torch.compiler.is_compiling()
         if grouped and dropout == 0.0 and len(adapters) == 1 and not isinstance(self.scaling[adapters[0]], Tensor):
             return groups.call(self, x, groups.Parts(base.weight, weight, base.bias, A, B, scaling))
         return apply(
             x,
             weight,
-            base.bias,
+            bias,
             A,
             B,
             scaling,
@@ -92,13 +93,31 @@ class FusedLoraLinear(lora.Linear):
             backend=options.backend,
         )
 
-    def _adapter(self, adapters: list[str]) -> tuple[Tensor, Tensor, float]:
-        """A (R, K), B (N, R) and the scaling: several adapters are one of rank R = Σ r with scaled Bs."""
-        scalings = [self.scaling[name] for name in adapters]
-        if len(adapters) == 1 and not isinstance(scalings[0], Tensor):
-            (name,) = adapters
-            return self.lora_A[name].weight, self.lora_B[name].weight, float(scalings[0])
-        # A scaling that is a tensor (PEFT's hotswap) must not be read back from a GPU: it goes into B.
-        As = [self.lora_A[name].weight for name in adapters]
-        Bs = [self.lora_B[name].weight * s for name, s in zip(adapters, scalings, strict=True)]
-        return torch.cat(As), torch.cat(Bs, dim=1), 1.0
+
+def stacked(layer: Any, adapters: list[str]) -> tuple[Tensor, Tensor, float]:
+    """A (R, K), B (N, R) and the scaling: several adapters are one of rank R = Σ r with scaled Bs."""
+    scalings = [layer.scaling[name] for name in adapters]
+    if len(adapters) == 1 and not isinstance(scalings[0], Tensor):
+        (name,) = adapters
+        return layer.lora_A[name].weight, layer.lora_B[name].weight, float(scalings[0])
+    # A scaling that is a tensor (PEFT's hotswap) must not be read back from a GPU: it goes into B.
+    As = [layer.lora_A[name].weight for name in adapters]
+    Bs = [layer.lora_B[name].weight * s for name, s in zip(adapters, scalings, strict=True)]
+    return torch.cat(As), torch.cat(Bs, dim=1), 1.0
+
+
+def with_own_bias(layer: Any, adapters: list[str], bias: Tensor | None) -> Tensor | None:
+    """(N,) bias + Σ scaling · B's own bias (PEFT's lora_bias): vectors, added once instead of at every token.
+
+    In fp32 at least: between its parts a 16-bit bias, and its gradient, would be rounded twice.
+    """
+    for name in adapters:
+        own, scaling = layer.lora_B[name].bias, layer.scaling[name]
+        if own is None:
+            continue
+        own = own.to(torch.promote_types(own.dtype, torch.float32))
+        if bias is None or isinstance(scaling, Tensor):
+            bias = own * scaling if bias is None else bias + own * scaling
+        else:
+            bias = torch.add(bias, own, alpha=scaling)
+    return bias
