@@ -19,23 +19,34 @@ GLOBAL_HOOKS = (
     _MODULE._global_backward_hooks,
     _MODULE._global_backward_pre_hooks,
 )
+# What PEFT's LoRA layers keep from the base layer.
+PEFT_ARGUMENTS = ("adapter_names", "alora_offsets")
 
 
 def layer_reason(layer: nn.Module) -> str | None:
     """What about the LoRA layer itself, whatever its adapters, rules the fused forward out."""
-    from peft.tuners.lora import layer as lora
+    from . import called_base
 
-    from .layers import FusedLoraLinear
-
-    if type(layer) not in (lora.Linear, FusedLoraLinear):
+    if called_base.fused_class(layer) is None:
         return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no fused forward"
-    if type(layer) is lora.Linear and "forward" in layer.__dict__:  # swapping the class would not change it
+    if not called_base.is_fused(layer) and "forward" in layer.__dict__:  # swapping the class would not change it
         return "its forward was replaced on the instance (accelerate hooks?)"
-    return base_reason(layer.base_layer)
+    base = layer.base_layer
+    if type(base) in _BASE_TYPES and base.weight.device.type == "meta" and _hooks_reason(base, "") is None:
+        return "its weights are on the meta device; load them, then patch again"
+    return None
+
+
+def why_called(layer: nn.Module, adapters: list[str], precision: str) -> str | None:
+    """Why the base layer is called as it is and the LoRA branch added to its result; None: one node computes both."""
+    reason = base_reason(layer.base_layer)
+    if reason is None and precision == "adapter" and any(layer.lora_B[name].bias is not None for name in adapters):
+        return "lora_bias in the adapter's precision"
+    return reason
 
 
 def base_reason(base: nn.Module) -> str | None:
-    """What about the base layer rules it out. Exact types: a subclass may compute something else."""
+    """Why only the base layer itself can tell its result. Exact types: a subclass may compute something else."""
     if type(base) not in _BASE_TYPES:
         return f"base layer is {type(base).__module__.split('.')[0]}'s {type(base).__name__}"
     if base.weight.device.type == "meta":
@@ -94,19 +105,14 @@ def dropout_reason(layer: nn.Module, adapter: str, alone: bool) -> str | None:
 
 
 def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs: Any) -> str | None:
-    """What about this one call rules it out: its arguments, dropout, dtypes under autocast, devices, hooks."""
+    """What about this one call rules it out, where the base is computed too (`why_called` found nothing)."""
     if args or any(value is not None for value in kwargs.values()):
         return f"called with {', '.join(kwargs) or 'positional arguments'} beside x"
-    base = layer.base_layer
-    if type(x) not in (Tensor, nn.Parameter):
-        return f"x is a {type(x).__name__}"
-    if x.dim() == 0 or x.dtype not in DTYPES:
-        return f"x is a {x.dim()}-dimensional tensor of {x.dtype}"
-    if x.device != base.weight.device:
-        return f"x is on {x.device}, the base weight on {base.weight.device}"
-    reason = base_reason(base) or _transform_reason()
+    base, reason = layer.base_layer, _input_reason(x)
     if reason is not None:
         return reason
+    if x.device != base.weight.device:
+        return f"x is on {x.device}, the base weight on {base.weight.device}"
     if x.shape[-1] != in_features(base):
         return f"x has {x.shape[-1]} features, the base layer reads {in_features(base)}"
     if torch.is_autocast_enabled(x.device.type):
@@ -114,6 +120,36 @@ def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs
             return "fp64 under autocast"
     elif x.dtype != base.weight.dtype:
         return f"x is {x.dtype}, the base weight {base.weight.dtype}"
+    return _branch_reason(layer, adapters, x)
+
+
+def branch_reason(layer: nn.Module, adapters: list[str], x: Any, kwargs: Any) -> str | None:
+    """What about this one call rules a fused LoRA branch out, where the base is called with all other arguments."""
+    asked = [name for name in PEFT_ARGUMENTS if kwargs.get(name) is not None]
+    if asked:
+        return f"called with {', '.join(asked)} beside x"
+    return _input_reason(x) or _branch_reason(layer, adapters, x)
+
+
+def result_reason(y: Any, x: Tensor, A: Tensor, B: Tensor) -> str | None:
+    """What about a called base's result keeps the branch's node from it."""
+    if type(y) is not Tensor:
+        return f"the base layer returned a {type(y).__name__}"
+    expected = (*x.shape[:-1], B.shape[0])
+    if y.dtype not in DTYPES or y.device != x.device or y.shape != expected or x.shape[-1] != A.shape[1]:
+        return f"the base layer made {tuple(y.shape)} of {y.dtype} on {y.device} of x {tuple(x.shape)} on {x.device}"
+    return None
+
+
+def _input_reason(x: Any) -> str | None:
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"x is a {type(x).__name__}"
+    if x.dim() == 0 or x.dtype not in DTYPES:
+        return f"x is a {x.dim()}-dimensional tensor of {x.dtype}"
+    return _transform_reason()
+
+
+def _branch_reason(layer: nn.Module, adapters: list[str], x: Tensor) -> str | None:
     if any(GLOBAL_HOOKS):
         return "a global module hook is registered"
     for adapter in adapters:

@@ -10,8 +10,8 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
-from . import eligibility, groups, plain
-from .ops.lora_linear import apply, apply_plain
+from . import dispatch, eligibility, groups, plain
+from .ops.lora_linear import add, apply, apply_plain
 
 logger = logging.getLogger("slao_kernels")
 _logged: set[str] = set()
@@ -19,7 +19,7 @@ _logged: set[str] = set()
 
 @dataclass
 class FusedOptions:
-    """What `patch` decided for one layer. `fallbacks` is shared with the PatchReport: name -> reason.
+    """What `patch` decided for one layer. `fallbacks` and `notes` are shared with the PatchReport: name -> text.
 
     place: its state in groups.py, None for a layer that always runs alone.
     """
@@ -29,11 +29,19 @@ class FusedOptions:
     precision: str = "base"
     fallbacks: dict[str, str] = field(default_factory=dict)
     place: groups.Place | None = None
+    notes: dict[str, str] = field(default_factory=dict)
 
     def fell_back(self, reason: str) -> None:
-        """Put the reason into the report, and into the log once per reason."""
+        """Put the reason into the report, and into the log once per reason; not while torch.compile looks on."""
+        if torch.compiler.is_compiling():
+            return
         self.fallbacks[self.name] = reason
         log_once(self.name, reason)
+
+    def calls_base(self, why: str) -> None:
+        """Put into the report that the base layer runs its own forward, if it is not there yet."""
+        if not torch.compiler.is_compiling() and self.name not in self.notes:
+            self.notes[self.name] = f"base layer called: {why}"
 
 
 def log_once(name: str, reason: str) -> None:
@@ -51,6 +59,7 @@ class FusedLoraLinear(lora.Linear):
 
     # On the class, so that a layer unpickled from another version still has one.
     slao_options = FusedOptions("(unnamed layer)")
+    peft_class = lora.Linear
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: base(x) + Σ scaling · B A x over the active adapters. x: (..., K) -> (..., N)."""
@@ -67,12 +76,17 @@ class FusedLoraLinear(lora.Linear):
         if not adapters:
             return super().forward(x, *args, **kwargs)
         options = self.slao_options
-        reason = eligibility.call_reason(self, adapters, x, args, kwargs)
+        base, called = self.base_layer, eligibility.why_called(self, adapters, options.precision)
+        if called is None:
+            reason = eligibility.call_reason(self, adapters, x, args, kwargs)
+        else:
+            reason = eligibility.branch_reason(self, adapters, x, kwargs)
         if reason is not None:
-            if not torch.compiler.is_compiling():
-                self.slao_options.fell_back(reason)
+            options.fell_back(reason)
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
+        if called is not None:
+            options.calls_base(called)
+            return add_to_base(self, x, adapters, args, kwargs)
         weight = base.weight if type(base) is nn.Linear else base.weight.t()  # Conv1D stores (K, N)
         A, B, scaling = stacked(self, adapters)
         bias = with_own_bias(self, adapters, base.bias)
@@ -121,3 +135,35 @@ def with_own_bias(layer: Any, adapters: list[str], bias: Tensor | None) -> Tenso
         else:
             bias = torch.add(bias, own, alpha=scaling)
     return bias
+
+
+def add_to_base(layer: Any, x: Tensor, adapters: list[str], args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """What the base layer, called, returns, and the LoRA branch added to it by one node of the autograd graph.
+
+    For calls that eligibility.branch_reason has nothing against.
+    """
+    options = layer.slao_options
+    A, B, scaling = stacked(layer, adapters)
+    bias = with_own_bias(layer, adapters, None)
+    if bias is not None:
+        B, scaling = torch.cat([B * scaling, bias[:, None]], 1), 1.0
+    dropout = eligibility.active_dropout(layer, adapters[0])
+    y = layer.base_layer(x, *args, **{k: v for k, v in kwargs.items() if k not in eligibility.PEFT_ARGUMENTS})
+    reason = eligibility.result_reason(y, x, A, B)
+    if reason is not None:
+        options.fell_back(reason)
+        return _by_torch(layer, y, x, adapters)
+    direct = dispatch.direct()
+    # Counted here, where nothing but this frame's variable holds what the base has just made.
+    in_place = direct and add.FRESH is not None and add.holders(y) == add.FRESH and add.writable(y)
+    precision, backend = options.precision, options.backend
+    return add.apply(y, x, A, B, scaling, dropout=dropout, precision=precision, backend=backend, in_place=in_place)
+
+
+def _by_torch(layer: Any, y: Any, x: Tensor, adapters: list[str]) -> Tensor:
+    """PEFT's formula on a result that is there already: to call a base twice could change its state."""
+    dtype = y.dtype
+    for name in adapters:
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        y = y + up(down(layer.lora_dropout[name](x.to(down.weight.dtype)))) * layer.scaling[name]
+    return y.to(dtype)

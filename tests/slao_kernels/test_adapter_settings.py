@@ -67,7 +67,9 @@ def test_lora_bias_with(options, twins):
     check_same(twins, model, twin, report)
 
 
-@pytest.mark.parametrize("trained", [("lora_B.default.bias",), ("lora_A",), ("lora_B.default.weight", "base_layer.bias")])
+@pytest.mark.parametrize(
+    "trained", [("lora_B.default.bias",), ("lora_A",), ("lora_B.default.weight", "base_layer.bias")]
+)
 def test_lora_bias_partly_frozen(trained, twins):
     model, twin, report = two(twins)
     for net in (model, twin):
@@ -265,9 +267,7 @@ def test_scaling_by_the_formula(settings, dtype, twins):
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_settings_while_training(settings, twins):
     """Six steps of SGD leave PEFT's and our adapters where they should be: equal."""
-    models = [
-        twins.peft_model("llama", r=R, lora_alpha=ALPHA, lora_bias=True, **SETTINGS[settings]) for _ in range(2)
-    ]
+    models = [twins.peft_model("llama", r=R, lora_alpha=ALPHA, lora_bias=True, **SETTINGS[settings]) for _ in range(2)]
     report = slao_kernels.patch(models[0])
     losses = []
     for model in models:
