@@ -1,6 +1,7 @@
 """Layers and adapters that patch must not touch: PEFT's own forward runs, bit for bit, and the reason is told once.
 
-What a single call can have against the fused forward is in test_eligibility_calls.py.
+What a single call can have against the fused forward is in test_eligibility_calls.py. A base layer that is no plain
+nn.Linear is no reason: it is called, see test_called_base.py.
 """
 
 from __future__ import annotations
@@ -57,14 +58,13 @@ def set_class(module: nn.Module, cls: type) -> None:
 
 def part(name: str) -> Callable[[nn.Module], nn.Module]:
     return {
-        "base layer": lambda layer: layer.base_layer,
         "lora_A": lambda layer: layer.lora_A["default"],
         "lora_B": lambda layer: layer.lora_B["default"],
     }[name]
 
 
 CHANGES: dict[str, tuple[Callable[[nn.Module], object], str]] = {}
-for _name in ("base layer", "lora_A", "lora_B"):
+for _name in ("lora_A", "lora_B"):
     _get = part(_name)
     CHANGES |= {
         f"{_name}: hook": (lambda m, g=_get: g(m).register_forward_hook(half), f"{_name} has hooks"),
@@ -94,11 +94,6 @@ for _name in ("base layer", "lora_A", "lora_B"):
         ),
     }
 CHANGES |= {
-    "base layer: subclass": (lambda m: set_class(m.base_layer, Doubling), "base layer is"),
-    "base layer: parametrized": (
-        lambda m: parametrize.register_parametrization(m.base_layer, "weight", Twice()),
-        "base layer is torch's ParametrizedLinear",
-    ),
     "lora_A: parametrized": (
         lambda m: parametrize.register_parametrization(m.lora_A["default"], "weight", Twice()),
         "lora_A is a ParametrizedLinear, lora_B a Linear, not plain nn.Linear",
@@ -138,11 +133,6 @@ def narrow(module: nn.Module, dtype: torch.dtype) -> None:
 
 # Weights that PEFT's forward cannot multiply either (as they are; FSDP and ZeRO-3 put others there for the call).
 BROKEN = {
-    "fp8 weight": (lambda m: narrow(m.base_layer, torch.float8_e4m3fn), "base weight is stored as torch.float8_e4m3fn"),
-    "bias dtype": (
-        lambda m: setattr(m.base_layer, "bias", nn.Parameter(m.base_layer.bias.detach().bfloat16())),
-        "base bias is torch.bfloat16, weight torch.float32",
-    ),
     "lora_A flat": (
         lambda m: setattr(m.lora_A["default"], "weight", nn.Parameter(torch.ones(0))),
         "lora_A or lora_B is not a plain floating matrix (sharded or quantised?)",
