@@ -18,16 +18,28 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="session")
-def twins() -> ModuleType:
-    """tests/slao_kernels/twins.py (test folders are no packages, so it cannot be imported by name)."""
-    path = Path(__file__).with_name("twins.py")
-    spec = importlib.util.spec_from_file_location("slao_kernels_tests_twins", path)
+def _beside(name: str) -> ModuleType:
+    """tests/slao_kernels/<name>.py (test folders are no packages, so it cannot be imported by name)."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"slao_kernels_tests_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # pickle looks its classes up there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def twins() -> ModuleType:
+    """twins.py: tiny models in pairs, their comparison, a count of our operators."""
+    return _beside("twins")
+
+
+@pytest.fixture(scope="session")
+def foreign() -> ModuleType:
+    """foreign.py: LoRA layers over quantised and other bases."""
+    return _beside("foreign")
 
 
 @pytest.fixture
