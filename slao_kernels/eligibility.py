@@ -40,7 +40,7 @@ def layer_reason(layer: nn.Module) -> str | None:
 def why_called(layer: nn.Module, adapters: list[str], precision: str) -> str | None:
     """Why the base layer is called as it is and the LoRA branch added to its result; None: one node computes both."""
     reason = base_reason(layer.base_layer)
-    if reason is None and precision == "adapter" and any(layer.lora_B[name].bias is not None for name in adapters):
+    if reason is None and precision == "adapter" and any(_own_bias(layer, name) for name in adapters):
         return "lora_bias in the adapter's precision"
     return reason
 
@@ -59,9 +59,7 @@ def base_reason(base: nn.Module) -> str | None:
 
 
 def adapter_reason(layer: nn.Module, adapter: str) -> str | None:
-    """What about one adapter of the layer rules it out."""
-    if adapter in layer.lora_variant:
-        return f"{type(layer.lora_variant[adapter]).__name__.removesuffix('LinearVariant')}: not plain LoRA"
+    """What about A and B of one adapter of the layer rules them out."""
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
         return f"lora_A is a {type(down).__name__}, lora_B a {type(up).__name__}, not plain nn.Linear"
@@ -81,6 +79,34 @@ def in_features(base: nn.Module) -> int:
     return int(base.weight.shape[1 if type(base) is nn.Linear else 0])
 
 
+def _own_bias(layer: nn.Module, adapter: str) -> bool:
+    return getattr(layer.lora_B[adapter], "bias", None) is not None
+
+
+def variant_reason(layer: nn.Module, adapters: list[str], called: bool) -> str | None:
+    """What about active adapters that are no plain LoRA rules them out. called: the base has to be (`why_called`)."""
+    from peft.tuners.lora.dora import DoraLinearLayer
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    for adapter in adapters:
+        if adapter not in layer.lora_variant:
+            continue
+        variant = type(layer.lora_variant[adapter])
+        if variant is not DoraLinearVariant:
+            return f"{variant.__name__.removesuffix('LinearVariant')}: not plain LoRA"
+        if called:
+            return "DoRA over a base layer that has to be called"
+        if len(adapters) > 1:
+            return "DoRA beside other active adapters"
+        if _own_bias(layer, adapter):
+            return "DoRA with lora_bias"
+        own = layer.lora_magnitude_vector[adapter]
+        if type(own) is not DoraLinearLayer or own.weight.dim() != 1 or own.weight.dtype not in DTYPES:
+            return "DoRA's magnitude is not a plain floating vector (sharded?)"
+        return _module_reason(own, "DoRA's magnitude")
+    return None
+
+
 def dropout_of(layer: nn.Module, adapter: str) -> float:
     """The adapter's dropout probability; -1 for something other than nn.Dropout."""
     dropout = layer.lora_dropout[adapter]
@@ -97,6 +123,8 @@ def active_dropout(layer: nn.Module, adapter: str) -> float:
 def dropout_reason(layer: nn.Module, adapter: str, alone: bool) -> str | None:
     """Why the adapter's dropout, were it active now, would rule the fused forward out. alone: no other is active."""
     p = dropout_of(layer, adapter)
+    if p > 0.0 and adapter in layer.lora_variant:
+        return f"DoRA with lora_dropout={p:g} while training: PEFT scales the base of the dropped x"
     if p < 0.0:
         return f"lora_dropout is a {type(layer.lora_dropout[adapter]).__name__}"
     if p > 0.0 and not alone:
@@ -120,7 +148,7 @@ def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs
             return "fp64 under autocast"
     elif x.dtype != base.weight.dtype:
         return f"x is {x.dtype}, the base weight {base.weight.dtype}"
-    return _branch_reason(layer, adapters, x)
+    return variant_reason(layer, adapters, called=False) or _branch_reason(layer, adapters, x)
 
 
 def branch_reason(layer: nn.Module, adapters: list[str], x: Any, kwargs: Any) -> str | None:
@@ -128,7 +156,7 @@ def branch_reason(layer: nn.Module, adapters: list[str], x: Any, kwargs: Any) ->
     asked = [name for name in PEFT_ARGUMENTS if kwargs.get(name) is not None]
     if asked:
         return f"called with {', '.join(asked)} beside x"
-    return _input_reason(x) or _branch_reason(layer, adapters, x)
+    return _input_reason(x) or variant_reason(layer, adapters, called=True) or _branch_reason(layer, adapters, x)
 
 
 def result_reason(y: Any, x: Tensor, A: Tensor, B: Tensor) -> str | None:
@@ -157,6 +185,12 @@ def _branch_reason(layer: nn.Module, adapters: list[str], x: Tensor) -> str | No
         reason = adapter_reason(layer, adapter) or _hooks_reason(dropout, "lora_dropout")
         if reason is None and (dropout.training or dropout_of(layer, adapter) < 0.0):
             reason = dropout_reason(layer, adapter, alone=len(adapters) == 1)
+        if (
+            reason is None
+            and adapter in layer.lora_variant
+            and layer.lora_magnitude_vector[adapter].weight.device != x.device
+        ):
+            reason = f"DoRA's magnitude is on {layer.lora_magnitude_vector[adapter].weight.device}, x on {x.device}"
         if reason is None and layer.lora_A[adapter].weight.device != x.device:
             reason = f"adapter {adapter!r} is on {layer.lora_A[adapter].weight.device}, x on {x.device}"
         if reason is not None:

@@ -11,6 +11,7 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
 from . import dispatch, eligibility, groups, plain
+from .ops import dora
 from .ops.lora_linear import add, apply, apply_plain
 
 logger = logging.getLogger("slao_kernels")
@@ -89,6 +90,10 @@ class FusedLoraLinear(lora.Linear):
             return add_to_base(self, x, adapters, args, kwargs)
         weight = base.weight if type(base) is nn.Linear else base.weight.t()  # Conv1D stores (K, N)
         A, B, scaling = stacked(self, adapters)
+        if adapters[0] in self.lora_variant:  # DoRA, alone
+            m = self.lora_magnitude_vector[adapters[0]].weight
+            precision, backend = options.precision, options.backend
+            return dora.apply(x, weight, base.bias, m, A, B, scaling, precision=precision, backend=backend)
         bias = with_own_bias(self, adapters, base.bias)
         # Several adapters with dropout have been ruled out: each would see a mask of its own.
         dropout = eligibility.active_dropout(self, adapters[0])

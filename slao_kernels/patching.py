@@ -91,16 +91,21 @@ def patch(
     elif config is not None:
         injection.check_same(model, config)
     report = PatchReport(injected=undo is not None, backend=backend)
-    chosen: list[tuple[str, nn.Module]] = []
+    chosen: list[tuple[str, nn.Module, str | None]] = []
     for name, layer in adapters.lora_layers(model):
-        reason = eligibility.layer_reason(layer)
         active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+        reason, called = eligibility.layer_reason(layer), None
+        if reason is None:
+            called = eligibility.why_called(layer, active, precision)
+            if called is None and called_base.fused_class(layer) is not FusedLoraLinear:
+                called = f"PEFT's {called_base.peft_class(layer).__name__} does"
+            reason = eligibility.variant_reason(layer, active, called is not None)
         for adapter in active:
             reason = reason or eligibility.adapter_reason(layer, adapter)
         if reason is not None:
             report.skipped[name] = reason
             continue
-        chosen.append((name, layer))
+        chosen.append((name, layer, called))
         for adapter in active:
             dropout = eligibility.dropout_reason(layer, adapter, alone=len(active) == 1)
             if dropout is not None:
@@ -116,15 +121,12 @@ def patch(
         if called_base.is_fused(layer) and not eligibility.has_own_forward(layer):
             # Patched before, and something about it has changed since.
             _unfuse(layer)
-    for name, layer in chosen:
-        active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-        called = eligibility.why_called(layer, active, precision)
+    for name, layer, called in chosen:
         layer.__class__ = called_base.fused_class(layer)
-        together = called is None and group and precision == "base" and type(layer) is FusedLoraLinear
-        place = groups.Place() if together else None
+        place = groups.Place() if called is None and group and precision == "base" else None
         layer.slao_options = FusedOptions(name, backend, precision, report.fallbacks, place, report.notes)
-        if called is not None or type(layer) is not FusedLoraLinear:
-            layer.slao_options.calls_base(called or f"PEFT's {called_base.peft_class(layer).__name__} does")
+        if called is not None:
+            layer.slao_options.calls_base(called)
         report.patched.append(name)
     return report
 
