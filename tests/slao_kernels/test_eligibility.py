@@ -219,7 +219,7 @@ def test_hooks_taken_off_again(twins):
 
 # Adapters that are not plain LoRA on a plain linear layer: options of the adapter, base layer, input, reason.
 KINDS = {
-    "DoRA": ({"use_dora": True}, lambda: nn.Linear(24, 20), (2, 5, 24), "Dora: not plain LoRA"),
+    "aLoRA": ({"alora_invocation_tokens": [1]}, lambda: nn.Linear(24, 20), (2, 5, 24), "ALora: not plain LoRA"),
     "Embedding": ({}, lambda: nn.Embedding(30, 20), None, "lora.layer.Embedding has no fused forward"),
     "Conv2d": ({}, lambda: nn.Conv2d(6, 8, 3), (2, 6, 7, 7), "lora.layer.Conv2d has no fused forward"),
     "Conv1d": ({}, lambda: nn.Conv1d(6, 8, 3), (2, 6, 7), "lora.layer.Conv1d has no fused forward"),
@@ -233,7 +233,7 @@ def test_other_adapters(kind, twins, told):
     check_skipped(twins.net(base, **options), twins.net(base, **options), reason, twins, told, x)
 
 
-@pytest.mark.parametrize("kind", ["DoRA"])
+@pytest.mark.parametrize("kind", ["aLoRA"])
 def test_other_adapter_activated_after_patch(kind, twins, told):
     """A second adapter may be of a kind that has no kernel; the first one is fused again when it is active."""
     model, twin = twins.net(), twins.net()

@@ -13,11 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import dispatch
 from .. import lora_linear, schema_dora
+from ..lora_linear import add
 from ..lora_linear.wide import _row_blocks
 
 
@@ -90,8 +92,8 @@ def apply(
     """bias + magnitude / ‖weight + scaling B A‖ · (x weightᵀ + scaling x Aᵀ Bᵀ); nothing is checked.
 
     x (..., K), weight (N, K), bias (N) or None, magnitude (N), A (r, K), B (N, r); (..., N) in the dtype of the base
-    product, autocast's where it is on. The norms and the factor are fp32 at least, whatever precision says of the
-    branch. Every argument but the norms has a gradient.
+    product, autocast's where it is on. The norms, which have no gradient, and the factor are fp32 at least, whatever
+    precision says of the branch ("adapter": it is added to the scaled base in the adapter's dtype, one more pass).
     """
     wide = torch.promote_types(torch.float32, torch.promote_types(A.dtype, B.dtype))
     wide = torch.promote_types(wide, torch.promote_types(weight.dtype, magnitude.dtype))
@@ -99,7 +101,15 @@ def apply(
     with torch.no_grad():
         norms = find(weight.detach(), A.detach().to(wide), B.detach().to(wide), scaling)
     c = magnitude.to(wide) / norms
+    if precision == "adapter":  # c dy, were it rounded to the base's dtype, would narrow the branch's gradients
+        y = _scaled(F.linear(x, weight), c, bias)
+        B, in_place = c[:, None] * B, dispatch.direct()
+        return add.apply(y, x, A, B, scaling, precision=precision, backend=backend, in_place=in_place)
     z = lora_linear.apply(x, weight, None, A, B, scaling, precision=precision, backend=backend)
+    return _scaled(z, c, bias)
+
+
+def _scaled(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled():
         return _Scale.apply(z, c, bias)
     return (schema_dora.dora_scale if dispatch.direct() else torch.ops.slao_kernels.dora_scale)(z, c, bias)
