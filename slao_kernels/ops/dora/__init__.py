@@ -38,8 +38,10 @@ def scale(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
     z2, y2 = z.reshape(-1, c.shape[0]), y.view(-1, c.shape[0])
     wide = None if bias is None else bias.to(c.dtype)
     for rows in _row_blocks(z2):
-        part = z2[rows].to(c.dtype)
-        y2[rows] = part * c if wide is None else torch.addcmul(wide, part, c)
+        if wide is None:
+            torch.mul(z2[rows], c, out=y2[rows])
+        else:
+            torch.addcmul(wide, z2[rows], c, out=y2[rows])
     return y
 
 
@@ -50,10 +52,10 @@ def scale_backward(dy: Tensor, z: Tensor, c: Tensor, need_z: bool, need_c: bool)
     dz2 = dz.view(-1, c.shape[0]) if need_z else dz
     for rows in _row_blocks(dy2):
         part = dy2[rows].to(c.dtype)
-        if need_z:
-            dz2[rows] = part * c
         if need_c:
             dc += (part * z2[rows]).sum(0)
+        if need_z:
+            torch.mul(part, c, out=dz2[rows])
     return dz, dc
 
 
