@@ -65,7 +65,7 @@ class FusedLoraLinear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: base(x) + Σ scaling · B A x over the active adapters. x: (..., K) -> (..., N)."""
         if not (args or kwargs or torch.compiler.is_compiling()):
-            parts = plain.plain_call(self.__dict__, x)
+            parts: plain.Plain | None = plain.plain_call(self.__dict__, x)
             if parts is not None:
                 options = self.slao_options
                 if options.place is not None:

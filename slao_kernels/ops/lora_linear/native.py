@@ -30,10 +30,10 @@ def _core() -> tuple[ModuleType, int]:
     return native.core(), int(native.core().lora_rank)
 
 
-def _code(r: int, *large: Tensor) -> int:
-    """The dtype code if the core can read these (M, K) matrices at rank r, else 0."""
+def _code(r: int, small: Tensor, *large: Tensor) -> int:
+    """The dtype code if the core can read these (M, K) matrices and the small one, a P or Q of rank r, else 0."""
     code = codes().get(large[0].dtype, 0)
-    if not 0 < r <= _core()[1]:
+    if not 0 < r <= _core()[1] or 1 not in small.stride():
         return 0
     for matrix in large:
         if matrix.stride(1) != 1 or matrix.numel() == 0:
@@ -234,7 +234,7 @@ class _Products:
 
     @staticmethod
     def shrink(x: Tensor, A: Tensor) -> Tensor:
-        code = _code(A.shape[0], x) if A.dtype == x.dtype else 0
+        code = _code(A.shape[0], A, x) if A.dtype == x.dtype else 0
         if not code:
             return skinny.shrink(x, A)
         t = x.new_empty((x.shape[0], A.shape[0]))
@@ -243,7 +243,7 @@ class _Products:
 
     @staticmethod
     def expand_(y: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None) -> None:
-        code = _code(B.shape[1], y) if B.dtype == t.dtype == y.dtype and t.stride(1) == 1 else 0
+        code = _code(B.shape[1], B, y) if B.dtype == t.dtype == y.dtype and t.stride(1) == 1 else 0
         if not code or (bias is not None and not bias.is_contiguous()):
             return skinny.expand_(y, t, B, scaling, bias)
         b = 0 if bias is None else bias.data_ptr()
@@ -254,7 +254,7 @@ class _Products:
 
     @staticmethod
     def grad_t(dy: Tensor, t: Tensor, B: Tensor, scaling: float, g: Tensor | None, dB: Tensor | None) -> None:
-        code = _code(B.shape[1], dy) if B.dtype == t.dtype == dy.dtype and t.stride(1) == 1 else 0
+        code = _code(B.shape[1], B, dy) if B.dtype == t.dtype == dy.dtype and t.stride(1) == 1 else 0
         if not code or (g is not None and g.stride(1) != 1):
             return skinny.grad_t(dy, t, B, scaling, g, dB)
         if g is not None:
@@ -264,7 +264,7 @@ class _Products:
 
     @staticmethod
     def grad_A(g: Tensor, x: Tensor, dA: Tensor) -> None:
-        code = _code(g.shape[1], x) if g.dtype == x.dtype == dA.dtype and g.stride(1) == 1 else 0
+        code = _code(g.shape[1], g, x) if g.dtype == x.dtype == dA.dtype and g.stride(1) == 1 else 0
         if not code:
             return skinny.grad_A(g, x, dA)
         _outer(x, g, dA.t(), 1.0, code)
