@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import eligibility
 from .layers import FusedLoraLinear, FusedOptions, add_to_base
 
 # PEFT's class, below peft.tuners.lora -> the name of ours, in this module.
@@ -71,14 +70,11 @@ def _make(theirs: Any, name: str) -> type:
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """As PEFT's: base(x) + Σ scaling · B A x over the active adapters. x: (..., K) -> (..., N)."""
-            adapters = [name for name in self.active_adapters if name in self.lora_A]
-            if self.disable_adapters or self.merged_adapters or not adapters or (only_x and (args or kwargs)):
+            adapted = any(name in self.lora_A for name in self.active_adapters)
+            if self.disable_adapters or self.merged_adapters or not adapted or (only_x and (args or kwargs)):
                 return super().forward(x, *args, **kwargs)
-            reason = eligibility.branch_reason(self, adapters, x, kwargs)
-            if reason is not None:
-                self.slao_options.fell_back(reason)
-                return super().forward(x, *args, **kwargs)
-            return add_to_base(self, x, adapters, args, kwargs)
+            y = add_to_base(self, x, args, kwargs)
+            return super().forward(x, *args, **kwargs) if y is None else y
 
     Fused.__name__ = Fused.__qualname__ = name
     Fused.__module__ = __name__

@@ -78,16 +78,13 @@ class FusedLoraLinear(lora.Linear):
             return super().forward(x, *args, **kwargs)
         options = self.slao_options
         base, called = self.base_layer, eligibility.why_called(self, adapters, options.precision)
-        if called is None:
-            reason = eligibility.call_reason(self, adapters, x, args, kwargs)
-        else:
-            reason = eligibility.branch_reason(self, adapters, x, kwargs)
+        if called is not None:
+            y = add_to_base(self, x, args, kwargs, called)
+            return super().forward(x, *args, **kwargs) if y is None else y
+        reason = eligibility.call_reason(self, adapters, x, args, kwargs)
         if reason is not None:
             options.fell_back(reason)
             return super().forward(x, *args, **kwargs)
-        if called is not None:
-            options.calls_base(called)
-            return add_to_base(self, x, adapters, args, kwargs)
         weight = base.weight if type(base) is nn.Linear else base.weight.t()  # Conv1D stores (K, N)
         A, B, scaling = stacked(self, adapters)
         if adapters[0] in self.lora_variant:  # DoRA, alone
@@ -142,33 +139,46 @@ def with_own_bias(layer: Any, adapters: list[str], bias: Tensor | None) -> Tenso
     return bias
 
 
-def add_to_base(layer: Any, x: Tensor, adapters: list[str], args: Any, kwargs: dict[str, Any]) -> Tensor:
+def add_to_base(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any], why: str | None = None) -> Tensor | None:
     """What the base layer, called, returns, and the LoRA branch added to it by one node of the autograd graph.
 
-    For calls that eligibility.branch_reason has nothing against.
+    None, before anything is called, where eligibility.branch_reason has something against it; the report says what.
+    why: what the report says of the base being called, if it has nothing yet.
     """
     options = layer.slao_options
-    A, B, scaling = stacked(layer, adapters)
-    bias = with_own_bias(layer, adapters, None)
-    if bias is not None:
-        B, scaling = torch.cat([B * scaling, bias[:, None]], 1), 1.0
-    dropout = eligibility.active_dropout(layer, adapters[0])
-    y = layer.base_layer(x, *args, **{k: v for k, v in kwargs.items() if k not in eligibility.PEFT_ARGUMENTS})
+    parts = None if torch.compiler.is_compiling() or kwargs else plain.branch(layer.__dict__, x)
+    if parts is not None:
+        (A, B, scaling), dropout = parts, 0.0
+    else:
+        adapters = [name for name in layer.active_adapters if name in layer.lora_A]
+        reason = eligibility.branch_reason(layer, adapters, x, kwargs)
+        if reason is not None:
+            options.fell_back(reason)
+            return None
+        A, B, scaling = stacked(layer, adapters)
+        bias = with_own_bias(layer, adapters, None)
+        if bias is not None:
+            B, scaling = torch.cat([B * scaling, bias[:, None]], 1), 1.0
+        dropout = eligibility.active_dropout(layer, adapters[0])
+        kwargs = {name: value for name, value in kwargs.items() if name not in eligibility.PEFT_ARGUMENTS}
+    if why is not None:
+        options.calls_base(why)
+    y = layer.base_layer(x, *args, **kwargs)
     reason = eligibility.result_reason(y, x, A, B)
     if reason is not None:
         options.fell_back(reason)
-        return _by_torch(layer, y, x, adapters)
-    direct = dispatch.direct()
+        return _by_torch(layer, y, x)
     # Counted here, where nothing but this frame's variable holds what the base has just made.
-    in_place = direct and add.FRESH is not None and add.holders(y) == add.FRESH and add.writable(y)
+    in_place = dispatch.direct() and add.FRESH is not None and add.holders(y) == add.FRESH and add.writable(y)
     precision, backend = options.precision, options.backend
     return add.apply(y, x, A, B, scaling, dropout=dropout, precision=precision, backend=backend, in_place=in_place)
 
 
-def _by_torch(layer: Any, y: Any, x: Tensor, adapters: list[str]) -> Tensor:
+def _by_torch(layer: Any, y: Any, x: Tensor) -> Tensor:
     """PEFT's formula on a result that is there already: to call a base twice could change its state."""
     dtype = y.dtype
-    for name in adapters:
-        down, up = layer.lora_A[name], layer.lora_B[name]
-        y = y + up(down(layer.lora_dropout[name](x.to(down.weight.dtype)))) * layer.scaling[name]
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            down, up = layer.lora_A[name], layer.lora_B[name]
+            y = y + up(down(layer.lora_dropout[name](x.to(down.weight.dtype)))) * layer.scaling[name]
     return y.to(dtype)

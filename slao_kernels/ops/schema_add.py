@@ -6,7 +6,6 @@ that of A, B and t, as wide as x and y or wider.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -38,20 +37,22 @@ def _add() -> ModuleType:
     return add
 
 
-def _on_device(x: Tensor, backend: str) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be x's."""
-    return torch.cuda.device_of(x) if backend == "triton" and x.is_cuda else nullcontext()
-
-
 def _into(
     out: Tensor, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, backend: str, seed: Tensor | None, p: float
 ) -> Tensor:
     add = _add()
 
     def run(x: Tensor) -> Tensor:
-        return add.forward(y, x, A, B, scaling, out, add._products(backend, seed, p))
+        return add.forward(y, x, A, B, scaling, out, add.products_of(backend, seed, p))
 
-    with _on_device(x, backend):
+    return _on_device(run, x, backend)
+
+
+def _on_device(run: Any, x: Tensor, backend: str) -> Any:
+    """Triton launches on the current device, which need not be x's."""
+    if backend != "triton" or not x.is_cuda:
+        return _without_autocast(run, x)
+    with torch.cuda.device_of(x):
         return _without_autocast(run, x)
 
 
@@ -92,11 +93,10 @@ def lora_add_backward(
     add = _add()
 
     def run(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        products = add._products(backend, seed, p, backward=True)
+        products = add.products_of(backend, seed, p, backward=True)
         return add.backward(dy, x, t, A, B, scaling, need_x, need_A, need_B, products)
 
-    with _on_device(x, backend):
-        return _without_autocast(run, dy)
+    return _on_device(run, dy, backend)
 
 
 def _lora_add_backward_fake(

@@ -22,7 +22,7 @@ from . import _SEEDED_DTYPES, _SEEDED_RANK, _cast, group, reference, wide
 from .eager import Products
 
 
-def _products(backend: str, seed: Tensor | None, p: float, backward: bool = False) -> Products:
+def products_of(backend: str, seed: Tensor | None, p: float, backward: bool = False) -> Products:
     """The backend's rank-r products; with a seed, those that draw dropout on x themselves ("triton" alone)."""
     if seed is None:
         return group.products_of(backend)
@@ -37,12 +37,14 @@ def forward(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, out: Ten
     t = products.shrink(x2, A) if x.dtype == A.dtype else wide._shrink(x2, A.t())
     if B.shape[1] > A.shape[0]:  # a bias as one more column of B: its factor is 1
         t = torch.cat([t, t.new_ones(t.shape[0], 1)], 1)
-    if y.dtype == t.dtype:
-        # The core has no expand that adds; torch's reads y in the epilogue of the GEMM.
-        torch.addmm(y2, t, B.t(), alpha=scaling, out=out2)
-    else:
+    if y.dtype != t.dtype:
         for rows in wide._row_blocks(y2):
             out2[rows] = torch.addmm(y2[rows].to(t.dtype), t[rows], B.t(), alpha=scaling)
+    # The core has no expand that adds; torch's takes y in the epilogue of the GEMM.
+    elif out is y:
+        out2.addmm_(t, B.t(), alpha=scaling)
+    else:
+        torch.addmm(y2, t, B.t(), alpha=scaling, out=out2)
     return t
 
 
