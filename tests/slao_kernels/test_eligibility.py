@@ -114,13 +114,16 @@ def test_layer_changed_before_patch(change, twins, told):
     check_skipped(model, twin, reason, twins, told)
 
 
+@pytest.mark.parametrize("base", [nn.Linear, Doubling], ids=["plain base", "called base"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_layer_changed_after_patch(change, twins, told):
+def test_layer_changed_after_patch(change, base, twins, told):
     alter, reason = CHANGES[change]
-    model, twin = twins.net(), twins.net()
+    model, twin = twins.net(lambda: base(24, 20)), twins.net(lambda: base(24, 20))
     alter(twin.proj)
     report = slao_kernels.patch(model)
-    twins.check_fused(model)
+    with twins.CountOps() as ops:
+        model(twins.net_input())
+    assert ops.counts == {"lora_linear" if base is nn.Linear else "lora_add": 1}
     alter(model.proj)
     twins.check_peft_runs(model, twin, report.fallbacks, reason, told)
 
