@@ -67,6 +67,8 @@ def patch(
 ) -> PatchReport:
     """Give every eligible LoRA layer of `model` the fused forward, in place; calling it again changes nothing more.
 
+    A base layer that is no plain linear one (quantised, hooked, ...) is called, and one node adds the LoRA branch.
+
     model: anything with PEFT LoRA layers; or a model without any, then `config` (a peft.LoraConfig; for transformers
     models it defaults to r=8, lora_alpha=16, target_modules="all-linear") is injected first, through PEFT, in fp32.
     backend: "auto", or one of `python -m slao_kernels`' list, for every layer. precision: "base" computes the LoRA
