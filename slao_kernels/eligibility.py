@@ -85,12 +85,12 @@ def _own_bias(layer: nn.Module, adapter: str) -> bool:
 
 def variant_reason(layer: nn.Module, adapters: list[str], called: bool) -> str | None:
     """What about active adapters that are no plain LoRA rules them out. called: the base has to be (`why_called`)."""
-    from peft.tuners.lora.dora import DoraLinearLayer
-    from peft.tuners.lora.variants import DoraLinearVariant
-
     for adapter in adapters:
         if adapter not in layer.lora_variant:
             continue
+        from peft.tuners.lora.dora import DoraLinearLayer
+        from peft.tuners.lora.variants import DoraLinearVariant
+
         variant = type(layer.lora_variant[adapter])
         if variant is not DoraLinearVariant:
             return f"{variant.__name__.removesuffix('LinearVariant')}: not plain LoRA"
