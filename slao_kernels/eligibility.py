@@ -19,23 +19,34 @@ GLOBAL_HOOKS = (
     _MODULE._global_backward_hooks,
     _MODULE._global_backward_pre_hooks,
 )
+# What PEFT's LoRA layers keep from the base layer.
+PEFT_ARGUMENTS = ("adapter_names", "alora_offsets")
 
 
 def layer_reason(layer: nn.Module) -> str | None:
     """What about the LoRA layer itself, whatever its adapters, rules the fused forward out."""
-    from peft.tuners.lora import layer as lora
+    from . import called_base
 
-    from .layers import FusedLoraLinear
-
-    if type(layer) not in (lora.Linear, FusedLoraLinear):
+    if called_base.fused_class(layer) is None:
         return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no fused forward"
-    if type(layer) is lora.Linear and "forward" in layer.__dict__:  # swapping the class would not change it
+    if not called_base.is_fused(layer) and "forward" in layer.__dict__:  # swapping the class would not change it
         return "its forward was replaced on the instance (accelerate hooks?)"
-    return base_reason(layer.base_layer)
+    base = layer.base_layer
+    if type(base) in _BASE_TYPES and base.weight.device.type == "meta" and _hooks_reason(base, "") is None:
+        return "its weights are on the meta device; load them, then patch again"
+    return None
+
+
+def why_called(layer: nn.Module, adapters: list[str], precision: str) -> str | None:
+    """Why the base layer is called as it is and the LoRA branch added to its result; None: one node computes both."""
+    reason = base_reason(layer.base_layer)
+    if reason is None and precision == "adapter" and any(_own_bias(layer, name) for name in adapters):
+        return "lora_bias in the adapter's precision"
+    return reason
 
 
 def base_reason(base: nn.Module) -> str | None:
-    """What about the base layer rules it out. Exact types: a subclass may compute something else."""
+    """Why only the base layer itself can tell its result. Exact types: a subclass may compute something else."""
     if type(base) not in _BASE_TYPES:
         return f"base layer is {type(base).__module__.split('.')[0]}'s {type(base).__name__}"
     if base.weight.device.type == "meta":
@@ -48,14 +59,14 @@ def base_reason(base: nn.Module) -> str | None:
 
 
 def adapter_reason(layer: nn.Module, adapter: str) -> str | None:
-    """What about one adapter of the layer rules it out."""
-    if adapter in layer.lora_variant:
-        return f"{type(layer.lora_variant[adapter]).__name__.removesuffix('LinearVariant')}: not plain LoRA"
+    """What about A and B of one adapter of the layer rules them out."""
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
         return f"lora_A is a {type(down).__name__}, lora_B a {type(up).__name__}, not plain nn.Linear"
-    if up.bias is not None or down.bias is not None:
-        return "lora_bias"
+    if down.bias is not None:
+        return "lora_A has a bias"
+    if up.bias is not None and (up.bias.dtype not in DTYPES or type(up.bias) not in (nn.Parameter, Tensor)):
+        return f"lora_B's bias is a {type(up.bias).__name__} of {up.bias.dtype}"
     if down.weight.dim() != 2 or up.weight.dim() != 2 or up.weight.dtype not in DTYPES:
         return "lora_A or lora_B is not a plain floating matrix (sharded or quantised?)"
     if down.weight.device.type == "meta":
@@ -66,6 +77,34 @@ def adapter_reason(layer: nn.Module, adapter: str) -> str | None:
 def in_features(base: nn.Module) -> int:
     """What the base layer reads; Conv1D stores (K, N)."""
     return int(base.weight.shape[1 if type(base) is nn.Linear else 0])
+
+
+def _own_bias(layer: nn.Module, adapter: str) -> bool:
+    return getattr(layer.lora_B[adapter], "bias", None) is not None
+
+
+def variant_reason(layer: nn.Module, adapters: list[str], called: bool) -> str | None:
+    """What about active adapters that are no plain LoRA rules them out. called: the base has to be (`why_called`)."""
+    for adapter in adapters:
+        if adapter not in layer.lora_variant:
+            continue
+        from peft.tuners.lora.dora import DoraLinearLayer
+        from peft.tuners.lora.variants import DoraLinearVariant
+
+        variant = type(layer.lora_variant[adapter])
+        if variant is not DoraLinearVariant:
+            return f"{variant.__name__.removesuffix('LinearVariant')}: not plain LoRA"
+        if called:
+            return "DoRA over a base layer that has to be called"
+        if len(adapters) > 1:
+            return "DoRA beside other active adapters"
+        if _own_bias(layer, adapter):
+            return "DoRA with lora_bias"
+        own = layer.lora_magnitude_vector[adapter]
+        if type(own) is not DoraLinearLayer or own.weight.dim() != 1 or own.weight.dtype not in DTYPES:
+            return "DoRA's magnitude is not a plain floating vector (sharded?)"
+        return _module_reason(own, "DoRA's magnitude")
+    return None
 
 
 def dropout_of(layer: nn.Module, adapter: str) -> float:
@@ -84,6 +123,8 @@ def active_dropout(layer: nn.Module, adapter: str) -> float:
 def dropout_reason(layer: nn.Module, adapter: str, alone: bool) -> str | None:
     """Why the adapter's dropout, were it active now, would rule the fused forward out. alone: no other is active."""
     p = dropout_of(layer, adapter)
+    if p > 0.0 and adapter in layer.lora_variant:
+        return f"DoRA with lora_dropout={p:g} while training: PEFT scales the base of the dropped x"
     if p < 0.0:
         return f"lora_dropout is a {type(layer.lora_dropout[adapter]).__name__}"
     if p > 0.0 and not alone:
@@ -92,19 +133,14 @@ def dropout_reason(layer: nn.Module, adapter: str, alone: bool) -> str | None:
 
 
 def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs: Any) -> str | None:
-    """What about this one call rules it out: its arguments, dropout, dtypes under autocast, devices, hooks."""
+    """What about this one call rules it out, where the base is computed too (`why_called` found nothing)."""
     if args or any(value is not None for value in kwargs.values()):
         return f"called with {', '.join(kwargs) or 'positional arguments'} beside x"
-    base = layer.base_layer
-    if type(x) not in (Tensor, nn.Parameter):
-        return f"x is a {type(x).__name__}"
-    if x.dim() == 0 or x.dtype not in DTYPES:
-        return f"x is a {x.dim()}-dimensional tensor of {x.dtype}"
-    if x.device != base.weight.device:
-        return f"x is on {x.device}, the base weight on {base.weight.device}"
-    reason = base_reason(base) or _transform_reason()
+    base, reason = layer.base_layer, _input_reason(x)
     if reason is not None:
         return reason
+    if x.device != base.weight.device:
+        return f"x is on {x.device}, the base weight on {base.weight.device}"
     if x.shape[-1] != in_features(base):
         return f"x has {x.shape[-1]} features, the base layer reads {in_features(base)}"
     if torch.is_autocast_enabled(x.device.type):
@@ -112,6 +148,36 @@ def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs
             return "fp64 under autocast"
     elif x.dtype != base.weight.dtype:
         return f"x is {x.dtype}, the base weight {base.weight.dtype}"
+    return variant_reason(layer, adapters, called=False) or _branch_reason(layer, adapters, x)
+
+
+def branch_reason(layer: nn.Module, adapters: list[str], x: Any, kwargs: Any) -> str | None:
+    """What about this one call rules a fused LoRA branch out, where the base is called with all other arguments."""
+    asked = [name for name in PEFT_ARGUMENTS if kwargs.get(name) is not None]
+    if asked:
+        return f"called with {', '.join(asked)} beside x"
+    return _input_reason(x) or variant_reason(layer, adapters, called=True) or _branch_reason(layer, adapters, x)
+
+
+def result_reason(y: Any, x: Tensor, A: Tensor, B: Tensor) -> str | None:
+    """What about a called base's result keeps the branch's node from it."""
+    if type(y) is not Tensor:
+        return f"the base layer returned a {type(y).__name__}"
+    expected = (*x.shape[:-1], B.shape[0])
+    if y.dtype not in DTYPES or y.device != x.device or y.shape != expected or x.shape[-1] != A.shape[1]:
+        return f"the base layer made {tuple(y.shape)} of {y.dtype} on {y.device} of x {tuple(x.shape)} on {x.device}"
+    return None
+
+
+def _input_reason(x: Any) -> str | None:
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"x is a {type(x).__name__}"
+    if x.dim() == 0 or x.dtype not in DTYPES:
+        return f"x is a {x.dim()}-dimensional tensor of {x.dtype}"
+    return _transform_reason()
+
+
+def _branch_reason(layer: nn.Module, adapters: list[str], x: Tensor) -> str | None:
     if any(GLOBAL_HOOKS):
         return "a global module hook is registered"
     for adapter in adapters:
@@ -119,6 +185,12 @@ def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs
         reason = adapter_reason(layer, adapter) or _hooks_reason(dropout, "lora_dropout")
         if reason is None and (dropout.training or dropout_of(layer, adapter) < 0.0):
             reason = dropout_reason(layer, adapter, alone=len(adapters) == 1)
+        if (
+            reason is None
+            and adapter in layer.lora_variant
+            and layer.lora_magnitude_vector[adapter].weight.device != x.device
+        ):
+            reason = f"DoRA's magnitude is on {layer.lora_magnitude_vector[adapter].weight.device}, x on {x.device}"
         if reason is None and layer.lora_A[adapter].weight.device != x.device:
             reason = f"adapter {adapter!r} is on {layer.lora_A[adapter].weight.device}, x on {x.device}"
         if reason is not None:

@@ -22,7 +22,9 @@ class PatchReport:
 
     patched: names of the layers that now have the fused forward. skipped: name -> why a LoRA layer kept PEFT's.
     injected: whether `patch` added the adapter. fallbacks: name -> why a patched layer runs PEFT's forward in some
-    calls: known ones (dropout) from the start, others as they are met while running.
+    calls: known ones (dropout) from the start, others as they are met while running. notes: name -> why a patched
+    layer calls its base layer (quantised, hooked, ...) and adds the LoRA branch to what that returns, instead of
+    computing both in one node.
     """
 
     patched: list[str] = field(default_factory=list)
@@ -30,12 +32,13 @@ class PatchReport:
     injected: bool = False
     fallbacks: dict[str, str] = field(default_factory=dict)
     backend: str = "auto"
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         total = len(self.patched) + len(self.skipped)
         head = f"slao_kernels: {len(self.patched)} of {total} LoRA layers fused (backend: {self.backend})"
         lines = [head + (", adapter injected" if self.injected else "")]
-        lines += _rows("fused", Counter((_pattern(name), "") for name in self.patched))
+        lines += _rows("fused", Counter((_pattern(name), self.notes.get(name, "")) for name in self.patched))
         for title, reasons in (("skipped", self.skipped), ("falls back", self.fallbacks)):
             lines += _rows(title, Counter((_pattern(name), why) for name, why in reasons.items()))
         return "\n".join(lines)
@@ -64,6 +67,8 @@ def patch(
 ) -> PatchReport:
     """Give every eligible LoRA layer of `model` the fused forward, in place; calling it again changes nothing more.
 
+    A base layer that is no plain linear one (quantised, hooked, ...) is called, and one node adds the LoRA branch.
+
     model: anything with PEFT LoRA layers; or a model without any, then `config` (a peft.LoraConfig; for transformers
     models it defaults to r=8, lora_alpha=16, target_modules="all-linear") is injected first, through PEFT, in fp32.
     backend: "auto", or one of `python -m slao_kernels`' list, for every layer. precision: "base" computes the LoRA
@@ -79,7 +84,7 @@ def patch(
         dispatch.choose("lora_linear", next((p.device.type for p in model.parameters()), "cpu"), backend)
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    from . import adapters, eligibility, groups, injection
+    from . import adapters, called_base, eligibility, groups, injection
     from .layers import FusedLoraLinear, FusedOptions, log_once
 
     undo = None
@@ -88,16 +93,21 @@ def patch(
     elif config is not None:
         injection.check_same(model, config)
     report = PatchReport(injected=undo is not None, backend=backend)
-    chosen: list[tuple[str, nn.Module]] = []
+    chosen: list[tuple[str, nn.Module, str | None]] = []
     for name, layer in adapters.lora_layers(model):
-        reason = eligibility.layer_reason(layer)
         active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+        reason, called = eligibility.layer_reason(layer), None
+        if reason is None:
+            called = eligibility.why_called(layer, active, precision)
+            if called is None and called_base.fused_class(layer) is not FusedLoraLinear:
+                called = f"PEFT's {called_base.peft_class(layer).__name__} does"
+            reason = eligibility.variant_reason(layer, active, called is not None)
         for adapter in active:
             reason = reason or eligibility.adapter_reason(layer, adapter)
         if reason is not None:
             report.skipped[name] = reason
             continue
-        chosen.append((name, layer))
+        chosen.append((name, layer, called))
         for adapter in active:
             dropout = eligibility.dropout_reason(layer, adapter, alone=len(active) == 1)
             if dropout is not None:
@@ -110,13 +120,15 @@ def patch(
     for name, reason in report.skipped.items():
         log_once(name, reason)
         layer = model.get_submodule(name)
-        if type(layer) is FusedLoraLinear and not eligibility.has_own_forward(layer):
+        if called_base.is_fused(layer) and not eligibility.has_own_forward(layer):
             # Patched before, and something about it has changed since.
             _unfuse(layer)
-    for name, layer in chosen:
-        layer.__class__ = FusedLoraLinear
-        place = groups.Place() if group and precision == "base" else None
-        layer.slao_options = FusedOptions(name, backend, precision, report.fallbacks, place)
+    for name, layer, called in chosen:
+        layer.__class__ = called_base.fused_class(layer)
+        place = groups.Place() if called is None and group and precision == "base" else None
+        layer.slao_options = FusedOptions(name, backend, precision, report.fallbacks, place, report.notes)
+        if called is not None:
+            layer.slao_options.calls_base(called)
         report.patched.append(name)
     return report
 
@@ -126,10 +138,10 @@ def unpatch(model: nn.Module) -> int:
 
     Raises ValueError, with the model as it was, when something has wrapped a fused layer's forward since.
     """
+    from .called_base import is_fused
     from .eligibility import has_own_forward
-    from .layers import FusedLoraLinear
 
-    layers: list[Any] = [module for module in model.modules() if type(module) is FusedLoraLinear]
+    layers: list[Any] = [module for module in model.modules() if is_fused(module)]
     wrapped = [layer.slao_options.name for layer in layers if has_own_forward(layer)]
     if wrapped:
         raise ValueError(
@@ -142,9 +154,7 @@ def unpatch(model: nn.Module) -> int:
 
 
 def _unfuse(layer: Any) -> None:
-    from peft.tuners.lora import layer as lora
-
-    layer.__class__ = lora.Linear
+    layer.__class__ = type(layer).peft_class
     # Removing an accelerate hook leaves the class's own forward bound on the instance.
     for key in ("slao_options", "forward"):
         layer.__dict__.pop(key, None)

@@ -23,47 +23,63 @@ Plain = tuple[Tensor, "Tensor | None", Tensor, Tensor, float, int]
 def in_python(own: dict[str, Any], x: Any) -> Plain | None:
     """own: the layer's __dict__. Modules' attributes are read from the dictionaries where nn.Module keeps them, whose
     __getattr__ would cost more than all the comparisons."""
-    adapter = own["_active_adapter"]
-    if type(adapter) is list and len(adapter) == 1:
-        (adapter,) = adapter
-    if own["_disable_adapters"] is not False or own["merged_adapters"] or type(adapter) is not str:
+    found = branch(own, x)
+    base = own["_modules"]["base_layer"]
+    if found is None or type(base) is not nn.Linear or _hooked(base.__dict__):
         return None
-    parts = own["_modules"]
-    base, dropout = parts["base_layer"], parts["lora_dropout"]._modules.get(adapter)
-    down, up = parts["lora_A"]._modules.get(adapter), parts["lora_B"]._modules.get(adapter)
-    if not (type(base) is type(down) is type(up) is nn.Linear and type(dropout) is nn.Identity):
+    (A, B, scaling), weight, bias = found, base._parameters["weight"], base._parameters["bias"]
+    if type(weight) is not nn.Parameter or hasattr(weight, "ds_id"):
         return None
-    for module in (base, down, up, dropout):
-        its = module.__dict__
-        if "forward" in its or its["_forward_hooks"] or its["_forward_pre_hooks"]:
-            return None
-        if its["_backward_hooks"] or its["_backward_pre_hooks"]:
-            return None
-    weight, A, B = base._parameters["weight"], down._parameters["weight"], up._parameters["weight"]
-    bias, scaling = base._parameters["bias"], own["scaling"][adapter]
-    if not (type(weight) is type(A) is type(B) is nn.Parameter and type(x) is Tensor and type(scaling) in (float, int)):
-        return None
-    if adapter in own["lora_variant"] or any(hasattr(part, "ds_id") for part in (weight, A, B)):
-        return None
-    if down._parameters["bias"] is not None or up._parameters["bias"] is not None:
-        return None
-    dtype, device = x.dtype, x.device
-    if dtype is not weight.dtype or dtype not in DTYPES or A.dtype not in DTYPES or B.dtype not in DTYPES:
-        return None
-    if not (device == weight.device == A.device == B.device) or device.type == "meta":
-        return None
-    if x.dim() == 0 or weight.dim() != 2 or A.dim() != 2 or B.dim() != 2:
+    dtype = x.dtype
+    if dtype is not weight.dtype or x.device != weight.device or weight.dim() != 2:
         return None
     (n, k), r = weight.shape, A.shape[0]
     if x.shape[-1] != k or A.shape[1] != k or B.shape != (n, r):
         return None
     if bias is not None and (bias.dtype is not dtype or type(bias) is not nn.Parameter or bias.shape != (n,)):
         return None
-    if torch.is_autocast_enabled(device.type) or torch._C._are_functorch_transforms_active():
-        return None
-    if torch._C._get_tracing_state() is not None or forward_ad._current_level >= 0 or any(GLOBAL_HOOKS):
+    if torch.is_autocast_enabled(x.device.type):
         return None
     return weight, bias, A, B, scaling, 0
+
+
+def branch(own: dict[str, Any], x: Any) -> tuple[Tensor, Tensor, float] | None:
+    """A, B and scaling of the one active adapter, whatever the base; None: ask eligibility.branch_reason."""
+    adapter = own["_active_adapter"]
+    if type(adapter) is list and len(adapter) == 1:
+        (adapter,) = adapter
+    if own["_disable_adapters"] is not False or own["merged_adapters"] or type(adapter) is not str:
+        return None
+    parts = own["_modules"]
+    dropout = parts["lora_dropout"]._modules.get(adapter)
+    down, up = parts["lora_A"]._modules.get(adapter), parts["lora_B"]._modules.get(adapter)
+    if not (type(down) is type(up) is nn.Linear and type(dropout) is nn.Identity):
+        return None
+    if _hooked(down.__dict__) or _hooked(up.__dict__) or _hooked(dropout.__dict__):
+        return None
+    A, B, scaling = down._parameters["weight"], up._parameters["weight"], own["scaling"][adapter]
+    if not (type(A) is type(B) is nn.Parameter and type(x) is Tensor and type(scaling) in (float, int)):
+        return None
+    if adapter in own["lora_variant"] or hasattr(A, "ds_id") or hasattr(B, "ds_id"):
+        return None
+    if down._parameters["bias"] is not None or up._parameters["bias"] is not None:
+        return None
+    if x.dtype not in DTYPES or A.dtype not in DTYPES or B.dtype not in DTYPES:
+        return None
+    device = x.device
+    if not (device == A.device == B.device) or device.type == "meta" or x.dim() == 0 or A.dim() != 2 or B.dim() != 2:
+        return None
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return None
+    if forward_ad._current_level >= 0 or any(GLOBAL_HOOKS):
+        return None
+    return A, B, scaling
+
+
+def _hooked(its: dict[str, Any]) -> bool:
+    if "forward" in its or its["_forward_hooks"] or its["_forward_pre_hooks"]:
+        return True
+    return bool(its["_backward_hooks"] or its["_backward_pre_hooks"])
 
 
 def _in_c() -> Any:

@@ -27,15 +27,21 @@ def _module(stem: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses and pickle look there
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="session")
 def twins() -> ModuleType:
-    """tests/slao_kernels/twins.py"""
+    """twins.py: tiny models in pairs, their comparison, a count of our operators."""
     return _module("twins")
+
+
+@pytest.fixture(scope="session")
+def foreign() -> ModuleType:
+    """foreign.py: LoRA layers over quantised and other bases."""
+    return _module("foreign")
 
 
 _places = _module("places")

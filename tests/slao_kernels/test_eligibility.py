@@ -1,6 +1,7 @@
 """Layers and adapters that patch must not touch: PEFT's own forward runs, bit for bit, and the reason is told once.
 
-What a single call can have against the fused forward is in test_eligibility_calls.py.
+What a single call can have against the fused forward is in test_eligibility_calls.py. A base layer that is no plain
+nn.Linear is no reason: it is called, see test_called_base.py.
 """
 
 from __future__ import annotations
@@ -57,14 +58,13 @@ def set_class(module: nn.Module, cls: type) -> None:
 
 def part(name: str) -> Callable[[nn.Module], nn.Module]:
     return {
-        "base layer": lambda layer: layer.base_layer,
         "lora_A": lambda layer: layer.lora_A["default"],
         "lora_B": lambda layer: layer.lora_B["default"],
     }[name]
 
 
 CHANGES: dict[str, tuple[Callable[[nn.Module], object], str]] = {}
-for _name in ("base layer", "lora_A", "lora_B"):
+for _name in ("lora_A", "lora_B"):
     _get = part(_name)
     CHANGES |= {
         f"{_name}: hook": (lambda m, g=_get: g(m).register_forward_hook(half), f"{_name} has hooks"),
@@ -94,11 +94,6 @@ for _name in ("base layer", "lora_A", "lora_B"):
         ),
     }
 CHANGES |= {
-    "base layer: subclass": (lambda m: set_class(m.base_layer, Doubling), "base layer is"),
-    "base layer: parametrized": (
-        lambda m: parametrize.register_parametrization(m.base_layer, "weight", Twice()),
-        "base layer is torch's ParametrizedLinear",
-    ),
     "lora_A: parametrized": (
         lambda m: parametrize.register_parametrization(m.lora_A["default"], "weight", Twice()),
         "lora_A is a ParametrizedLinear, lora_B a Linear, not plain nn.Linear",
@@ -119,13 +114,16 @@ def test_layer_changed_before_patch(change, twins, told):
     check_skipped(model, twin, reason, twins, told)
 
 
+@pytest.mark.parametrize("base", [nn.Linear, Doubling], ids=["plain base", "called base"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_layer_changed_after_patch(change, twins, told):
+def test_layer_changed_after_patch(change, base, twins, told):
     alter, reason = CHANGES[change]
-    model, twin = twins.net(), twins.net()
+    model, twin = twins.net(lambda: base(24, 20)), twins.net(lambda: base(24, 20))
     alter(twin.proj)
     report = slao_kernels.patch(model)
-    twins.check_fused(model)
+    with twins.CountOps() as ops:
+        model(twins.net_input())
+    assert ops.counts == {"lora_linear" if base is nn.Linear else "lora_add": 1}
     alter(model.proj)
     twins.check_peft_runs(model, twin, report.fallbacks, reason, told)
 
@@ -138,11 +136,6 @@ def narrow(module: nn.Module, dtype: torch.dtype) -> None:
 
 # Weights that PEFT's forward cannot multiply either (as they are; FSDP and ZeRO-3 put others there for the call).
 BROKEN = {
-    "fp8 weight": (lambda m: narrow(m.base_layer, torch.float8_e4m3fn), "base weight is stored as torch.float8_e4m3fn"),
-    "bias dtype": (
-        lambda m: setattr(m.base_layer, "bias", nn.Parameter(m.base_layer.bias.detach().bfloat16())),
-        "base bias is torch.bfloat16, weight torch.float32",
-    ),
     "lora_A flat": (
         lambda m: setattr(m.lora_A["default"], "weight", nn.Parameter(torch.ones(0))),
         "lora_A or lora_B is not a plain floating matrix (sharded or quantised?)",
@@ -229,8 +222,7 @@ def test_hooks_taken_off_again(twins):
 
 # Adapters that are not plain LoRA on a plain linear layer: options of the adapter, base layer, input, reason.
 KINDS = {
-    "DoRA": ({"use_dora": True}, lambda: nn.Linear(24, 20), (2, 5, 24), "Dora: not plain LoRA"),
-    "lora_bias": ({"lora_bias": True}, lambda: nn.Linear(24, 20), (2, 5, 24), "lora_bias"),
+    "aLoRA": ({"alora_invocation_tokens": [1]}, lambda: nn.Linear(24, 20), (2, 5, 24), "ALora: not plain LoRA"),
     "Embedding": ({}, lambda: nn.Embedding(30, 20), None, "lora.layer.Embedding has no fused forward"),
     "Conv2d": ({}, lambda: nn.Conv2d(6, 8, 3), (2, 6, 7, 7), "lora.layer.Conv2d has no fused forward"),
     "Conv1d": ({}, lambda: nn.Conv1d(6, 8, 3), (2, 6, 7), "lora.layer.Conv1d has no fused forward"),
@@ -244,7 +236,7 @@ def test_other_adapters(kind, twins, told):
     check_skipped(twins.net(base, **options), twins.net(base, **options), reason, twins, told, x)
 
 
-@pytest.mark.parametrize("kind", ["DoRA", "lora_bias"])
+@pytest.mark.parametrize("kind", ["aLoRA"])
 def test_other_adapter_activated_after_patch(kind, twins, told):
     """A second adapter may be of a kind that has no kernel; the first one is fused again when it is active."""
     model, twin = twins.net(), twins.net()

@@ -18,7 +18,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class OtherLinear(nn.Linear):
-    """A base layer that patch must leave to PEFT: it may compute something else."""
+    """A base layer with a LoRA class of its own, see `config`."""
+
+
+class OtherLora(lora.Linear):
+    """A LoRA layer that patch must leave alone: it may compute something else."""
+
+
+def config(twins, **options) -> peft.LoraConfig:
+    """One that puts OtherLora around OtherLinear, by PEFT's own (experimental) means."""
+    made = twins.config(**options)
+    made._register_custom_module({OtherLinear: OtherLora})
+    return made
 
 
 def state_of(model: nn.Module) -> dict[str, object]:
@@ -61,11 +72,11 @@ def refuses(model: nn.Module, match: str, *args, **options) -> str:
 
 
 def test_strict_on_a_peft_model(twins):
-    model = peft.get_peft_model(plain_model(), twins.config())
+    model = peft.get_peft_model(plain_model(), config(twins))
     message = refuses(model, "strict=True", strict=True)
     name = "base_model.model.model.layers.1.mlp.down_proj"
-    assert f"1 LoRA layers would be skipped: {name}: base layer is" in message
-    assert "OtherLinear" in message
+    assert f"1 LoRA layers would be skipped: {name}: " in message
+    assert message.endswith("OtherLora has no fused forward")
     assert not any(type(module) is FusedLoraLinear for module in model.modules())
     report = slao_kernels.patch(model)  # without strict the rest is patched
     assert list(report.skipped) == [name]
@@ -85,7 +96,7 @@ EXTRAS = {
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_strict_takes_an_injected_adapter_out_again(extra, twins):
     model = plain_model()
-    refuses(model, "strict=True", twins.config(**EXTRAS[extra]), strict=True)
+    refuses(model, "strict=True", config(twins, **EXTRAS[extra]), strict=True)
     assert not hasattr(model, "peft_config")
     ids = torch.arange(1, 9)[None]
     assert torch.equal(model(ids).logits, plain_model()(ids).logits)
@@ -102,7 +113,7 @@ def test_strict_on_a_plain_module(twins):
     """Not a transformers model: the adapter goes in and out through PEFT's low-level functions."""
     model = nn.Sequential(nn.Linear(8, 6), OtherLinear(6, 4))
     model[0].bias.requires_grad_(False)
-    refuses(model, "strict=True", twins.config(target_modules=["0", "1"]), strict=True)
+    refuses(model, "strict=True", config(twins, target_modules=["0", "1"]), strict=True)
 
 
 def test_nothing_to_inject():
@@ -178,17 +189,18 @@ def test_one_config_for_two_models(twins):
 
 def test_report_text(twins):
     model = plain_model()
-    report = slao_kernels.patch(model, twins.config(lora_dropout=0.1), backend="eager")
+    report = slao_kernels.patch(model, config(twins, lora_dropout=0.1), backend="eager")
     head, *rows = str(report).split("\n")
     assert head == "slao_kernels: 13 of 14 LoRA layers fused (backend: eager), adapter injected"
     rows = [re.sub(" +", " ", row.strip()) for row in rows]
     assert "fused 2 × model.layers.*.self_attn.q_proj" in rows
     assert "fused 1 × model.layers.*.mlp.down_proj" in rows
     (skipped,) = [row for row in rows if row.startswith("skipped")]
-    assert skipped.startswith("skipped 1 × model.layers.*.mlp.down_proj base layer is ")
-    assert skipped.endswith("OtherLinear")
+    assert skipped.startswith("skipped 1 × model.layers.*.mlp.down_proj ")
+    assert skipped.endswith(".OtherLora has no fused forward")
     assert sum(int(row.split()[1]) for row in rows if row.startswith("fused")) == len(report.patched) == 13
     assert (report.injected, report.backend, report.fallbacks) == (True, "eager", {})
+    assert report.notes == {}
 
 
 def test_report_text_with_fallbacks(twins):
@@ -201,6 +213,18 @@ def test_report_text_with_fallbacks(twins):
     why = "lora_dropout=0.1 while training, and other adapters are active: each draws a mask of its own"
     assert f"falls back 2 × base_model.model.model.layers.*.self_attn.q_proj {why}" in rows
     assert len(report.fallbacks) == 2
+
+
+def test_report_text_with_notes(twins):
+    """A layer whose base is called counts as fused, and says so."""
+    model = twins.peft_model("llama", target_modules=["q_proj"])
+    name = "base_model.model.model.layers.*.self_attn.q_proj"
+    model.get_submodule(name.replace("*", "1")).base_layer.register_forward_hook(lambda *_: None)
+    report = slao_kernels.patch(model, strict=True)
+    head, *rows = [re.sub(" +", " ", row.strip()) for row in str(report).split("\n")]
+    assert head == "slao_kernels: 2 of 2 LoRA layers fused (backend: auto)"
+    assert rows == [f"fused 1 × {name}", f"fused 1 × {name} base layer called: base layer has hooks"]
+    assert report.notes == {name.replace("*", "1"): "base layer called: base layer has hooks"}
 
 
 def test_report_text_without_fallbacks(twins):
@@ -216,9 +240,9 @@ def test_a_layer_that_is_eligible_no_more_gets_its_class_back(twins):
     model = twins.peft_model("llama")
     names = slao_kernels.patch(model).patched
     layer = model.get_submodule(names[3])
-    handle = layer.base_layer.register_forward_hook(lambda *_: None)
+    handle = layer.lora_A["default"].register_forward_hook(lambda *_: None)
     report = slao_kernels.patch(model)
-    assert report.skipped == {names[3]: "base layer has hooks"}
+    assert report.skipped == {names[3]: "lora_A has hooks"}
     assert type(layer) is lora.Linear
     assert "slao_options" not in vars(layer)
     handle.remove()

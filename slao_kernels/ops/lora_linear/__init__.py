@@ -47,10 +47,12 @@ class _LoraLinear(torch.autograd.Function):
         A_used, B_used = _used(A, B, dtype, backend, wide)
         value_B = B_used if routing is None else (B @ routing.to(B.dtype)).to(B_used.dtype)
         run = schema.lora_linear if dispatch.direct() else torch.ops.slao_kernels.lora_linear
-        y, t = run(x, x_dropped, weight, bias, A_used, value_B, scaling, backend, seed, p, wide)
+        value_bias = None if bias is None else _cast(bias, x.dtype)
+        y, t = run(x, x_dropped, weight, value_bias, A_used, value_B, scaling, backend, seed, p, wide)
         ctx.save_for_backward(x, x_dropped, weight, t, A_used, B_used, core, core_delta, seed)
         ctx.scaling, ctx.backend, ctx.p, ctx.wide = scaling, backend, p, wide
         ctx.grad_dtypes = A.dtype, B.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
@@ -90,7 +92,7 @@ class _LoraLinear(torch.autograd.Function):
             dx if need_x else None,
             dx_dropped if need_dropped else None,
             dy2.t() @ x.reshape(-1, weight.shape[1]) if need_weight else None,
-            dy2.sum(0) if need_bias else None,
+            dy2.sum(0, dtype=ctx.bias_dtype) if need_bias else None,
             _cast(dA, ctx.grad_dtypes[0]) if need_A else None,
             _cast(dB, ctx.grad_dtypes[1]) if need_B else None,
             None,
@@ -179,7 +181,10 @@ def apply(
     precision: str = "base",
     backend: str = "auto",
 ) -> Tensor:
-    """`lora_linear` without its checks: for callers that know that shapes, dtypes and devices fit."""
+    """`lora_linear` without its checks: for callers that know that shapes, dtypes and devices fit.
+
+    A bias may be wider than x (an fp32 lora_bias on a 16-bit base): it is added in x's dtype, its gradient stays wide.
+    """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         autocast = torch.get_autocast_dtype(device)
@@ -205,6 +210,7 @@ def apply(
     if backend == "reference":
         cast = (None if part is None else part.to(dtype) for part in (A, B, core, core_delta))
         A, B, core, core_delta = cast
+        bias = None if bias is None else _cast(bias, x.dtype)
         return reference.lora_linear(x, x_dropped, weight, bias, A, B, scaling, core, core_delta)
     if torch.is_grad_enabled():
         return _LoraLinear.apply(
@@ -213,6 +219,7 @@ def apply(
     routing = _routing(core, core_delta)
     B = B if routing is None else B @ routing.to(B.dtype)
     A, B = _used(A, B, dtype, backend, wide)
+    bias = None if bias is None else _cast(bias, x.dtype)
     run = schema.lora_linear if dispatch.direct() else torch.ops.slao_kernels.lora_linear
     return run(x, x_dropped, weight, bias, A, B, scaling, backend, seed, dropout, wide)[0]
 

@@ -134,6 +134,7 @@ class _DroppedBackward(TritonProducts):
 
 _plain = TritonProducts()
 shrink, expand_, gemm_, grad_t, grad_A = _plain.shrink, _plain.expand_, _plain.gemm_, _plain.grad_t, _plain.grad_A
+shrink_wide, outer_wide, add_wide_ = _plain.shrink_wide, _plain.outer_wide, _plain.add_wide_
 
 
 def _serves(x: Tensor, r: int) -> bool:

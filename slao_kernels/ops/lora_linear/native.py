@@ -162,3 +162,4 @@ def _outer(x: Tensor, t: Tensor, d: Tensor, scale: float, code: int) -> None:
 
 _THIS = _Products()
 shrink, expand_, grad_t, grad_A = _THIS.shrink, _THIS.expand_, _THIS.grad_t, _THIS.grad_A
+shrink_wide, outer_wide, add_wide_ = _THIS.shrink_wide, _THIS.outer_wide, _THIS.add_wide_

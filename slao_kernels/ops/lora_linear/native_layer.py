@@ -83,7 +83,9 @@ def served(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor)
         return 0
     if not 0 < r <= core()[1] or A.dtype != B.dtype or A.dtype not in (torch.float32, x.dtype):
         return 0
-    whole = x.is_contiguous() and A.is_contiguous() and B.is_contiguous() and (bias is None or bias.is_contiguous())
+    if bias is not None and not (bias.dtype == x.dtype and bias.is_contiguous()):
+        return 0
+    whole = x.is_contiguous() and A.is_contiguous() and B.is_contiguous()
     return code if whole and x.device.type == "cpu" else 0
 
 

@@ -34,3 +34,15 @@ def lora_linear(
         path = source.detach() @ A.T @ core_delta.detach().T @ B.T
         y = y + scaling * (path - path.detach())
     return y.to(x.dtype)
+
+
+def lora_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """y + scaling · x Aᵀ Bᵀ in A's dtype, rounded once to y's; a last column that B has beyond A's rows is a bias.
+
+    Shapes: y (..., N), x (..., K), A (r, K), B (N, r) or (N, r + 1).
+    """
+    r = A.shape[0]
+    branch = x.to(A.dtype) @ A.T @ B[:, :r].T
+    if B.shape[1] > r:
+        branch = branch + B[:, r]
+    return (y.to(A.dtype) + scaling * branch).to(y.dtype)

@@ -97,6 +97,26 @@ def test_products(isa, shape, dtype, torchs_products):
     close(dA, T.T @ X)
 
 
+@pytest.mark.parametrize("dtype", list(RATIO), ids=str)
+def test_small_matrices_without_a_unit_stride(isa, dtype):
+    """The core's tiles assume one; such an A or B is torch's. NaN between the elements shows what is read instead."""
+
+    def spread(matrix: Tensor) -> Tensor:
+        return torch.stack([matrix, torch.full_like(matrix, torch.nan)], -1)[..., 0]
+
+    x, A, B, t = (torch.randn(size).to(dtype) for size in ((20, 64), (4, 64), (64, 4), (20, 4)))
+    torch.testing.assert_close(ours.shrink(x, spread(A)), ours.shrink(x, A))
+    for b, dense in ((spread(B), B), (spread(A).t(), A.t())):
+        found, expected = torch.empty_like(x), torch.empty_like(x)
+        ours.expand_(found, t, b, 0.7)
+        ours.expand_(expected, t, dense, 0.7)
+        torch.testing.assert_close(found, expected)
+    found, expected = torch.empty_like(t), torch.empty_like(t)
+    ours.grad_t(x, t, spread(B), 0.7, found, None)
+    ours.grad_t(x, t, B, 0.7, expected, None)
+    torch.testing.assert_close(found, expected)
+
+
 def test_neighbours_are_not_written(isa):
     """Results that are views of a wider matrix, as the slices of a group's stacked ranks are."""
     dtype = torch.bfloat16 if torch.bfloat16 in ours.codes() else torch.float32

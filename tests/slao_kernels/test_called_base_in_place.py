@@ -1,0 +1,223 @@
+"""The LoRA branch is written into the base's result only where nobody else has that result: values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import slao_kernels
+from slao_kernels.ops.lora_linear import add
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Base(nn.Linear):
+    """`kind` says what the result is, `kept` is what the base or somebody else keeps of it."""
+
+    kind = "fresh"
+
+    def __init__(self) -> None:
+        super().__init__(20, 20)
+        self.kept: list[Tensor] = []
+        self.made = 0  # the address of the result's memory
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = getattr(self, self.kind)(x)
+        self.made = y.data_ptr()
+        return y
+
+    def fresh(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2  # saves nothing of its result
+
+    def relu(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()  # saves its result
+
+    def tanh(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+    def function(self, x: Tensor) -> Tensor:
+        return Exp.apply(super().forward(x) / 10)
+
+    def identity(self, x: Tensor) -> Tensor:
+        return x
+
+    def view(self, x: Tensor) -> Tensor:
+        wide = torch.cat([super().forward(x)] * 2)
+        return wide[: x.shape[0]]
+
+    def cached(self, x: Tensor) -> Tensor:
+        if not self.kept:
+            self.kept.append(super().forward(x).detach())
+        return self.kept[0]
+
+    def kept_alias(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.kept.append(y.detach())
+        return y
+
+    def kept_itself(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.kept.append(y)
+        return y
+
+    def used_too(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.kept.append(y.square())  # a node that saves y
+        return y
+
+    def leaf(self, x: Tensor) -> Tensor:
+        y = super().forward(x).detach().requires_grad_()
+        self.kept.append(y)
+        return y
+
+    def checkpointed(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+    def checkpointed_reentrant(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=True)
+
+    def checkpointed_tanh(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: super(Base, self).forward(x).tanh(), x, use_reentrant=False)
+
+    def hooked(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if y.requires_grad:
+            y.register_hook(lambda g: self.kept.append(g) or g)
+        return y
+
+    def expanded(self, x: Tensor) -> Tensor:
+        return super().forward(x[:1]).expand(x.shape[0], -1)
+
+    def memory(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(super().forward(x).detach().numpy().copy())
+
+
+class Exp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.y = x.exp()  # neither saved nor an alias: only a reference
+        return ctx.y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * ctx.y
+
+
+# With saved-tensor hooks of its own, checkpoint keeps no result for its backward: it computes it again.
+IN_PLACE = {"fresh", "scaled", "checkpointed", "checkpointed_reentrant", "checkpointed_tanh", "hooked"}
+SAVED = {"relu", "tanh", "function", "used_too"}  # by nodes, which there are none of without gradients
+NOT_IN_PLACE = {"identity", "view", "cached", "kept_alias", "kept_itself", "leaf", "expanded", "memory"}
+KINDS = sorted(IN_PLACE | SAVED | NOT_IN_PLACE)
+
+
+def pair(twins, kind: str) -> list[nn.Module]:
+    """[patched, unpatched]"""
+    models = [twins.net(Base) for _ in range(2)]
+    for net in models:
+        net.proj.base_layer.kind = kind
+        net.proj.base_layer.requires_grad_(True)
+    slao_kernels.patch(models[0])
+    return models
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_gradients_and_what_others_hold(kind, twins):
+    """As PEFT's, which never writes into the result; and what the base has kept stays as it was."""
+    model, twin = pair(twins, kind)
+    x = twins.net_input(7, 20)
+    steps, kept = [], []
+    for net in (model, twin):
+        leaf = x.clone().requires_grad_()
+        y = net(leaf)
+        base = net.proj.base_layer
+        loss = y.square().sum() + sum(k.sum() for k in base.kept if k.requires_grad)
+        loss.backward()
+        grads = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+        steps.append({"y": y.detach(), "x": leaf.grad if leaf.grad is not None else torch.zeros(1), **grads})
+        kept.append({str(i): k.detach() for i, k in enumerate(base.kept)})
+        steps[-1] |= {f"kept {i}": k.grad for i, k in enumerate(base.kept) if k.is_leaf and k.grad is not None}
+    twins.check_close(*steps)
+    if kept[1]:
+        twins.check_close(*kept)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_which_results_are_overwritten(kind, grad, twins):
+    model, _ = pair(twins, kind)
+    x = twins.net_input(7, 20)
+    with torch.set_grad_enabled(grad):
+        y = model(x.requires_grad_(grad))
+    taken = y.data_ptr() == model.proj.base_layer.made
+    assert taken is (kind in (IN_PLACE if grad else IN_PLACE | SAVED))
+
+
+def test_a_saved_result_must_not_be_overwritten(twins):
+    """What the rule is for: written into all the same, such a base's backward raises."""
+    t = torch.randn(7, 20, requires_grad=True)
+    A, B = torch.randn(3, 20, requires_grad=True), torch.randn(20, 3)
+    for base in (torch.tanh, torch.relu, torch.sigmoid, torch.exp):
+        y = base(t)
+        assert add.holders(y) != add.FRESH
+        out = add.apply(y, t, A, B, 0.5, in_place=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+    y = Exp.apply(t)  # and one that autograd does not watch is silently wrong
+    assert add.holders(y) != add.FRESH
+    (wrong,) = torch.autograd.grad(add.apply(y, t.detach(), A, B, 0.5, in_place=True).sum(), t)
+    assert not torch.allclose(wrong, t.exp())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode, twins):
+    model, twin = pair(twins, "fresh")
+    x = twins.net_input(7, 20)
+    with mode():
+        y = model(x)
+        assert y.data_ptr() == model.proj.base_layer.made
+        twins.check_close({"y": y}, {"y": twin(x)})
+    assert y.is_inference() == (mode is torch.inference_mode)
+    twins.check_close(twins.net_step(model, x), twins.net_step(twin, x))
+
+
+def test_an_inference_result_outside_inference_mode(twins):
+    """Kept from an evaluation, say: autograd refuses to write into it."""
+
+    class FromInference(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                return super().forward(x)
+
+    model, twin = (twins.net(lambda: FromInference(20, 20)) for _ in range(2))
+    slao_kernels.patch(model)
+    x = twins.net_input(7, 20)
+    y = model(x)
+    assert not y.is_inference()
+    twins.check_close({"y": y.detach()}, {"y": twin(x).detach()})
+
+
+def test_a_forward_hook_that_keeps_the_result(twins):
+    """Feature extraction: what the hook has kept is the base's result, before and after."""
+    seen: list[list[Tensor]] = [[], []]
+    models = [twins.net(lambda: nn.Linear(20, 20)) for _ in range(2)]
+    for net, outputs in zip(models, seen, strict=True):
+        net.proj.base_layer.register_forward_hook(lambda module, args, output, to=outputs: to.append(output))
+    slao_kernels.patch(models[0])
+    x = twins.net_input(7, 20)
+    twins.check_close(*(twins.net_step(net, x) for net in models))
+    twins.check_equal(*({str(i): y.detach() for i, y in enumerate(outputs)} for outputs in seen))
+
+
+def test_the_output_may_be_overwritten(twins):
+    model, twin = pair(twins, "fresh")
+    grads = []
+    for net in (model, twin):
+        x = twins.net_input(7, 20).requires_grad_()
+        net(x).mul_(3).add_(1).square().sum().backward()
+        grads.append({"x": x.grad, **{n: p.grad for n, p in net.named_parameters() if p.grad is not None}})
+    twins.check_close(*grads)
