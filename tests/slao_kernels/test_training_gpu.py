@@ -18,6 +18,8 @@ import slao_kernels
 from slao_kernels import groups
 from slao_kernels.testing import error_ratio
 
+pytestmark = pytest.mark.usefixtures("small_groups")
+
 # Of a bf16 step against PEFT's own bf16 step, which rounds more often: four layers, each rounded to 2^-8.
 BF16 = 2e-2
 
