@@ -99,7 +99,10 @@ struct Sizes {
   }
   bool fine() const { return dtype.object && shape.object && PyTuple_Check(shape.object); }
   Py_ssize_t dims() const { return PyTuple_GET_SIZE(shape.object); }
-  long size(Py_ssize_t i) const { return PyLong_AsLong(PyTuple_GET_ITEM(shape.object, i)); }
+  long size(Py_ssize_t i) const {
+    PyObject* number = PyTuple_GET_ITEM(shape.object, i);
+    return PyLong_Check(number) ? PyLong_AsLong(number) : -1;
+  }
 };
 
 bool calls_false(PyObject* function, PyObject* argument = nullptr) {
@@ -136,6 +139,13 @@ PyObject* plain_parts(PyObject* layer, PyObject* x) {
   for (PyObject* tensor : {weight, A, B})
     if (entry(own(tensor), n.ds_id)) return nullptr;
 
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(known.global_hooks); ++i)
+    if (!empty(PyTuple_GET_ITEM(known.global_hooks, i))) return nullptr;
+  // Before any size is read: in a trace those are tensors.
+  if (!calls_false(known.transforms) || !calls_false(known.tracing)) return nullptr;
+  const Owned level(PyObject_GetAttr(known.forward_ad, n._current_level));
+  if (!level.object || PyLong_AsLong(level.object) >= 0) return nullptr;
+
   const Sizes sx(x), sw(weight), sa(A), sb(B);
   if (!sx.fine() || !sw.fine() || !sa.fine() || !sb.fine() || sw.dtype.object != sx.dtype.object) return nullptr;
   for (const Sizes* s : {&sx, &sa, &sb})
@@ -149,8 +159,6 @@ PyObject* plain_parts(PyObject* layer, PyObject* x) {
     if (!s.fine() || s.dtype.object != sx.dtype.object || s.dims() != 1 || s.size(0) != sw.size(0)) return nullptr;
     served = served && s.contiguous;
   }
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(known.global_hooks); ++i)
-    if (!empty(PyTuple_GET_ITEM(known.global_hooks, i))) return nullptr;
   const Owned device(PyObject_GetAttr(x, n.device));
   if (!device.object) return nullptr;
   const Owned type(PyObject_GetAttr(device.object, n.type));
@@ -161,9 +169,7 @@ PyObject* plain_parts(PyObject* layer, PyObject* x) {
       if (!other.object || PyObject_RichCompareBool(device.object, other.object, Py_EQ) != 1) return nullptr;
       served = false;
     }
-  if (!calls_false(known.autocast, type.object) || !calls_false(known.transforms) || !calls_false(known.tracing)) return nullptr;
-  const Owned level(PyObject_GetAttr(known.forward_ad, n._current_level));
-  if (!level.object || PyLong_AsLong(level.object) >= 0) return nullptr;
+  if (!calls_false(known.autocast, type.object)) return nullptr;
 
   const Owned modes(PyObject_CallNoArgs(known.modes));  // dispatch modes want to see operators
   served = served && modes.object && PyLong_AsLong(modes.object) == 0;

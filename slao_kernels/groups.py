@@ -31,13 +31,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import dispatch
 from .eligibility import _BASE_TYPES
+from .grouping import Group, Key, Parts, Place, Run, is_watched
 from .ops.lora_linear import apply_plain, group
 from .plain import plain_call
 
@@ -46,115 +47,7 @@ _PLAIN = (nn.Parameter, Tensor)
 # 10 µs of Python each. A training step of MiniLM on 2 x 16 tokens (2^13.6 elements) took 22.2 ms with groups and 21.0
 # without, on 16 x 64 (2^18.6) 159.9 and 159.3; three 384 x 384 layers in bf16 on 1024 tokens 1.86 and 2.29.
 _WORTH = 1 << 17
-_TRIES = 2  # a layer that was alone in so many of its runs is not watched any longer
-_lock = threading.Lock()
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
-# grad mode, autocast's dtype, the innermost saved-tensor hook, the stream
-Key = tuple[bool, torch.dtype | None, Any, int]
-
-
-class Parts(NamedTuple):
-    """What one layer computes with. stored is its base's parameter: weight (N, K), or a Conv1D's transposed."""
-
-    stored: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    A: Tensor
-    B: Tensor
-    scaling: float
-    code: int = 0  # see plain.py
-
-    def version(self) -> int:
-        """Grows with every write to one of them. Raises RuntimeError for inference tensors, which have none."""
-        count = self.stored._version + self.A._version + self.B._version
-        return count if self.bias is None else count + self.bias._version
-
-
-class _Token:
-    """Lives as long as the autograd nodes that it is tied to."""
-
-    __slots__ = ("__weakref__",)
-
-
-class Place:
-    """What a watched layer knows of its group. A copied or unpickled layer starts with an empty one."""
-
-    __slots__ = ("group", "index", "token", "tries", "written")
-
-    def __init__(self) -> None:
-        self.group: Group | None = None
-        self.index = self.tries = 0
-        self.token: weakref.ref[_Token] | None = None
-        self.written: tuple[weakref.ref[Tensor], weakref.ref[Tensor], int] | None = None
-
-    def __reduce__(self) -> tuple[type[Place], tuple[()]]:
-        return Place, ()
-
-    def hold(self, ys: list[Tensor], parts: Parts) -> None:
-        """Their node was made under saved-tensor hooks: this forward may be recomputed as long as it lives."""
-        node = next((y.grad_fn for y in ys if y.grad_fn is not None), None)
-        if node is None:
-            return
-        token = None if self.token is None else self.token()
-        if token is None:
-            token = _Token()
-            self.token = weakref.ref(token)
-        node.metadata["slao_kernels"] = token
-        self.written = weakref.ref(parts.A), weakref.ref(parts.B), parts.A._version + parts.B._version
-
-    def is_over(self) -> bool:
-        """Whether nothing that was held can be recomputed any more."""
-        if self.token is None or self.written is None or self.token() is None:
-            return True
-        A, B = self.written[0](), self.written[1]()
-        return A is not None and B is not None and A._version + B._version != self.written[2]
-
-
-class Group:
-    """Layers of one x, the leader first. `on` is what its calls do, `ended` whether they should stop doing it."""
-
-    def __init__(self, layers: list[Any], places: list[Place]) -> None:
-        self.layers = [weakref.ref(layer) for layer in layers]
-        self.places = places
-        self.on = self.ended = False
-
-    def is_on(self) -> bool:
-        """Asked by the leader's calls alone: a forward and its recompute get the same answer."""
-        if self.on is self.ended:
-            self._switch()
-        return self.on
-
-    def end(self) -> None:
-        self.ended = True
-        self._switch()
-
-    def _switch(self) -> None:
-        if torch._C._current_graph_task_id() != -1 or not all(place.is_over() for place in self.places):
-            return
-        self.on = not self.ended
-        if self.ended:
-            for layer, place in zip(self.layers, self.places, strict=True):
-                _stop_watching(layer(), place)
-
-    def run(self, layer: Any, x: Tensor, version: int, key: Key, own: Parts, recomputed: bool) -> list[Tensor] | None:
-        """Every layer's output, the siblings' in this thread's slot too; None where not all can be computed now."""
-        backend = dispatch.choose("lora_linear", x.device.type, layer.slao_options.backend)
-        if backend == "reference":
-            return None
-        parts = [own]
-        for sibling, place in zip(self.layers[1:], self.places[1:], strict=True):
-            found = _read(sibling(), place, x)
-            if found is None:
-                return None
-            parts.append(found)
-        try:
-            versions = [part.version() for part in parts]
-        except RuntimeError:
-            return None
-        _, weights, biases, As, Bs, scalings, codes = map(list, zip(*parts, strict=True))
-        ys = group.apply(x, weights, biases, As, Bs, scalings, backend, min(codes))
-        _thread.slot = _Slot(self, x, version, key, ys, parts, versions, recomputed)
-        return ys
 
 
 class _Slot:
@@ -195,45 +88,30 @@ class _Slot:
         return y
 
 
-class _Run:
-    """Layers of one patched model called one after another with the same x, while they are being watched."""
-
-    def __init__(self, layer: Any, place: Place, x: Tensor, version: int, key: Key) -> None:
-        self.layers, self.places = [weakref.ref(layer)], [place]
-        self.options = layer.slao_options
-        # Kept until the next call, so by hash: a hook may own much.
-        self.x, self.version, self.key = weakref.ref(x), version, hash(key)
-
-    def joins(self, layer: Any, place: Place, x: Tensor, version: int, key: Key) -> bool:
-        options = layer.slao_options
-        if self.x() is not x or self.version != version or self.key != hash(key) or place in self.places:
-            return False
-        if options.fallbacks is not self.options.fallbacks or options.backend != self.options.backend:
-            return False  # of another model, or patched for something else
-        self.layers.append(weakref.ref(layer))
-        self.places.append(place)
-        return True
-
-    def finish(self) -> None:
-        with _lock:
-            watched = [
-                (found, place)
-                for layer, place in zip(self.layers, self.places, strict=True)
-                if place.group is None and _is_watched(found := layer(), place)
-            ]
-            if len(watched) > 1:
-                of = Group([layer for layer, _ in watched], [place for _, place in watched])
-                for i, (_, place) in enumerate(watched):
-                    place.group, place.index = of, i
-            for layer, place in watched if len(watched) == 1 else ():
-                place.tries += 1
-                if place.tries >= _TRIES:
-                    _stop_watching(layer, place)
+def _run(of: Group, layer: Any, x: Tensor, version: int, key: Key, own: Parts, recomputed: bool) -> list[Tensor] | None:
+    """Every layer's output, the siblings' in this thread's slot too; None where not all can be computed now."""
+    backend = dispatch.choose("lora_linear", x.device.type, layer.slao_options.backend)
+    if backend == "reference":
+        return None
+    parts = [own]
+    for sibling, place in zip(of.layers[1:], of.places[1:], strict=True):
+        found = _read(sibling(), place, x)
+        if found is None:
+            return None
+        parts.append(found)
+    try:
+        versions = [part.version() for part in parts]
+    except RuntimeError:
+        return None
+    _, weights, biases, As, Bs, scalings, codes = map(list, zip(*parts, strict=True))
+    ys = group.apply(x, weights, biases, As, Bs, scalings, backend, min(codes))
+    _thread.slot = _Slot(of, x, version, key, ys, parts, versions, recomputed)
+    return ys
 
 
 class _Thread(threading.local):
     slot: _Slot | None = None
-    run: _Run | None = None
+    run: Run | None = None
 
 
 _thread = _Thread()
@@ -257,7 +135,7 @@ def call(layer: Any, x: Tensor, parts: Parts) -> Tensor:
             if not recomputed:
                 _watch(layer, place, x, version, key)
         elif place.index == 0 and _pays(x) and of.layers[0]() is layer and of.is_on():
-            ys = of.run(layer, x, version, key, parts, recomputed)
+            ys = _run(of, layer, x, version, key, parts, recomputed)
     if ys is None:
         ys = [apply_plain(x, *parts[1:], "base", options.backend)]
     if not recomputed and _hooks(True) is not None:
@@ -273,20 +151,9 @@ def _pays(x: Tensor) -> bool:
 def _watch(layer: Any, place: Place, x: Tensor, version: int, key: Key) -> None:
     run = _thread.run
     if run is None or not run.joins(layer, place, x, version, key):
-        _thread.run = _Run(layer, place, x, version, key)
+        _thread.run = Run(layer, place, x, version, key)
         if run is not None:
             run.finish()
-
-
-def _is_watched(layer: Any, place: Place) -> bool:
-    """Not so: gone, unpatched, patched anew, or watched no longer."""
-    options = None if layer is None else layer.__dict__.get("slao_options")
-    return options is not None and options.place is place
-
-
-def _stop_watching(layer: Any, place: Place) -> None:
-    if _is_watched(layer, place):
-        layer.slao_options.place = None
 
 
 def _key(x: Tensor) -> Key | None:
@@ -319,7 +186,7 @@ def _read(layer: Any, place: Place, x: Tensor) -> Parts | None:
     Whether the sibling takes the result is its own affair when it is called, after all of its checks: here is only
     what would make the leader fail. Through the dictionaries, because nn.Module's getattr takes a microsecond.
     """
-    if not _is_watched(layer, place):
+    if not is_watched(layer, place):
         return None
     plain = plain_call(layer.__dict__, x)
     if plain is not None:

@@ -54,8 +54,12 @@ struct LoraGrads {
 #if defined(__x86_64__)
 SLAO_DECLARE(avx2)
 SLAO_DECLARE(avx512)
+#if defined(SLAO_HAS_AVX512BF16)  // the compiler has flags for it
 SLAO_DECLARE(avx512bf16)
+#endif
+#if defined(SLAO_HAS_AMX)
 SLAO_DECLARE(amx)
+#endif
 #endif
 #undef SLAO_DECLARE
 
@@ -78,7 +82,7 @@ inline Isa best_isa() {
 // Where lora_linear is concerned: no code for the base sets, more for processors with bf16 dot products or tiles.
 enum class LoraIsa { none, avx2, avx512, avx512bf16, amx };
 
-#if defined(__x86_64__)
+#if defined(SLAO_HAS_AMX)
 // Tiles are a large register state: Linux hands it out to a process that asks, where processor and kernel have it.
 inline bool tiles_granted() {
 #if defined(__linux__)
@@ -96,8 +100,14 @@ inline bool tiles_granted() {
 inline LoraIsa best_lora_isa() {
 #if defined(__x86_64__)
   const Isa best = best_isa();
-  if (best == Isa::avx512 && __builtin_cpu_supports("avx512bf16"))
-    return tiles_granted() ? LoraIsa::amx : LoraIsa::avx512bf16;
+#if defined(SLAO_HAS_AVX512BF16)
+  if (best == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) {
+#if defined(SLAO_HAS_AMX)
+    if (tiles_granted()) return LoraIsa::amx;
+#endif
+    return LoraIsa::avx512bf16;
+  }
+#endif
   if (best == Isa::avx512) return LoraIsa::avx512;
   if (best == Isa::avx2) return LoraIsa::avx2;
 #endif
@@ -117,9 +127,16 @@ inline LoraIsa best_lora_isa() {
 #endif
 
 #if defined(__x86_64__)
-#define SLAO_LORA_CALL(isa, call)                                   \
-  ((isa) == ::slao::LoraIsa::amx        ? ::slao::amx::call         \
-   : (isa) == ::slao::LoraIsa::avx512bf16 ? ::slao::avx512bf16::call  \
-   : (isa) == ::slao::LoraIsa::avx512   ? ::slao::avx512::call      \
-                                        : ::slao::avx2::call)
+#if defined(SLAO_HAS_AMX)
+#define SLAO_AMX_OR(isa, call) (isa) == ::slao::LoraIsa::amx ? ::slao::amx::call:
+#else
+#define SLAO_AMX_OR(isa, call)
+#endif
+#if defined(SLAO_HAS_AVX512BF16)
+#define SLAO_BF16_OR(isa, call) (isa) == ::slao::LoraIsa::avx512bf16 ? ::slao::avx512bf16::call:
+#else
+#define SLAO_BF16_OR(isa, call)
+#endif
+#define SLAO_LORA_CALL(isa, call)                                 \
+  (SLAO_AMX_OR(isa, call) SLAO_BF16_OR(isa, call)(isa) == ::slao::LoraIsa::avx512 ? ::slao::avx512::call : ::slao::avx2::call)
 #endif
