@@ -96,12 +96,17 @@ def requested(wish: str = "auto") -> str:
     return _environment
 
 
+def is_auto(wish: str) -> bool:
+    """Whether nobody asks for a backend: not a layer's own wish, `use_backend` or the environment."""
+    return _forced is None and wish == _environment == "auto"
+
+
 def choose(op: str, device_type: str, wish: str = "auto") -> str:
     """The name of the backend that `op` takes on `device_type` now.
 
     Raises ValueError when an explicit wish cannot be met, with the reason and what could.
     """
-    if _forced is None and wish == _environment == "auto":  # nobody asks for anything: the common case, asked often
+    if is_auto(wish):
         return _available(op, device_type)[0]
     wish = requested(wish)
     if wish == "eager" and wish not in _PREFERENCE[op]:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import dispatch, eligibility, groups, plain
 from .ops import dora
 from .ops.lora_linear import add, apply, apply_plain
+from .ops.lora_linear.native_layer import fused
 
 logger = logging.getLogger("slao_kernels")
 _logged: set[str] = set()
@@ -34,14 +36,14 @@ class FusedOptions:
 
     def fell_back(self, reason: str) -> None:
         """Put the reason into the report, and into the log once per reason; not while torch.compile looks on."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return
         self.fallbacks[self.name] = reason
         log_once(self.name, reason)
 
     def calls_base(self, why: str) -> None:
         """Put into the report that the base layer runs its own forward, if it is not there yet."""
-        if not torch.compiler.is_compiling() and self.name not in self.notes:
+        if not is_compiling() and self.name not in self.notes:
             self.notes[self.name] = f"base layer called: {why}"
 
 
@@ -64,12 +66,15 @@ class FusedLoraLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: base(x) + Σ scaling · B A x over the active adapters. x: (..., K) -> (..., N)."""
-        if not (args or kwargs or torch.compiler.is_compiling()):
+        if not (args or kwargs or is_compiling()):
             parts: plain.Plain | None = plain.plain_call(self.__dict__, x)
             if parts is not None:
                 options = self.slao_options
                 if options.place is not None:
                     return groups.call(self, x, groups.Parts(parts[0], *parts))
+                # With a code there is a core, and then "auto" is the core: apply_plain without its detour.
+                if parts[5] and options.precision == "base" and dispatch.is_auto(options.backend):
+                    return fused(x, *parts)
                 return apply_plain(x, *parts, options.precision, options.backend)
         if self.disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
@@ -94,7 +99,7 @@ class FusedLoraLinear(lora.Linear):
         bias = with_own_bias(self, adapters, base.bias)
         # Several adapters with dropout have been ruled out: each would see a mask of its own.
         dropout = eligibility.active_dropout(self, adapters[0])
-        grouped = options.place is not None and bias is base.bias and not torch.compiler.is_compiling()
+        grouped = options.place is not None and bias is base.bias and not is_compiling()
         if grouped and dropout == 0.0 and len(adapters) == 1 and not isinstance(self.scaling[adapters[0]], Tensor):
             return groups.call(self, x, groups.Parts(base.weight, weight, base.bias, A, B, scaling))
         return apply(
@@ -146,7 +151,7 @@ def add_to_base(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any], why: s
     why: what the report says of the base being called, if it has nothing yet.
     """
     options = layer.slao_options
-    parts = None if torch.compiler.is_compiling() or kwargs else plain.branch(layer.__dict__, x)
+    parts = None if is_compiling() or kwargs else plain.branch(layer.__dict__, x)
     if parts is not None:
         (A, B, scaling), dropout = parts, 0.0
     else:

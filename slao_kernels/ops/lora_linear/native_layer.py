@@ -49,14 +49,9 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return _differentiated_once(ctx, dy)
-        return _Fused.grads(ctx, dy)
-
-    @staticmethod
-    def grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, t, A, B = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B, _, _ = ctx.needs_input_grad
-        n = weight.shape[0]
-        dy2 = dy if dy.dim() == 2 else dy.reshape(-1, n)
+        dy2 = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
         if dy2.stride(1) != 1:
             dy2 = dy2.contiguous()
         dx, dA, dB, _ = backward_of(dy2, x, weight, t, A, B, ctx.scaling, ctx.code, need_x, need_A, need_B)
@@ -66,7 +61,7 @@ class _Fused(torch.autograd.Function):
 
 @once_differentiable
 def _differentiated_once(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return _Fused.grads(ctx, dy)
+    return _Fused.backward(ctx, dy)
 
 
 def fused(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, code: int) -> Tensor:
