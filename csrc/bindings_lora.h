@@ -78,6 +78,20 @@ struct Arguments {
   float number() { return float(PyFloat_AsDouble(*next++)); }
 };
 
+// Runs without the GIL; None, or the exception that a call of pybind11's would have made of the C++ one.
+template <typename F> PyObject* without_gil(F&& f) {
+  try {
+    py::gil_scoped_release release;
+    f();
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
 // x, ldx, A, B, bias, t, ldt, y, M, K, N, R, scale, dtype, other, threads
 PyObject* lora_forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Arguments a{arguments};
@@ -88,12 +102,11 @@ PyObject* lora_forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   const float scale = a.number();
   const int dtype = int(a.integer()), other = int(a.integer()), threads = int(a.integer());
   if (PyErr_Occurred()) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  SLAO_LORA_CALL(lora_isa, lora_forward(matrix(x, M, K, ldx, 1, dtype), matrix(A, K, R, 1, K, other),
-                                        matrix(t, M, R, ldt, 1, dtype), matrix(B, R, N, 1, R, other),
-                                        reinterpret_cast<void*>(bias), matrix(y, M, N, N, 1, dtype), scale, threads));
-  Py_END_ALLOW_THREADS
-  Py_RETURN_NONE;
+  return without_gil([&] {
+    SLAO_LORA_CALL(lora_isa, lora_forward(matrix(x, M, K, ldx, 1, dtype), matrix(A, K, R, 1, K, other),
+                                          matrix(t, M, R, ldt, 1, dtype), matrix(B, R, N, 1, R, other),
+                                          reinterpret_cast<void*>(bias), matrix(y, M, N, N, 1, dtype), scale, threads));
+  });
 }
 
 // x, ldx, g, A, dx, M, K, R, dtype, other, threads, then for each layer dy, ldy, t, ldt, B, dA, dB, N, r, scale. g (M, R)
@@ -119,12 +132,11 @@ PyObject* lora_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count)
     done += r;
   }
   if (PyErr_Occurred()) return nullptr;
-  Py_BEGIN_ALLOW_THREADS
-  SLAO_LORA_CALL(lora_isa, lora_backward(grads.data(), int(grads.size()), matrix(x, M, K, ldx, 1, dtype),
-                                         matrix(g, M, R, R, 1, dtype), matrix(A, R, K, K, 1, other),
-                                         matrix(dx, M, K, K, 1, dtype), threads));
-  Py_END_ALLOW_THREADS
-  Py_RETURN_NONE;
+  return without_gil([&] {
+    SLAO_LORA_CALL(lora_isa, lora_backward(grads.data(), int(grads.size()), matrix(x, M, K, ldx, 1, dtype),
+                                           matrix(g, M, R, R, 1, dtype), matrix(A, R, K, K, 1, other),
+                                           matrix(dx, M, K, K, 1, dtype), threads));
+  });
 }
 
 using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
