@@ -56,8 +56,7 @@ def test_transition(rounds: int, benchmark: Any, device: str, layers: list[tuple
         totals = torch.stack([tensor.sum() for tensor in As + Bs])
         assert bool(totals.isfinite().all())
         slao_kernels.scaled_merge_(B_merged, Bs, 0.5)
-        slao_kernels.scaled_merge_(A_kept, As, 1.0)
-        slao_kernels.orthogonal_init_(As)
+        slao_kernels.orthogonal_init_(As, keep=A_kept)
 
     transition()
     mine: list[float] = []

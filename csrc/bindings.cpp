@@ -36,15 +36,17 @@ void fold(const py::buffer& table, const py::buffer& scalings, int threads, cons
   SLAO_CALL(chosen, fold(records.data(), int64_t(records.size()), threads));
 }
 
-bool orthogonal_init(const py::buffer& table, const py::buffer& triangles, const py::buffer& status, int threads,
-                     const std::string& isa) {
+bool orthogonal_init(const py::buffer& table, const py::buffer& triangles, const py::buffer& kept,
+                     const py::buffer& status, int threads, const std::string& isa) {
   const auto m = slao::matrices_of(table, 1);
   const auto r = slao::matrices_of(triangles, 1);
   const auto states = slao::buffer_of<int32_t>(status, "status");
-  if (states.size != m.size || (r.size && r.size != m.size)) throw std::invalid_argument("one state and R a matrix");
+  const auto k = slao::matrices_of(kept, 1);
+  if (states.size != m.size || (r.size && r.size != m.size) || (k.size && k.size != m.size))
+    throw std::invalid_argument("one state, R and copy a matrix");
   const Isa chosen = isa_of(isa);
   py::gil_scoped_release release;
-  return SLAO_CALL(chosen, orthogonal_init(m.data, r.size ? r.data : nullptr,
+  return SLAO_CALL(chosen, orthogonal_init(m.data, r.size ? r.data : nullptr, k.size ? k.data : nullptr,
                                            reinterpret_cast<slao::Status*>(states.data), m.size, threads));
 }
 
@@ -57,12 +59,12 @@ std::string best_isa() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Whole-model kernels over tables of raw pointers. Call slao_kernels' ops, not this.";
-  module.attr("abi") = 2;
+  module.attr("abi") = 3;
   module.def("best_isa", &best_isa);
   module.def("scaled_merge", &scaled_merge, py::arg("table"), py::arg("lam"), py::arg("threads"), py::arg("isa"));
   module.def("fold", &fold, py::arg("table"), py::arg("scalings"), py::arg("threads"), py::arg("isa"));
-  module.def("orthogonal_init", &orthogonal_init, py::arg("table"), py::arg("triangles"), py::arg("status"),
-             py::arg("threads"), py::arg("isa"));
+  module.def("orthogonal_init", &orthogonal_init, py::arg("table"), py::arg("triangles"), py::arg("kept"),
+             py::arg("status"), py::arg("threads"), py::arg("isa"));
   slao::define_layer(module);
   slao::define_lora(module);
 #ifdef SLAO_CUDA

@@ -16,7 +16,8 @@
   namespace slao::isa {                                                                                             \
   void scaled_merge(const MergeRecord* records, int64_t count, int threads);                                        \
   void fold(const FoldRecord* records, int64_t count, int threads);                                                 \
-  bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, Status* status, int64_t count, int threads); \
+  bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, const Matrix* kept, Status* status,          \
+                       int64_t count, int threads);                                                                 \
   }
 
 SLAO_DECLARE(base)

@@ -271,9 +271,10 @@ template <typename T> void finish(const Matrix& m, const Matrix& triangle, Plan&
 
 }  // namespace
 
-// triangles: where R goes, or null data. Returns false, with nothing written, when a matrix is not finite. Matrices
+// triangles: where R goes, or null data. kept: where a matrix is copied before it is written, or null. Returns false, with nothing written, when a matrix is not finite. Matrices
 // that come back flagged are not written either: the caller has Householder for them.
-bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, Status* status, int64_t count, int threads) {
+bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, const Matrix* kept, Status* status, int64_t count,
+                     int threads) {
   std::vector<Plan> plans(count);
   bool finite = true;
 #pragma omp parallel num_threads(threads)
@@ -287,6 +288,7 @@ bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, Status* st
     if (finite) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t i = count - 1; i >= 0; --i) {  // backwards: what was read last may still be in a cache
+        if (kept) copy_matrix(kept[i], matrices[i]);  // and finds it in the cache, where it then is read once more
         if (status[i] != Status::done) continue;
         const Matrix triangle = triangles ? triangles[i] : Matrix{};
         if (narrow_apply(matrices[i], plans[i]))

@@ -76,4 +76,17 @@ template <typename T> void store_span(const Matrix& m, int64_t row, int64_t begi
   });
 }
 
+// to <- from, bit for bit: two matrices of one shape and dtype.
+inline void copy_matrix(const Matrix& to, const Matrix& from) {
+  const int64_t size = element_size(from.dtype);
+  for (int64_t i = 0; i < from.rows; ++i) {
+    char* out = to.data + i * to.row_stride * size;
+    const char* in = from.data + i * from.row_stride * size;
+    if (to.col_stride == 1 && from.col_stride == 1)
+      std::memcpy(out, in, from.cols * size);
+    else
+      for (int64_t j = 0; j < from.cols; ++j) std::memcpy(out + j * to.col_stride * size, in + j * from.col_stride * size, size);
+  }
+}
+
 }  // namespace slao::SLAO_ISA

@@ -5,7 +5,7 @@
 namespace {
 
 using slao::Status;
-using Orthogonal = bool (*)(const Matrix*, const Matrix*, Status*, int64_t, int);
+using Orthogonal = bool (*)(const Matrix*, const Matrix*, const Matrix*, Status*, int64_t, int);
 
 // How a matrix is made. skewed: rows that nearly agree, so that one pass is not enough; graded: rows of all sizes.
 enum Kind { plain, skewed, graded, tiny, huge, zero_row, twice_a_row, squares_overflow };
@@ -13,12 +13,14 @@ enum Kind { plain, skewed, graded, tiny, huge, zero_row, twice_a_row, squares_ov
 struct Init {
   std::string label;
   Tensor A, R;  // R is not asked for where its data is null
+  Tensor kept;  // A as it was
   Kind kind;
   Values before;
 };
 
 Init init_case(int64_t r, int64_t n, Dtype t, Layout layout, int64_t offset, Kind kind, bool with_r) {
   Tensor A(r, n, t, layout, offset), R(r, r, t == Dtype::f64 ? t : Dtype::f32, Layout((layout + 1) % 4), offset);
+  Tensor kept(r, n, t, Layout((layout + 2) % 4), offset);
   const double skew = slao::element_size(t) == 2 ? 4 : 1000;
   Values common(n), size(r, 1.0);
   for (double& x : common) x = skew * random_numbers.normal();
@@ -38,7 +40,7 @@ Init init_case(int64_t r, int64_t n, Dtype t, Layout layout, int64_t offset, Kin
   if (!with_r) R.m.data = nullptr;
   const Values before = A.values();
   const std::string label = "orthogonal_init kind " + std::to_string(kind) + " of " + describe(A.m);
-  return {label, std::move(A), std::move(R), kind, before};
+  return {label, std::move(A), std::move(R), std::move(kept), kind, before};
 }
 
 double dot(const double* x, const double* y, int64_t n) {
@@ -83,20 +85,25 @@ void check_factors(const Init& c) {
 }
 
 void check_inits(Orthogonal kernel, std::vector<Init>& cases, bool any_r, bool spoilt) {
-  std::vector<Matrix> As, Rs;
+  std::vector<Matrix> As, Rs, kept;
   for (Init& c : cases) {
-    c.A.lock(), c.R.lock();
-    As.push_back(c.A.m), Rs.push_back(c.R.m);
+    c.A.lock(), c.R.lock(), c.kept.lock();
+    As.push_back(c.A.m), Rs.push_back(c.R.m), kept.push_back(c.kept.m);
   }
   std::vector<std::vector<char>> first(cases.size());
   const int64_t count = int64_t(cases.size());
   for (int threads : {3, 1}) {
     std::vector<Status> status(cases.size(), Status::deficient);
-    const bool finite = kernel(As.data(), any_r ? Rs.data() : nullptr, status.data(), count, threads);
+    const bool finite = kernel(As.data(), any_r ? Rs.data() : nullptr, any_r ? kept.data() : nullptr, status.data(), count, threads);
     expect(finite == !spoilt, "orthogonal_init", "says wrongly whether everything was finite");
     for (size_t i = 0; i < cases.size(); ++i) {
       Init& c = cases[i];
-      c.A.unlock(), c.R.unlock();
+      c.A.unlock(), c.R.unlock(), c.kept.unlock();
+      if (any_r && !spoilt)
+        expect(c.kept.values() == c.before && c.kept.unchanged_outside(), c.label, "what was to be kept is something else");
+      else
+        expect(c.kept.unchanged(), c.label, "the copy was written");
+      c.kept.restore();
       const bool sound = c.kind < zero_row;
       const bool has_bad = std::any_of(c.before.begin(), c.before.end(), [](double x) { return !std::isfinite(x); });
       expect(status[i] == (has_bad ? Status::not_finite : sound ? Status::done : Status::flagged), c.label,
@@ -151,7 +158,7 @@ void check_orthogonal(Orthogonal kernel) {
         check_inits(kernel, cases, true, true);
         total += cases.size();
       }
-  expect(kernel(nullptr, nullptr, nullptr, 0, 3), "orthogonal_init", "an empty table is not finite");
+  expect(kernel(nullptr, nullptr, nullptr, nullptr, 0, 3), "orthogonal_init", "an empty table is not finite");
   std::printf("%-7s orthogonal_init  %5zu records\n", instruction_set.c_str(), total);
 }
 

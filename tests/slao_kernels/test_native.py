@@ -33,7 +33,7 @@ def isa(request: pytest.FixtureRequest) -> str:
 def orthogonal_init(As: list[Tensor], isa: str, threads: int = 1) -> list[int]:
     states = array.array("i", [0]) * len(As)
     table = native.table(map(native.matrix, As))
-    native.core().orthogonal_init(table, array.array("q"), states, threads, isa)
+    native.core().orthogonal_init(table, array.array("q"), array.array("q"), states, threads, isa)
     return list(states)
 
 

@@ -79,9 +79,13 @@ class SLAO(Method):
     def _begin(self, task: int) -> None:
         if task == 1:
             return
-        # Training is about to change the factors that so far stood for their own merge.
-        kept = {factor: self._copy(factor) for factor in "AB" if self._merged[factor] is None}
+        # Training is about to change the factors that so far stood for their own merge. Re-basing A keeps it itself.
+        kept = {factor: self._room(factor) for factor in "AB" if self._merged[factor] is None}
         As, Bs = self._live("A"), self._live("B")
+        in_passing = kept.get("A") if self.orthogonal and self.init == "last_ft" else None
+        for factor, copies in kept.items():
+            if copies is not in_passing:
+                scaled_merge_(copies, self._live(factor), 1.0)
         if self.init == "merged":
             scaled_merge_(As + Bs, self._merged_or_live("A") + self._merged_or_live("B"), 1.0)
         elif self.init == "random":
@@ -89,22 +93,21 @@ class SLAO(Method):
                 A.copy_(_fresh_A(A, f"{self.seed}/{task}/{pair.name}"))
                 B.zero_()
         if self.orthogonal:
-            self._rebase(As, Bs)
+            self._rebase(As, Bs, in_passing)
         self._merged |= kept
 
-    def _copy(self, factor: str) -> list[Tensor]:
-        """The live weights, copied into the memory that the same copy took a task ago."""
+    def _room(self, factor: str) -> list[Tensor]:
+        """Memory for a copy of the live weights: that which the same copy took a task ago."""
         live = self._live(factor)
         spare, self._spare = self._spare, {}
-        copies = spare.get(factor)
-        if copies is None or any(not _alike(*two) for two in zip(copies, live, strict=True)):
-            return [tensor.clone() for tensor in live]
-        scaled_merge_(copies, live, 1.0)
-        return copies
+        room = spare.get(factor)
+        if room is None or any(not _alike(*two) for two in zip(room, live, strict=True)):
+            return [torch.empty_like(tensor) for tensor in live]
+        return room
 
-    def _rebase(self, As: list[Tensor], Bs: list[Tensor]) -> None:
+    def _rebase(self, As: list[Tensor], Bs: list[Tensor], keep: list[Tensor] | None) -> None:
         try:
-            report = orthogonal_init_(As, return_r=self.preserve)
+            report = orthogonal_init_(As, return_r=self.preserve, keep=keep)
             report.check()
         except ValueError:  # nothing is written; the layers' names say more than their numbers
             self._refuse_broken_weights()

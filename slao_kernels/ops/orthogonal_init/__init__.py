@@ -49,16 +49,20 @@ class OrthogonalInitReport:
         return self._r
 
 
-def orthogonal_init_(As: Sequence[Tensor], *, return_r: bool = False, backend: str = "auto") -> OrthogonalInitReport:
+def orthogonal_init_(
+    As: Sequence[Tensor], *, return_r: bool = False, keep: Sequence[Tensor] | None = None, backend: str = "auto"
+) -> OrthogonalInitReport:
     """In place, for all matrices: A <- Qᵀ where Aᵀ = Q R is the reduced QR with diag(R) > 0, so A Aᵀ = I.
 
     As: matrices (r, n), r <= n, each of any floating dtype and any strides, all on one device, no shared memory.
     Accuracy: ‖A Aᵀ − I‖₂ ≤ 1e-6 in fp32, ≤ 5e-6 where rows had to be completed; 16-bit storage holds the rounding
     of that. Deterministic. Works on Parameters; autograd does not record it.
+    keep: tensors of the As' shapes and dtypes, which receive what the As were; on a CPU in the pass that overwrites
+    those, which saves reading them once more.
     Returns an OrthogonalInitReport.
     Raises ValueError that names every bad matrix (r > n, not floating, NaN or infinite, other device, overlap), with
-    nothing written. On a GPU NaN and infinities are found on the device: nothing is written either, and the report
-    raises when it is read.
+    nothing written. On a GPU NaN and infinities are found on the device: no A is written either (`keep` is), and the
+    report raises when it is read.
     Source: SLAO, arXiv 2512.23017, Algorithm 1.
     """
     As = list(As)
@@ -70,8 +74,18 @@ def orthogonal_init_(As: Sequence[Tensor], *, return_r: bool = False, backend: s
             continue
         if A.dim() != 2 or not 0 < A.shape[0] <= A.shape[1]:
             problems.add(f"As[{index}]", f"is {tuple(A.shape)}; it needs the shape (r, n) with 1 <= r <= n")
+    if keep is not None and checks.lengths(problems, As=As, keep=keep):
+        for index, (A, copy) in enumerate(zip(As, keep, strict=True)):
+            fits = isinstance(A, Tensor) and checks.tensor(problems, f"keep[{index}]", copy, device)
+            if fits and (copy.shape, copy.dtype) != (A.shape, A.dtype):
+                problems.add(f"keep[{index}]", f"is {tuple(copy.shape)} {copy.dtype}, A {tuple(A.shape)} {A.dtype}")
+    kept = [] if keep is None else list(keep)
     if not problems.found:
         checks.distinct_memory(problems, "As", As)
+        checks.distinct_memory(problems, "keep", kept, As=As)
+        for index, copy in enumerate(kept):
+            if copy.data_ptr() == As[index].data_ptr():
+                problems.add(f"keep[{index}]", f"is As[{index}] itself")
     problems.raise_if_any()
     if not As or device is None:
         return OrthogonalInitReport([] if return_r else None, torch.empty(0, dtype=torch.int32))
@@ -79,11 +93,23 @@ def orthogonal_init_(As: Sequence[Tensor], *, return_r: bool = False, backend: s
     r = [A.new_empty((A.shape[0], A.shape[0]), dtype=_r_dtype(A.dtype)) for A in As] if return_r else []
     status = torch.empty(len(As), dtype=torch.int32, device=device)
     with torch.no_grad():
-        torch.ops.slao_kernels.orthogonal_init_(As, r, status, chosen)
+        if kept and chosen == "native" and device.type == "cpu" and dispatch.direct():
+            dispatch.implementation("orthogonal_init", chosen).orthogonal_init_(As, r, status, kept)
+        else:
+            if kept and device.type == "cpu":
+                _refuse_not_finite(As)  # the copies come first here
+            for A, copy in zip(As, kept, strict=False):
+                copy.copy_(A)
+            torch.ops.slao_kernels.orthogonal_init_(As, r, status, chosen)
     report = OrthogonalInitReport(r if return_r else None, status)
     if device.type == "cpu":
         report.check()
     return report
+
+
+def _refuse_not_finite(As: list[Tensor]) -> None:
+    states = [2 * int(not A.isfinite().all()) for A in As]
+    OrthogonalInitReport(None, torch.tensor(states, dtype=torch.int32)).check()
 
 
 def _r_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import logging
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -17,8 +18,11 @@ logger = logging.getLogger("slao_kernels")
 _DONE, _NOT_FINITE, _FLAGGED = 0, 2, 3
 
 
-def orthogonal_init_(As: list[Tensor], r: list[Tensor], status: Tensor) -> None:
-    """As `reference.orthogonal_init_`; see csrc/cpu/orthogonal_init.cpp and csrc/cuda/orthogonal_init.cu."""
+def orthogonal_init_(As: list[Tensor], r: list[Tensor], status: Tensor, keep: Sequence[Tensor] = ()) -> None:
+    """As `reference.orthogonal_init_`; see csrc/cpu/orthogonal_init.cpp and csrc/cuda/orthogonal_init.cu.
+
+    keep (on a CPU only): tensors like As, which receive them as they were, in the pass that overwrites them.
+    """
     core = native.core()
     if As and As[0].is_cuda:
         if max(A.shape[0] for A in As) > core.cuda_max_rank:
@@ -37,12 +41,13 @@ def orthogonal_init_(As: list[Tensor], r: list[Tensor], status: Tensor) -> None:
     states = array.array("i", [0]) * len(As)
     table = native.table(map(native.matrix, As))
     triangles = native.table(map(native.matrix, r))
-    finite = core.orthogonal_init(table, triangles, states, torch.get_num_threads(), "auto")
+    kept = native.table(map(native.matrix, keep))
+    finite = core.orthogonal_init(table, triangles, kept, states, torch.get_num_threads(), "auto")
     if not finite:
         # A matrix that was only flagged is as unwritten as all the others.
         status.copy_(torch.tensor([_NOT_FINITE if state == _NOT_FINITE else _DONE for state in states]))
         return
-    native.written(As)
+    native.written([*As, *keep])
     flagged = [index for index, state in enumerate(states) if state == _FLAGGED]
     status.copy_(torch.tensor(states))
     if flagged:
