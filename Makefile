@@ -32,7 +32,9 @@ bench: $(VENV)/.installed
 
 ## make gpu     on a machine with a GPU: its tests and all benches, figures into build/gpu.json (GPU_JSON=);
 ##              PARTS="tests layers steps rest" chooses some of them, ARGS= goes to pytest
-gpu: $(VENV)/.installed
+gpu:
+	@$(PYTHON) bench/gpu.py $(PARTS) --look
+	@$(MAKE) --no-print-directory $(VENV)/.installed
 	@$(BIN)/python bench/gpu.py $(PARTS) --out $(GPU_JSON) -- $(ARGS)
 
 ## make lint    ruff and mypy
