@@ -40,12 +40,14 @@ class Case:
     @property
     def label(self) -> str:
         """What tells it from the other cases of its test, for a reader."""
-        words = [f"{name} {value}" if name in ("r", "weight", "adapter") else str(value) for name, value in self._own]
+        named = "r", "weight", "adapter"  # their values alone would not say what they are
+        words = [f"{name} {value}" if name in named else str(value) for name, value in self.shown.items()]
         return times(", ".join(words)) or self.test.replace("_", " ")
 
     @property
-    def _own(self) -> list[tuple[str, Any]]:
-        return [(name, value) for name, value in self.params.items() if name != "rounds"]
+    def shown(self) -> dict[str, Any]:
+        """The parameters without those that only say how it was measured."""
+        return {name: value for name, value in self.params.items() if name != "rounds"}
 
 
 def times(text: str) -> str:
@@ -89,7 +91,7 @@ def number(mapping: Any, key: str, where: str, positive: bool = True) -> float:
 
 
 def case(bench: dict[str, Any], where: str) -> Case:
-    """The case of one entry of a file's benchmarks. ValueError of one line, with `where` in it, if it lacks something."""
+    """The case of one entry of a file's benchmarks. ValueError of one line that begins with `where` if it is none."""
     file = str(need(bench, "fullname", where)).partition("::")[0]
     test = str(need(bench, "name", where)).partition("[")[0].removeprefix("test_")
     info = bench["extra_info"]
