@@ -9,13 +9,14 @@ from results import Run
 
 NONE = "–"
 SHARED = (
-    "These are times of a shared machine: quote the ratios, which come from one interleaved run, not the milliseconds."
+    "Others may have used the machine meanwhile: quote the ratios, which come from one interleaved run, and no "
+    "milliseconds."
 )
 
 
-def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    rows = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]], text: int = 1) -> str:
+    """A Markdown table; the first `text` columns are text, the others numbers."""
+    rows = [head, ["---"] * text + ["---:"] * (len(head) - text), *body]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
@@ -111,7 +112,7 @@ def section(bench: str, cases: Sequence[Case], images: Sequence[tuple[str, str]]
 
 def head(run: Run) -> str:
     """Where it was measured, as a table, and what may not be read out of it."""
-    parts = [markdown([f"`make gpu`, {run.part}" if run.part else "measured on", ""], run.about).replace("---:", "---")]
+    parts = [markdown([f"`make gpu`, {run.part}" if run.part else "measured on", ""], run.about, text=2)]
     if run.left_out:
         parts += ["Left out: " + "; ".join(f"{name}: {why}" for name, why in run.left_out.items()) + "."]
     return "\n\n".join(parts if run.gpu else [*parts, f"**{SHARED}**"])
