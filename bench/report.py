@@ -20,6 +20,7 @@ import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
 LINK = "bench/results"
 
 
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> int:
         if options.check:
             return check()
         if not options.readme:
-            path = scrub.keep(options.file, device=options.device) if options.keep else options.file
+            path = scrub.keep(options.file, RESULTS, options.device) if options.keep else options.file
             write(path, not options.no_plots)
         if options.readme or options.keep:
             for file, text in expected().items():
@@ -84,8 +85,8 @@ def page(path: Path) -> str:
 
 def expected() -> dict[Path, str]:
     """What README.md and the pages of all results have to say, by file."""
-    readme = quote.filled(README.read_text(encoding="utf-8"), scrub.RESULTS, LINK)
-    return {README: readme} | {path.with_suffix(".md"): page(path) for path in sorted(scrub.RESULTS.glob("*.json"))}
+    readme = quote.filled(README.read_text(encoding="utf-8"), RESULTS, LINK)
+    return {README: readme} | {path.with_suffix(".md"): page(path) for path in sorted(RESULTS.glob("*.json"))}
 
 
 def check() -> int:

@@ -12,7 +12,6 @@ from typing import Any
 
 from results import load, parse
 
-RESULTS = Path(__file__).parent / "results"
 MACHINE = ("machine", "system", "python_version", "python_implementation", "slao_kernels")
 CPU = ("brand_raw", "arch", "count", "hz_advertised_friendly", "family", "model", "stepping", "flags")
 FLAGS = ("avx", "amx", "fma", "f16c", "sve", "asimd", "neon", "bf16", "i8mm")  # what the kernels choose by
@@ -72,7 +71,7 @@ def device_word(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", bare.lower()).strip("-")
 
 
-def keep(path: Path, folder: Path = RESULTS, device: str | None = None) -> Path:
+def keep(path: Path, folder: Path, device: str | None = None) -> Path:
     """Write what may be published of `path` into `folder`, as <date>-<device>.json; returns that file's path.
 
     ValueError of one line for what cannot be read, for figures of a run that only showed that all works (--rounds),
