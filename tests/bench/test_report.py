@@ -6,58 +6,16 @@ import copy
 import json
 import math
 import re
-import subprocess
 import sys
 
 import cases
 import gpu
 import plots
 import pytest
-import quote
 import report
 import results
 import scrub
 import tables
-
-WANTED = "test_scaled_merge or test_orthogonal_init or test_transition or (test_layer and 32x384x384-bf16)"
-WANTED += " or (test_product and 1024x384-bf16)"
-
-
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """pytest-benchmark's file of a few benches with three rounds."""
-    path = tmp_path_factory.mktemp("run") / "bench.json"
-    command = [sys.executable, "-m", "pytest", "bench", "-q", "-k", WANTED, "--device=cpu", "--model=minilm"]
-    command += ["--rounds=3", "--threads=1", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=gpu.ROOT, env=gpu.importing_from_here(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    return path
-
-
-@pytest.fixture
-def whole(measured):
-    return json.loads(measured.read_text())
-
-
-@pytest.fixture
-def publishable(whole, tmp_path):
-    """The same as if it had run without --rounds."""
-    whole["machine_info"]["slao_kernels"]["options"]["rounds"] = None
-    path = tmp_path / "measured.json"
-    path.write_text(json.dumps(whole))
-    return path
-
-
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """A README with two blocks, and a folder for results, in place of this repository's."""
-    readme, folder = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(
-        "# A\n<!-- bench:cpu summary -->\n<!-- /bench -->\nb\n<!-- bench:gpu summary -->\n<!-- /bench -->\n"
-    )
-    monkeypatch.setattr(report, "README", readme)
-    monkeypatch.setattr(report, "RESULTS", folder)
-    return readme, folder
 
 
 def named(runs):
@@ -246,79 +204,3 @@ def test_a_file_of_make_gpu(measured, tmp_path):
 def test_digits():
     expected = {0.0123456: "0.0123", 0.1: "0.100", 0.99951: "1.00", 9.996: "10.0", 99.96: "100", 1234.5: "1,234"}
     assert {value: tables.digits(value) for value in expected} == expected
-
-
-# Quoted in the README
-
-
-def test_this_repository_says_what_its_results_say(capsys):
-    assert report.main(["--check"]) == 0, capsys.readouterr().err
-    assert "<!-- bench:cpu summary -->" in report.README.read_text(encoding="utf-8")
-    for path in report.RESULTS.glob("*.json"):
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        assert scrub.scrub(whole) == whole, f"{path.name} is not scrubbed: put it there by report.py --keep"
-        assert path.stat().st_size < 100_000
-
-
-def test_a_block_is_filled_checked_and_put_right(publishable, repository, capsys):
-    readme, folder = repository
-    assert report.main(["--check"]) == 0  # no results, empty blocks
-    assert report.main(["--keep", str(publishable), "--no-plots"]) == 0
-    assert report.main(["--check"]) == 0
-    text = readme.read_text()
-    before, _, after = text.partition("b\n<!-- bench:gpu")
-    assert before.startswith("# A\n<!-- bench:cpu summary -->\n| ")
-    assert after == " summary -->\n<!-- /bench -->\n"  # no GPU's result
-    (page,) = folder.glob("*.md")
-    ratios = [
-        case.over_ours["loop lerp_(.float())"]
-        for case in results.read(publishable)[0].cases
-        if "loop lerp_(.float())" in case.ms
-    ]
-    assert f"loop lerp_(.float()) {tables.digits(*ratios)} " in text
-    for file in (readme, page):
-        right = file.read_text()
-        file.write_text(right.replace("| ---", "|  ---"))
-        capsys.readouterr()
-        assert report.main(["--check"]) == 1
-        assert capsys.readouterr().err.startswith(f"report: {file.name} is not what bench/results/ says")
-        assert report.main(["--readme"]) == 0
-        assert file.read_text() == right
-
-
-def test_the_newest_result_of_a_kind_is_quoted(publishable, repository):
-    _, folder = repository
-    scrubbed = scrub.scrub(json.loads(publishable.read_text()))
-    folder.mkdir()
-    for name in ("2026-01-02-b", "2025-12-31-z", "2026-01-02-a"):
-        (folder / f"{name}.json").write_text(json.dumps(scrubbed))
-    path, runs = quote.newest("cpu", folder)
-    assert path.stem == "2026-01-02-b"
-    assert len(runs) == 1
-    assert quote.newest("gpu", folder) is None
-
-
-def test_a_bench_can_be_quoted_alone(publishable, repository):
-    _, folder = repository
-    target = scrub.keep(publishable, folder)
-    text = quote.text("cpu", "scaled_merge", folder, "results")
-    case = named(results.read(target))["scaled_merge fp32"]
-    assert f"| fp32 | {tables.digits(case.over_ours['_foreach_lerp_'])} | " in text
-    with pytest.raises(ValueError, match="no_such -->: .* has summary, .*scaled_merge"):
-        quote.text("cpu", "no_such", folder, "results")
-
-
-@pytest.mark.parametrize(
-    ("readme", "said"),
-    [
-        ("nothing", "at least one pair"),
-        ("<!-- bench:cpu summary -->\n", "at least one pair"),
-        ("<!-- bench:cpu summary -->\n<!-- /bench -->\n<!-- /bench -->\n", "markers are pairs"),
-        ("<!-- bench:cpu summary -->\n<!-- bench:gpu summary -->\n<!-- /bench -->\n", "markers are pairs"),
-        ("<!-- bench:cpu -->\n<!-- /bench -->\n", "markers are pairs"),
-        ("<!-- bench:tpu summary -->\n<!-- /bench -->\n", "cpu or gpu is expected, not tpu"),
-    ],
-)
-def test_wrong_markers(readme, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
-        quote.filled(readme, tmp_path, "results")
