@@ -155,7 +155,7 @@ def test_a_page_has_every_case_and_its_plots(measured):
         assert ours.partition(" ")[0] == tables.digits(case.ms["ours"])
     links = re.findall(r"!\[.*?\]\((.*?)\)", page)
     assert set(links) == {f"bench/{path.name}" for path in measured.with_suffix("").iterdir()}
-    assert {"bench/orthogonal_init-time.png", "bench/lora_linear-ratio.png", "bench/lora_kernels-roof.png"} <= set(
+    assert {"bench/orthogonal_init-time.png", "bench/lora_linear-ratio.png", "bench/scaled_merge-roof.png"} <= set(
         links
     )
     assert "bench/transition-ratio.png" not in links  # it has no peer
