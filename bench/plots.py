@@ -145,7 +145,7 @@ def fill(axes: Any, panel: str, placed: list[tuple[Place, Case]], kind: Kind, na
         axes.set_yscale("log")
         plain_numbers(axes.yaxis)
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
     axes.set_xticks(xs, [where.tick for where, _ in placed], rotation=25, ha="right", fontsize=7)
     axes.set_xticks([], minor=True)
     axes.tick_params(axis="y", which="both", labelsize=7)
