@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 DRIVER = $(MAKE) --silent --no-print-directory -j$(shell getconf _NPROCESSORS_ONLN) -f tests/csrc/Makefile
 INSTALL = pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test bench gpu lint asan aarch64 format clean
+.PHONY: help demo test bench report gpu lint asan aarch64 format clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -25,14 +25,23 @@ demo:
 test: $(VENV)/.installed
 	$(BIN)/pytest $(ARGS)
 
-## make bench   all benches on this machine's device, figures into build/bench.json (elsewhere with BENCH_JSON=)
+## make bench   all benches on this machine's device (without a GPU seven minutes on two cores): figures into
+##              build/bench.json (elsewhere with BENCH_JSON=), tables and plots beside it
 bench: $(VENV)/.installed
 	mkdir -p $(dir $(BENCH_JSON))
-	$(BIN)/pytest bench --benchmark-json=$(BENCH_JSON) $(ARGS)
+	$(BIN)/pytest bench -v --benchmark-json=$(BENCH_JSON) $(ARGS)
+	$(BIN)/python bench/report.py $(BENCH_JSON)
+
+## make report  tables and plots of build/bench.json; ARGS=build/gpu.json: of that; ARGS=--keep: into bench/results/
+##              and the README, without host, user and paths (bench/results/README.md)
+report: $(VENV)/.installed
+	$(BIN)/python bench/report.py $(ARGS)
 
 ## make gpu     on a machine with a GPU: its tests and all benches, figures into build/gpu.json (GPU_JSON=);
 ##              PARTS="tests layers steps rest" chooses some of them, ARGS= goes to pytest
-gpu: $(VENV)/.installed
+gpu:
+	@$(PYTHON) bench/gpu.py $(PARTS) --look
+	@$(MAKE) --no-print-directory $(VENV)/.installed
 	@$(BIN)/python bench/gpu.py $(PARTS) --out $(GPU_JSON) -- $(ARGS)
 
 ## make lint    ruff and mypy

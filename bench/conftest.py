@@ -29,6 +29,30 @@ def pytest_configure(config: pytest.Config) -> None:
     race.at_most = config.getoption("--rounds")
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-benchmark's
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """What a figure depends on besides the machine goes into the JSON too."""
+    from gpu import PACKAGES, version
+
+    from slao_kernels import dispatch, native
+
+    device = config.getoption("--device")
+
+    def chosen(op: str) -> str:
+        try:
+            return dispatch.choose(op, device)
+        except ValueError as error:  # a wish that this op cannot meet; not to lose all figures over it
+            return str(error)
+
+    options = {name: config.getoption(f"--{name}") for name in ("model", "rounds", "threads", "best-of", "compile")}
+    machine_info["slao_kernels"] = {
+        "versions": {package: version(package) for package in PACKAGES},
+        "options": options,
+        "backends": {op: chosen(op) for op in dispatch.OPS},
+        "instruction set": native.instruction_set() if device == "cpu" else None,
+    }
+
+
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
     threads = request.config.getoption("--threads")

@@ -1,11 +1,12 @@
 """`make gpu`: everything that needs a GPU, in one command: the tests marked `gpu` and all benches on CUDA.
 
-python bench/gpu.py [PART ...] [--out FILE] [--commit HASH] [-- arguments of pytest]
+python bench/gpu.py [PART ...] [--out FILE] [--commit HASH] [--look] [-- arguments of pytest]
 
 A part is tests, layers, steps or rest; without any, all of them. Each takes minutes, so that one fits into a short
 loan of a machine; FILE (build/gpu.json) keeps the parts of earlier runs. A part carries the environment that it ran
 in: device, driver, clocks as found before and after, versions, date, commit. FILE is written after every file of
 benches, so that what was measured survives an interruption. Nothing of the card's settings is changed.
+--look: only whether it is worth installing torch here to ask it; for any Python, and at once.
 
 Where nothing can be installed: `python setup.py build_ext --inplace` builds the compiled core in the checkout, and
 this file, called by its path, runs from there.
@@ -40,6 +41,8 @@ PARTS = {
 NEEDED = {"tests": ("pytest", "peft", "transformers", "triton", "hypothesis")}
 NEEDED |= dict.fromkeys(("layers", "steps", "rest"), ("pytest", "pytest_benchmark", "peft", "transformers", "triton"))
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy", "pytest-benchmark", "axolotl", "unsloth")
+# Where a driver is loaded: NVIDIA's, its boards', AMD's, and WSL's for either.
+DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/kfd", "/dev/dxg")
 ASKED = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 ASKED += ("temperature.gpu", "persistence_mode", "utilization.gpu")
 
@@ -51,12 +54,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu.json")
     parser.add_argument("--commit", default=None, help="where there is no git: the commit that this is")
+    parser.add_argument("--look", action="store_true", help="run nothing: is there a driver of a GPU at all?")
     options = parser.parse_args(arguments[:cut])
     parts = options.parts or list(PARTS)
-    refusal = why_not(parts)
+    refusal = why_never(parts) if options.look else why_not(parts)
     if refusal is not None:
         print(f"make gpu: {refusal}", file=sys.stderr)
         return 2
+    if options.look:
+        return 0
     found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"parts": {}}
     failed = False
     for part in parts:
@@ -65,11 +71,24 @@ def main(arguments: list[str]) -> int:
     return int(failed)
 
 
+def unknown(parts: list[str]) -> str | None:
+    wrong = [part for part in parts if part not in PARTS]
+    return f"unknown part {', '.join(wrong)}; choose from {', '.join(PARTS)}" if wrong else None
+
+
+def why_never(parts: list[str]) -> str | None:
+    """Why no install would make this machine run `parts`, in one line; None if one might."""
+    if wrong := unknown(parts):
+        return wrong
+    if not any(os.path.exists(file) for file in DEVICE_FILES) and said("nvidia-smi", "-L") is None:
+        return "no CUDA or ROCm device here (no driver of one: no nvidia-smi, nor its device files, nor AMD's)"
+    return None
+
+
 def why_not(parts: list[str]) -> str | None:
     """Why this machine cannot run `parts`, in one line; None if it can."""
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        return f"unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}"
+    if wrong := unknown(parts):
+        return wrong
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
     import torch
@@ -95,7 +114,10 @@ def run(part: str, found: dict[str, Any], out: Path, commit: str | None, extra: 
             status = subprocess.run(command, cwd=ROOT, env=importing_from_here()).returncode
             done = {"seconds": round(time.monotonic() - started, 1), "exit": status, **outcomes(report)}
             here.setdefault("calls", {})[call[0]] = done
-            here.setdefault("benchmarks", []).extend(benchmarks(figures))
+            found_here, how = benchmarks(figures)
+            here.setdefault("benchmarks", []).extend(found_here)
+            if how is not None:
+                here["slao_kernels"] = how
         here["exit"] = max(here["exit"], status)
         here["after"] = card()
         write(out, found)
@@ -129,13 +151,14 @@ def outcomes(report: Path) -> dict[str, Any]:
     return {"passed": total - skipped - bad, "skipped": skipped, "failed": bad, "failures": names}
 
 
-def benchmarks(figures: Path) -> list[dict[str, Any]]:
-    """What counts of pytest-benchmark's file: names, parameters, our own figures, and its median."""
+def benchmarks(figures: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """What counts of pytest-benchmark's file: names, parameters, our own figures, its median; and how they were run."""
     if not figures.is_file() or not figures.stat().st_size:  # no bench ran
-        return []
-    listed = json.loads(figures.read_text(encoding="utf-8"))["benchmarks"]
-    keep = ("name", "params", "extra_info")
-    return [{key: bench[key] for key in keep} | {"lap_s": bench["stats"]["median"]} for bench in listed]
+        return [], None
+    whole = json.loads(figures.read_text(encoding="utf-8"))
+    keep = ("name", "fullname", "params", "extra_info")
+    listed = [{key: bench[key] for key in keep} | {"lap_s": bench["stats"]["median"]} for bench in whole["benchmarks"]]
+    return listed, whole["machine_info"].get("slao_kernels")
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:

@@ -2,7 +2,54 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+
+import gpu
+import report
+
+WANTED = "test_scaled_merge or test_orthogonal_init or test_transition or (test_layer and 32x384x384-bf16)"
+WANTED += " or (test_product and 1024x384-bf16)"
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory):
+    """pytest-benchmark's file of a few benches with three rounds."""
+    path = tmp_path_factory.mktemp("run") / "bench.json"
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "-k", WANTED, "--device=cpu", "--model=minilm"]
+    command += ["--rounds=3", "--threads=1", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=gpu.ROOT, env=gpu.importing_from_here(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return path
+
+
+@pytest.fixture
+def whole(measured):
+    return json.loads(measured.read_text())
+
+
+@pytest.fixture
+def publishable(whole, tmp_path):
+    """The same as if it had run without --rounds."""
+    whole["machine_info"]["slao_kernels"]["options"]["rounds"] = None
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps(whole))
+    return path
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A README with two blocks, and a folder for results, in place of this repository's."""
+    readme, folder = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(
+        "# A\n<!-- bench:cpu summary -->\n<!-- /bench -->\nb\n<!-- bench:gpu summary -->\n<!-- /bench -->\n"
+    )
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "RESULTS", folder)
+    return readme, folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from datetime import datetime, timedelta, timezone
@@ -13,6 +14,8 @@ from pathlib import Path
 import gpu
 import pytest
 import torch
+
+from slao_kernels import dispatch
 
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
 
@@ -37,6 +40,47 @@ def test_an_unknown_part_is_named():
     done = script("step")
     assert done.returncode == 2
     assert done.stderr == "make gpu: unknown part step; choose from tests, layers, steps, rest\n"
+
+
+def test_a_look_costs_nothing(tmp_path):
+    """Before anything is installed: no package of this environment, nor torch, is read, and it is over at once."""
+    bare = {"PATH": str(tmp_path)}  # no nvidia-smi
+    command = [sys.executable, "-I", "-S", str(gpu.ROOT / "bench" / "gpu.py")]
+    done = subprocess.run([*command, "--look"], env=bare, capture_output=True, text=True, timeout=60)
+    if any(Path(file).exists() for file in gpu.DEVICE_FILES):
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.returncode == 2
+        assert re.fullmatch(r"make gpu: no CUDA or ROCm device here \(no driver of one: .*\)\n", done.stderr)
+    done = subprocess.run([*command, "step", "--look"], env=bare, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "make gpu: unknown part step; choose from tests, layers, steps, rest\n"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_gpu_without_a_gpu_installs_nothing(tmp_path):
+    if gpu.why_never([]) is None:
+        pytest.skip("there is a GPU's driver here")
+    command = ["make", "gpu", f"VENV={tmp_path / 'venv'}", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    said, make = done.stderr.splitlines()  # make has a line of its own for whatever fails
+    assert said.startswith("make gpu: no CUDA or ROCm device here")
+    assert make.startswith("make: ***")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sign", ["a device file", "nvidia-smi"])
+def test_a_look_finds_a_driver(sign, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpu, "DEVICE_FILES", (str(tmp_path / "kfd"),))
+    assert gpu.main(["--look"]) == 2
+    program = tmp_path / ("kfd" if sign == "a device file" else "nvidia-smi")
+    program.write_text("#!/bin/sh\nexit 0\n")
+    program.chmod(0o755)
+    capsys.readouterr()
+    assert gpu.main(["--look"]) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -127,12 +171,17 @@ def test_benches_run_and_their_figures_are_read(tmp_path):
     command += ["--rounds=1", "--threads=1", f"--benchmark-json={figures}", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=gpu.ROOT, env=gpu.importing_from_here(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    found = {bench["name"]: bench for bench in gpu.benchmarks(figures)}
-    assert len({name.partition("[")[0] for name in found}) == 7
+    listed, how = gpu.benchmarks(figures)
+    assert how["options"] == {"model": "minilm", "rounds": 1, "threads": 1, "best-of": 1, "compile": False}
+    assert how["versions"]["torch"] == torch.__version__
+    assert set(how["backends"]) == set(dispatch.OPS)
+    found = {bench["name"]: bench for bench in listed}
+    core = dispatch.why_not("lora_linear", "native", "cpu") is None  # without it nothing of bench_lora_kernels runs
+    assert len({name.partition("[")[0] for name in found}) == 6 + core
     assert all(bench["lap_s"] > 0 and bench["extra_info"] for bench in found.values())
     step = found["test_step[minilm-2x16-bf16]"]["extra_info"]
     assert step["ours share"] == (step["ours ms"] - step["frozen ms"]) / (step["PEFT ms"] - step["frozen ms"])
-    if "test_product[shrink-1024x384-bf16-16]" in found:  # where there is a compiled core
+    if core:
         (row,) = found["test_product[shrink-1024x384-bf16-16]"]["extra_info"]["rows"]
         assert row["us"] > 0
         assert row["% roof"] == pytest.approx(max(row["% copy"], row["% GEMM"]))

@@ -1,0 +1,101 @@
+"""Figures in the README: copied out of bench/results/ between markers, so that nobody types one.
+
+<!-- bench:cpu summary -->      the newest result of a CPU (or gpu), and of it a line for each bench,
+<!-- /bench -->                 or with a bench's name in place of "summary" its ratios. Empty without a result.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from statistics import median
+
+import results
+import tables
+from cases import Case
+from results import Run
+
+BLOCK = re.compile(r"(<!-- bench:(\S+) (\S+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+MARKER = re.compile(r"<!-- /?bench\b")
+
+
+def filled(readme: str, folder: Path, link: str) -> str:
+    """`readme` with every block as the results in `folder` have it; link: from the README's place to that folder.
+
+    ValueError of one line where a marker is misspelt or alone, or asks for what there is not.
+    """
+    blocks = list(BLOCK.finditer(readme))
+    if not blocks or len(MARKER.findall(readme)) != 2 * len(blocks):
+        raise ValueError(
+            "markers are pairs of lines, <!-- bench:cpu summary --> and <!-- /bench -->, at least one pair"
+        )
+    for block in blocks:
+        if MARKER.search(block[4]):
+            raise ValueError(f"{block[1].strip()} has no <!-- /bench --> of its own")
+    return BLOCK.sub(lambda block: block[1] + text(block[2], block[3], folder, link) + block[5], readme)
+
+
+def text(kind: str, what: str, folder: Path, link: str) -> str:
+    """What stands in one block, with the line break at its end; "" if no result is of this kind."""
+    if kind not in ("cpu", "gpu"):
+        raise ValueError(f"<!-- bench:{kind} {what} -->: cpu or gpu is expected, not {kind}")
+    found = newest(kind, folder)
+    if found is None:
+        return ""
+    path, runs = found
+    benches = tables.by_bench(case for run in runs for case in run.cases)
+    if what != "summary" and what not in benches:
+        raise ValueError(f"<!-- bench:{kind} {what} -->: {path.name} has summary, {', '.join(benches)}")
+    table = summary(benches) if what == "summary" else ratios(benches[what])
+    source = f"[{runs[0].device}, {runs[0].date}]({link}/{path.stem}.md)"
+    return f"{table}\n\n{source}: ratios of medians of one interleaved run.\n"
+
+
+def newest(kind: str, folder: Path) -> tuple[Path, list[Run]] | None:
+    """The latest result of a kind, by the date that file names begin with."""
+    for path in sorted(folder.glob("*.json"), reverse=True):
+        runs = [run for run in results.read(path) if run.gpu == (kind == "gpu") and run.cases]
+        if runs:
+            return path, runs
+    return None
+
+
+def ratios(cases: list[Case]) -> str:
+    """Everybody's time in multiples of ours, by case."""
+    return tables.of_dictionary(cases, lambda case: case.over_ours | tables.ours_of(case), tables.digits)
+
+
+def summary(benches: dict[str, list[Case]]) -> str:
+    """A line for each test of each bench."""
+    body = []
+    for bench, cases in benches.items():
+        tests = dict.fromkeys(case.test for case in cases)
+        for test in tests:
+            own = [case for case in cases if case.test == test]
+            name = f"`{bench}`" + (f", {test.replace('_', ' ')}" if len(tests) > 1 else "")
+            body += [[name, peers(own), roof(own), str(len(own))]]
+    head = ["", "time in multiples of ours: median (lowest to highest)", "ours, % of the roof", "cases"]
+    return tables.markdown(head, body, text=3)
+
+
+def peers(cases: list[Case]) -> str:
+    found = []
+    for name in tables.contestants(cases, lambda case: case.over_ours):
+        values = [case.over_ours[name] for case in cases if name in case.over_ours]
+        found.append(f"{name} {spread(values)}")
+    return "; ".join(found) or tables.NONE
+
+
+def spread(values: list[float]) -> str:
+    middle = tables.digits(median(values))
+    if len(values) == 1:
+        return middle
+    return f"{middle} ({tables.digits(min(values))} to {tables.digits(max(values))})"
+
+
+def roof(cases: list[Case]) -> str:
+    values = [case.roof["ours"] for case in cases if "ours" in case.roof]
+    if not values:
+        return tables.NONE
+    ends = dict.fromkeys(f"{value:.0f}" for value in (min(values), max(values)))
+    return f"{' to '.join(ends)} % ({cases[0].floor or 'copy or GEMM'})"

@@ -1,0 +1,85 @@
+"""bench/quote.py, and report.py --readme and --check: what the README says of the results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import quote
+import report
+import results
+import scrub
+import tables
+
+
+def test_this_repository_says_what_its_results_say(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().err
+    assert "<!-- bench:cpu summary -->" in report.README.read_text(encoding="utf-8")
+    for path in report.RESULTS.glob("*.json"):
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        assert scrub.scrub(whole) == whole, f"{path.name} is not scrubbed: put it there by report.py --keep"
+        assert path.stat().st_size < 100_000
+
+
+def test_a_block_is_filled_checked_and_put_right(publishable, repository, capsys):
+    readme, folder = repository
+    assert report.main(["--check"]) == 0  # no results, empty blocks
+    assert report.main(["--keep", str(publishable), "--no-plots"]) == 0
+    assert report.main(["--check"]) == 0
+    text = readme.read_text()
+    before, _, after = text.partition("b\n<!-- bench:gpu")
+    assert before.startswith("# A\n<!-- bench:cpu summary -->\n| ")
+    assert after == " summary -->\n<!-- /bench -->\n"  # no GPU's result
+    (page,) = folder.glob("*.md")
+    ratios = [
+        case.over_ours["loop lerp_(.float())"]
+        for case in results.read(publishable)[0].cases
+        if "loop lerp_(.float())" in case.ms
+    ]
+    assert f"loop lerp_(.float()) {tables.digits(*ratios)} " in text
+    for file in (readme, page):
+        right = file.read_text()
+        file.write_text(right.replace("| ---", "|  ---"))
+        capsys.readouterr()
+        assert report.main(["--check"]) == 1
+        assert capsys.readouterr().err.startswith(f"report: {file.name} is not what bench/results/ says")
+        assert report.main(["--readme"]) == 0
+        assert file.read_text() == right
+
+
+def test_the_newest_result_of_a_kind_is_quoted(publishable, repository):
+    _, folder = repository
+    scrubbed = scrub.scrub(json.loads(publishable.read_text()))
+    folder.mkdir()
+    for name in ("2026-01-02-b", "2025-12-31-z", "2026-01-02-a"):
+        (folder / f"{name}.json").write_text(json.dumps(scrubbed))
+    path, runs = quote.newest("cpu", folder)
+    assert path.stem == "2026-01-02-b"
+    assert len(runs) == 1
+    assert quote.newest("gpu", folder) is None
+
+
+def test_a_bench_can_be_quoted_alone(publishable, repository):
+    _, folder = repository
+    target = scrub.keep(publishable, folder)
+    text = quote.text("cpu", "scaled_merge", folder, "results")
+    (case,) = (case for case in results.read(target)[0].cases if case.test == "scaled_merge" and case.label == "fp32")
+    assert f"| fp32 | {tables.digits(case.over_ours['_foreach_lerp_'])} | " in text
+    with pytest.raises(ValueError, match="no_such -->: .* has summary, .*scaled_merge"):
+        quote.text("cpu", "no_such", folder, "results")
+
+
+@pytest.mark.parametrize(
+    ("readme", "said"),
+    [
+        ("nothing", "at least one pair"),
+        ("<!-- bench:cpu summary -->\n", "at least one pair"),
+        ("<!-- bench:cpu summary -->\n<!-- /bench -->\n<!-- /bench -->\n", "markers are pairs"),
+        ("<!-- bench:cpu summary -->\n<!-- bench:gpu summary -->\n<!-- /bench -->\n", "markers are pairs"),
+        ("<!-- bench:cpu -->\n<!-- /bench -->\n", "markers are pairs"),
+        ("<!-- bench:tpu summary -->\n<!-- /bench -->\n", "cpu or gpu is expected, not tpu"),
+    ],
+)
+def test_wrong_markers(readme, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        quote.filled(readme, tmp_path, "results")
