@@ -27,6 +27,8 @@ def layer_reason(layer: nn.Module) -> str | None:
     """What about the LoRA layer itself, whatever its adapters, rules the fused forward out."""
     from . import called_base
 
+    if "slao_before" in layer.__dict__:
+        return "a method has given it a core or frozen pairs; patch before the method is made"
     if called_base.fused_class(layer) is None:
         return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no fused forward"
     if not called_base.is_fused(layer) and "forward" in layer.__dict__:  # swapping the class would not change it

@@ -96,6 +96,10 @@ def patch(
     chosen: list[tuple[str, nn.Module, str | None]] = []
     for name, layer in adapters.lora_layers(model):
         active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+        if layer.__dict__.get("slao_before") is FusedLoraLinear:
+            report.patched.append(name)  # before a method extended it (extension.py), and it still is
+            report.notes[name] = "extended by a method"
+            continue
         reason, called = eligibility.layer_reason(layer), None
         if reason is None:
             called = eligibility.why_called(layer, active, precision)

@@ -7,12 +7,13 @@ from typing import Any
 from torch import nn
 
 from .base import Method
+from .clora import CLoRA
 from .seqlora import SeqLoRA
 from .slao import SLAO
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (SLAO, SeqLoRA)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (SLAO, CLoRA, SeqLoRA)}
 
-__all__ = ["METHODS", "SLAO", "Method", "SeqLoRA", "check_method", "make_method"]
+__all__ = ["METHODS", "SLAO", "CLoRA", "Method", "SeqLoRA", "check_method", "make_method"]
 
 
 def check_method(name: str) -> type[Method]:

@@ -81,15 +81,20 @@ class Method:
         merge is that of the tasks before it. Do not train inside the block.
         """
         self._refuse_while_swapped("merged")
+        with self._swapped_in(self._merged_weights()):
+            yield self.model
+
+    @contextmanager
+    def _swapped_in(self, all_weights: list[tuple[Tensor | None, Tensor | None]]) -> Iterator[None]:
         swapped: list[tuple[Tensor, Tensor]] = []
         self._swapped = True
         try:
-            for pair, weights in zip(self.pairs, self._merged_weights(), strict=True):
+            for pair, weights in zip(self.pairs, all_weights, strict=True):
                 for parameter, weight in zip(pair.parameters, weights, strict=True):
                     if weight is not None:
                         swapped.append((parameter, parameter.data))
                         parameter.data = weight.view(parameter.shape)
-            yield self.model
+            yield
         finally:
             for parameter, trained in swapped:
                 parameter.data = trained
@@ -97,13 +102,14 @@ class Method:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """The merged adapter as a plain PEFT folder, which loads without this library."""
-        with self.merged():
+        self._refuse_while_swapped("save_pretrained")
+        with self._swapped_in(self._exported_weights()):
             save_adapter(self.model, folder, self.adapter)
 
     def save(self, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
         """The full state (adapter as trained, merge, history) and JSON-able `extra` into `folder`, atomically."""
         self._refuse_while_swapped("save")
-        tensors = {f"{pair.name}.{key}": value for pair in self.pairs for key, value in (("A", pair.A), ("B", pair.B))}
+        tensors = self._live_tensors()
         meta: dict[str, Any] = {"method": self.name, "options": self._options(), "adapter": self.adapter}
         meta |= {"names": self.names, "lambdas": self.lambdas, "extra": extra or {}}
         checkpoint.write_state(Path(folder) / STATE_FILE, tensors | self._state(), meta)
@@ -120,7 +126,7 @@ class Method:
         for key, mine in (("method", self.name), ("options", self._options())):
             if meta[key] != mine:
                 raise ValueError(f"{path} was saved with {key} {meta[key]!r}, this is {mine!r}")
-        live = {f"{pair.name}.{key}": value for pair in self.pairs for key, value in (("A", pair.A), ("B", pair.B))}
+        live = self._live_tensors()
         for key, value in live.items():
             saved = tensors.get(key)
             if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
@@ -151,6 +157,14 @@ class Method:
         """Per pair the merged (A, B); None where the trained one is it."""
         return [(None, None)] * len(self.pairs)
 
+    def _exported_weights(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Per pair the (A, B) of the plain adapter that `save_pretrained` writes; None where the trained one is it."""
+        return self._merged_weights()
+
+    def _live_tensors(self) -> dict[str, Tensor]:
+        """What training changes, named `<layer>.<key>`: saved as it is, and loaded in place."""
+        return {f"{pair.name}.{key}": value for pair in self.pairs for key, value in (("A", pair.A), ("B", pair.B))}
+
     def _options(self) -> dict[str, Any]:
         """What a saved state must agree on to be loaded, JSON-able."""
         return {}
@@ -167,7 +181,7 @@ class Method:
             raise ValueError(f"{what}() was called inside merged(); leave the block first")
 
     def _refuse_broken_weights(self) -> None:
-        weights = [(tensor, pair.name) for pair in self.pairs for tensor in (pair.A.detach(), pair.B.detach())]
+        weights = [(tensor, key.rpartition(".")[0]) for key, tensor in self._live_tensors().items()]
         # A sum is finite only if every term is, and takes one pass and no temporary; the few that overflow are looked
         # at again.
         totals = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor, _ in weights]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from typing import Any
 
@@ -13,6 +12,7 @@ from slao_kernels import orthogonal_init_, scaled_merge_
 
 from ..schedules import MergeStats, Schedule, make_schedule
 from .base import Method
+from .extended import fresh
 
 logger = logging.getLogger("slao")
 
@@ -90,7 +90,7 @@ class SLAO(Method):
             scaled_merge_(As + Bs, self._merged_or_live("A") + self._merged_or_live("B"), 1.0)
         elif self.init == "random":
             for pair, A, B in zip(self.pairs, As, Bs, strict=True):
-                A.copy_(_fresh_A(A, f"{self.seed}/{task}/{pair.name}"))
+                A.copy_(fresh(A, f"{self.seed}/{task}/{pair.name}"))
                 B.zero_()
         if self.orthogonal:
             self._rebase(As, Bs, in_passing)
@@ -194,10 +194,3 @@ class SLAO(Method):
 
 def _alike(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
-
-
-def _fresh_A(A: Tensor, key: str) -> Tensor:
-    """PEFT's default init of A, uniform in ±1/√n, drawn from `key` alone: the same on every rank and after a resume."""
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
-    bound = A.shape[1] ** -0.5
-    return (torch.rand(A.shape, generator=generator, dtype=torch.float32) * 2 - 1) * bound

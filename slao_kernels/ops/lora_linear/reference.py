@@ -26,14 +26,19 @@ def lora_linear(
     source = x if x_dropped is None else x_dropped
     y = F.linear(x, weight, bias).to(A.dtype)
     source = source.to(A.dtype)
+    return (y + scaling * routed(source, A, B, core, core_delta)).to(x.dtype)
+
+
+def routed(x: Tensor, A: Tensor, B: Tensor, core: Tensor | None, core_delta: Tensor | None) -> Tensor:
+    """x Aᵀ (core + core_delta)ᵀ Bᵀ with the gradients that `lora_linear` tells of; without cores x Aᵀ Bᵀ."""
     if core is None and core_delta is None:
-        return (y + scaling * (source @ A.T @ B.T)).to(x.dtype)
+        return x @ A.T @ B.T
     routing = sum(part for part in (None if core is None else core.detach(), core_delta) if part is not None)
-    y = y + scaling * (source @ A.detach().T @ routing.T @ B.detach().T)
+    y = x @ A.detach().T @ routing.T @ B.detach().T
     if core_delta is not None:  # adds nothing to the value: only A's and B's gradient
-        path = source.detach() @ A.T @ core_delta.detach().T @ B.T
-        y = y + scaling * (path - path.detach())
-    return y.to(x.dtype)
+        path = x.detach() @ A.T @ core_delta.detach().T @ B.T
+        y = y + (path - path.detach())
+    return y
 
 
 def lora_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:

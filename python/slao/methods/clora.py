@@ -1,0 +1,122 @@
+"""C-LoRA (arXiv 2502.17920): one LoRA with a routing matrix R between A and B; each task trains a change of R."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slao_kernels.extension import ExtendedLoraLinear
+
+from .base import Method
+from .extended import extend_all, fresh
+
+ORTHOGONALITIES = ("core", "up")
+
+
+class CLoRA(Method):
+    """W' = W + s · B R A with R = R_old + R_δ (r, r): R_old is frozen, R_δ starts each task at (or near) zero.
+
+    A and B go on training, but their gradient flows through R_δ alone, so that what R_old leads through changes slowly
+    (`slao_kernels.lora_linear` has the formulas). At a task's end R_old <- R_old + R_δ. Nothing grows: 2 r² numbers a
+    layer beside A and B. `penalty()` is the paper's loss of orthogonality, to be added to every step's loss
+    (`slao.train` does).
+
+    orthogonality: how the paper's ‖AᵀR_δ‖², whose shapes do not fit, is read: "core" ‖R_oldᵀ R_δ‖²_F, which keeps the
+    new routing off the directions that the old one leads to; "up" ‖B R_δ‖²_F, which keeps the change small where B is
+    large (B is taken as a constant). orthogonality_weight: its factor, 0.01 in the paper; 0 turns it off.
+    delta_std: standard deviation of R_δ's start. With 0 a task starts exactly where the last one ended.
+    seed: of B and R_δ. A zero B (PEFT's start) would leave every gradient zero, so it is drawn as PEFT draws A.
+    Raises ValueError for unknown options, and for layers that cannot take a core.
+    """
+
+    name = "clora"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        orthogonality: str = "core",
+        orthogonality_weight: float = 0.01,
+        delta_std: float = 0.0,
+        adapter: str = "default",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, adapter=adapter)
+        if orthogonality not in ORTHOGONALITIES:
+            raise ValueError(f"unknown orthogonality {orthogonality!r}; choose one of {', '.join(ORTHOGONALITIES)}")
+        for what, value in (("orthogonality_weight", orthogonality_weight), ("delta_std", delta_std)):
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"{what} must be a finite number of at least 0, not {value}")
+        self.orthogonality, self.orthogonality_weight = orthogonality, float(orthogonality_weight)
+        self.delta_std, self.seed = float(delta_std), seed
+        self.layers: list[ExtendedLoraLinear] = extend_all(self)
+        for pair, layer in zip(self.pairs, self.layers, strict=True):
+            r = pair.A.shape[0]
+            layer.slao_core = pair.A.new_zeros(r, r)
+            layer.slao_core_delta = nn.Parameter(pair.A.new_zeros(r, r))
+
+    def _begin(self, task: int) -> None:
+        for pair, layer in zip(self.pairs, self.layers, strict=True):
+            delta = layer.slao_core_delta
+            assert delta is not None
+            with torch.no_grad():
+                if task == 1 and not pair.B.any():
+                    # As wide as nn.Linear would be: with entries of 1/√r a step in R moves W as far as one in B does.
+                    pair.B.copy_(fresh(pair.B, f"{self.seed}/B/{pair.name}"))
+                if self.delta_std > 0.0:
+                    r = delta.shape[0]
+                    noise = fresh(delta, f"{self.seed}/{task}/{pair.name}")  # uniform in ±1/√r
+                    delta.copy_(noise * (self.delta_std * (3 * r) ** 0.5))
+
+    def _end(self, task: int) -> float:
+        with torch.no_grad():
+            for layer in self.layers:
+                core, delta = layer.slao_core, layer.slao_core_delta
+                assert core is not None
+                assert delta is not None
+                core.add_(delta)
+                delta.zero_()
+        return 1.0
+
+    def penalty(self) -> Tensor | None:
+        if self.orthogonality_weight == 0.0:
+            return None
+        terms = []
+        for pair, layer in zip(self.pairs, self.layers, strict=True):
+            core, delta = layer.slao_core, layer.slao_core_delta
+            assert core is not None
+            assert delta is not None
+            if self.orthogonality == "core":
+                terms.append((core.T @ delta).float().square().sum())
+            else:  # ‖B R_δ‖² = tr(R_δᵀ (BᵀB) R_δ): r×r, never m×r with a graph
+                terms.append((delta * ((pair.B.T @ pair.B) @ delta)).float().sum())
+        return self.orthogonality_weight * torch.stack(terms).sum()
+
+    def _exported_weights(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """A as it is and B R: a plain LoRA."""
+        out: list[tuple[Tensor | None, Tensor | None]] = []
+        for pair, layer in zip(self.pairs, self.layers, strict=True):
+            core, delta = layer.slao_core, layer.slao_core_delta
+            assert core is not None
+            assert delta is not None
+            wide = torch.promote_types(pair.B.dtype, torch.float32)
+            out.append((None, (pair.B.to(wide) @ (core + delta.detach()).to(wide)).to(pair.B.dtype)))
+        return out
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "orthogonality": self.orthogonality,
+            "orthogonality_weight": self.orthogonality_weight,
+            "delta_std": self.delta_std,
+            "seed": self.seed,
+        }
+
+    def _live_tensors(self) -> dict[str, Tensor]:
+        live = super()._live_tensors()
+        for pair, layer in zip(self.pairs, self.layers, strict=True):
+            core, delta = layer.slao_core, layer.slao_core_delta
+            assert core is not None
+            assert delta is not None
+            live |= {f"{pair.name}.core": core, f"{pair.name}.core_delta": delta.detach()}
+        return live

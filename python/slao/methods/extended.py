@@ -1,0 +1,29 @@
+"""What methods share that give their layers a core or frozen pairs (slao_kernels/extension.py)."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from slao_kernels import extension
+
+from .base import Method
+
+
+def extend_all(method: Method) -> list[extension.ExtendedLoraLinear]:
+    """Every layer of the method, extended for its adapter. ValueError, with none changed, if one cannot be."""
+    reasons = {pair.name: extension.why_not(pair.layer, method.adapter) for pair in method.pairs}
+    bad = [f"{name}: {why}" for name, why in reasons.items() if why is not None]
+    if bad:
+        raise ValueError(f"{method.name} cannot treat {len(bad)} layers: {'; '.join(bad[:8])}")
+    return [extension.extend(pair.layer, method.adapter) for pair in method.pairs]
+
+
+def fresh(like: Tensor, key: str) -> Tensor:
+    """PEFT's default init of A, uniform in ±1/√(columns), drawn from `key` alone: the same on every rank and after a
+    resume. In fp32, on the CPU, of the shape of `like` (rows, columns)."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
+    bound = like.shape[1] ** -0.5
+    return (torch.rand(like.shape, generator=generator, dtype=torch.float32) * 2 - 1) * bound

@@ -1,0 +1,146 @@
+"""What continual methods add to one LoRA layer beside A and B: a routing core, and pairs that no longer train.
+
+With a core an adapter's branch is s · B (core + core_delta) A x, with frozen pairs s · (B A + Σ_k w_k B_k A_k) x; a
+layer has one or the other. They are parameters and buffers of PEFT's layer, under names that PEFT neither trains, saves
+nor loads; the layer's class is swapped as `patch` does, so that all forwards, fused or not, and PEFT's merging see them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as lora
+from torch import Tensor, nn
+
+from . import called_base, eligibility
+from .layers import FusedLoraLinear, FusedOptions
+from .ops.lora_linear import apply, reference
+
+_NAMES = ("slao_core", "slao_core_delta", "slao_frozen_A", "slao_frozen_B", "slao_frozen_scale")
+
+
+class ExtendedLoraLinear(FusedLoraLinear):
+    """PEFT's LoRA linear layer, one of whose adapters has a core or frozen pairs. Made by `extend`."""
+
+    slao_adapter: str
+    slao_before: type
+    # (r, r) each: the frozen one, and the one that trains and alone carries A's and B's gradient (C-LoRA).
+    slao_core: Tensor | None
+    slao_core_delta: Tensor | None
+    # (R, n), (m, R): frozen pairs, stacked; (T,) or None: one factor for each r of them, which may train.
+    slao_frozen_A: Tensor | None
+    slao_frozen_B: Tensor | None
+    slao_frozen_scale: Tensor | None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """base(x) + the branch of the module's docstring. x: (..., K) -> (..., N)."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged_adapters or self.slao_adapter not in active:
+            return super().forward(x, *args, **kwargs)
+        if len(active) > 1:
+            raise ValueError(
+                f"adapter {self.slao_adapter!r} has a core or frozen pairs and cannot be active beside "
+                f"{[name for name in active if name != self.slao_adapter]}; choose one with set_adapter"
+            )
+        options, name = self.slao_options, self.slao_adapter
+        A, B = self.slao_factors()
+        p = eligibility.active_dropout(self, name)
+        reason = self._why_in_torch(x, args, kwargs)
+        if reason is None:
+            base = self.base_layer
+            weight = base.weight if type(base) is nn.Linear else base.weight.t()  # Conv1D stores (K, N)
+            return apply(
+                x,
+                weight,
+                base.bias,
+                A,
+                B,
+                float(self.scaling[name]),
+                core=self.slao_core,
+                core_delta=self.slao_core_delta,
+                dropout=p,
+                precision=options.precision,
+                backend=options.backend,
+            )
+        options.fell_back(reason)
+        y = self.base_layer(x, *args, **kwargs)
+        source = self.lora_dropout[name](x.to(A.dtype))
+        branch = reference.routed(source, A, B, self.slao_core, self.slao_core_delta)
+        return (y + self.scaling[name] * branch).to(y.dtype)
+
+    def _why_in_torch(self, x: Tensor, args: Any, kwargs: Any) -> str | None:
+        if self.slao_before is not FusedLoraLinear:
+            return "not patched"
+        active = [self.slao_adapter]
+        reason = eligibility.why_called(self, active, self.slao_options.precision)
+        return reason or eligibility.call_reason(self, active, x, args, kwargs)
+
+    def slao_factors(self) -> tuple[Tensor, Tensor]:
+        """A (r + R, n) and B (m, r + R): the pair that trains, and below and beside it the frozen ones, if any."""
+        A, B = self.lora_A[self.slao_adapter].weight, self.lora_B[self.slao_adapter].weight
+        frozen_A, frozen_B, scale = self.slao_frozen_A, self.slao_frozen_B, self.slao_frozen_scale
+        if frozen_A is None or frozen_B is None:
+            return A, B
+        if scale is not None:
+            frozen_B = frozen_B * scale.repeat_interleave(frozen_B.shape[1] // len(scale))
+        return torch.cat([A, frozen_A]), torch.cat([B, frozen_B.to(B.dtype)], 1)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """As PEFT's, for merging: the whole branch as an (m, n) matrix, (n, m) where the base is stored that way."""
+        if adapter != self.slao_adapter:
+            return super().get_delta_weight(adapter)
+        A, B = (factor.detach() for factor in self.slao_factors())
+        cores = [core.detach() for core in (self.slao_core, self.slao_core_delta) if core is not None]
+        if cores:
+            B = B @ sum(cores[1:], cores[0])
+        delta = B @ A * self.scaling[adapter]
+        return delta.T if self.fan_in_fan_out else delta
+
+
+def why_not(layer: nn.Module, adapter: str) -> str | None:
+    """What about the layer keeps `extend` from it; None if nothing."""
+    if isinstance(layer, ExtendedLoraLinear):
+        return f"another method has extended it already (adapter {layer.slao_adapter!r}); retract that one first"
+    if called_base.peft_class(layer) is not lora.Linear:
+        return f"{type(layer).__name__} cannot take a core or frozen pairs; PEFT's LoRA over a linear layer can"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance (accelerate hooks?)"
+    if layer.merged_adapters:
+        return "its adapters are merged into the base; unmerge them first"
+    return eligibility.adapter_reason(layer, adapter)
+
+
+def extend(layer: nn.Module, adapter: str) -> ExtendedLoraLinear:
+    """Swap the layer's class to `ExtendedLoraLinear` for `adapter`, with no core and no frozen pairs yet.
+
+    ValueError, with nothing changed, for a layer that cannot be (`why_not`).
+    """
+    reason = why_not(layer, adapter)
+    if reason is not None:
+        raise ValueError(reason)
+    before = type(layer)
+    layer.__class__ = ExtendedLoraLinear
+    assert isinstance(layer, ExtendedLoraLinear)
+    layer.slao_adapter, layer.slao_before = adapter, before
+    if "slao_options" not in layer.__dict__:
+        layer.slao_options = FusedOptions("(a layer that is not patched)")
+    for name in ("slao_core", "slao_frozen_A", "slao_frozen_B"):
+        layer.register_buffer(name, None)
+    for name in ("slao_core_delta", "slao_frozen_scale"):
+        layer.register_parameter(name, None)
+    return layer
+
+
+def retract(layer: nn.Module) -> None:
+    """Undo `extend`: the class is as before, core and frozen pairs are gone. Nothing happens to any other layer."""
+    if not isinstance(layer, ExtendedLoraLinear):
+        return
+    before = layer.slao_before
+    for name in _NAMES:
+        layer._buffers.pop(name, None)
+        layer._parameters.pop(name, None)
+    del layer.slao_adapter, layer.slao_before
+    if before is not FusedLoraLinear:
+        del layer.slao_options
+    layer.__class__ = before
