@@ -2,6 +2,7 @@
 
 from .dispatch import use_backend
 from .ops.fold import fold_
+from .ops.interference import Interference, interference
 from .ops.lora_linear import lora_linear
 from .ops.orthogonal_init import OrthogonalInitReport, orthogonal_init_
 from .ops.scaled_merge import scaled_merge_
@@ -10,9 +11,11 @@ from .patching import PatchReport, patch, unpatch
 __version__ = "0.1.0"
 
 __all__ = [
+    "Interference",
     "OrthogonalInitReport",
     "PatchReport",
     "fold_",
+    "interference",
     "lora_linear",
     "orthogonal_init_",
     "patch",

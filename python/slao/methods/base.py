@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slao_kernels.adapters import LoraPair, find_pairs
+from slao_kernels.ops.checks import not_finite
 
 from .. import checkpoint
 from ..export import save_adapter
@@ -168,15 +169,8 @@ class Method:
 
     def _refuse_broken_weights(self) -> None:
         weights = [(tensor, pair.name) for pair in self.pairs for tensor in (pair.A.detach(), pair.B.detach())]
-        # A sum is finite only if every term is, and takes one pass and no temporary; the few that overflow are looked
-        # at again.
-        totals = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor, _ in weights]
-        home = totals[0].device
-        finite = torch.stack([total.to(home) for total in totals]).isfinite()
-        if bool(finite.all()):  # the one host sync of a task's end
-            return
-        suspects = [weight for weight, fine in zip(weights, finite.tolist(), strict=True) if not fine]
-        broken = list(dict.fromkeys(name for tensor, name in suspects if not bool(tensor.isfinite().all())))
+        # The one host sync of a task's end.
+        broken = list(dict.fromkeys(weights[index][1] for index in not_finite([tensor for tensor, _ in weights])))
         if broken:
             raise ValueError(
                 f"task {self.names[-1]!r} diverged: NaN or infinite adapter weights in {len(broken)} layers "
