@@ -6,6 +6,7 @@ from .ops.interference import Interference, interference
 from .ops.lora_linear import lora_linear
 from .ops.orthogonal_init import OrthogonalInitReport, orthogonal_init_
 from .ops.scaled_merge import scaled_merge_
+from .ops.weighted_merge import WeightedMerge, weighted_merge
 from .patching import PatchReport, patch, unpatch
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "Interference",
     "OrthogonalInitReport",
     "PatchReport",
+    "WeightedMerge",
     "fold_",
     "interference",
     "lora_linear",
@@ -22,4 +24,5 @@ __all__ = [
     "scaled_merge_",
     "unpatch",
     "use_backend",
+    "weighted_merge",
 ]

@@ -50,8 +50,9 @@ def read(problems: checks.Problems, adapters: Sequence[Adapter], model: nn.Modul
     """
     if model is not None or any(isinstance(adapter, str) for adapter in adapters):
         return _of_model(problems, adapters, model)
+    before = len(problems.found)
     columns = [_columns(problems, f"adapters[{t}]", adapter) for t, adapter in enumerate(adapters)]
-    if problems.found or not columns:
+    if len(problems.found) > before or not columns:
         return []
     counts = [len(column) for column in columns]
     if len(set(counts)) > 1:
@@ -70,6 +71,7 @@ def _of_model(problems: checks.Problems, adapters: Sequence[Adapter], model: nn.
     if model is None or len(names) < len(adapters):
         problems.add("adapters", "names need model=, and with model= all adapters are names")
         return []
+    before = len(problems.found)
     found: list[dict[str, LoraPair]] = []
     for adapter in names:
         pairs, left_out = find_pairs(model, adapter)
@@ -85,7 +87,7 @@ def _of_model(problems: checks.Problems, adapters: Sequence[Adapter], model: nn.
         As = [first.A[:0] if pair is None else pair.A for pair in own]
         Bs = [first.B[:, :0] if pair is None else pair.B for pair in own]
         layers.append(Layer(name, As, Bs, [1.0 if pair is None else pair.scaling for pair in own]))
-    if not problems.found:
+    if len(problems.found) == before:
         _check(problems, layers)
     return layers
 
