@@ -25,6 +25,8 @@ class Method:
     model: any module with PEFT LoRA layers (patched or not). adapter: the adapter to train and merge.
     task: index of the running task, or of the last one, from 1 (0 before the first). names: of all tasks begun.
     lambdas: per finished task the λ it was merged with (a number, or one a layer); 1.0 where nothing is merged.
+    cosines: per finished task the cosine, layer by layer in the order of `pairs`, of its task vector B A with that of
+    the merge of the tasks before; None where the method had no reason to compute it.
     Raises ValueError when the model has no such adapter, or has parts of it that the method cannot treat.
     """
 
@@ -40,6 +42,7 @@ class Method:
         self.pairs: list[LoraPair] = pairs
         self.names: list[str] = []
         self.lambdas: list[float | list[float]] = []
+        self.cosines: list[list[float] | None] = []
         self._swapped = False
 
     @property
@@ -66,6 +69,7 @@ class Method:
         self._refuse_while_swapped("end_task")
         self._refuse_broken_weights()
         self.lambdas.append(self._end(self.task))
+        self.cosines.append(self._new_to_merged())
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss of every training step, or None.
@@ -106,7 +110,7 @@ class Method:
         self._refuse_while_swapped("save")
         tensors = {f"{pair.name}.{key}": value for pair in self.pairs for key, value in (("A", pair.A), ("B", pair.B))}
         meta: dict[str, Any] = {"method": self.name, "options": self._options(), "adapter": self.adapter}
-        meta |= {"names": self.names, "lambdas": self.lambdas, "extra": extra or {}}
+        meta |= {"names": self.names, "lambdas": self.lambdas, "cosines": self.cosines, "extra": extra or {}}
         checkpoint.write_state(Path(folder) / STATE_FILE, tensors | self._state(), meta)
 
     def load(self, folder: str | Path) -> dict[str, Any]:
@@ -137,6 +141,7 @@ class Method:
             for key, value in live.items():
                 value.copy_(tensors[key])
         self.names, self.lambdas = list(meta["names"]), list(meta["lambdas"])
+        self.cosines = list(meta.get("cosines", [None] * len(self.lambdas)))  # absent from older states
         return dict(meta["extra"])
 
     # What a method defines. `task` counts from 1.
@@ -147,6 +152,10 @@ class Method:
     def _end(self, task: int) -> float | list[float]:
         """After training; returns the task's λ."""
         return 1.0
+
+    def _new_to_merged(self) -> list[float] | None:
+        """After `_end`: the task's entry of `cosines`."""
+        return None
 
     def _merged_weights(self) -> list[tuple[Tensor | None, Tensor | None]]:
         """Per pair the merged (A, B); None where the trained one is it."""
