@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--best-of", default=1, type=int, help="repeat the races against a frozen base, take the best")
     parser.addoption("--compile", action="store_true", help="PEFT under torch.compile too (slow to start)")
     parser.addoption("--rounds", default=None, type=int, help="at most so many rounds: figures are then worth little")
+    parser.addoption("--peft-svd", default="", help="shapes, see bench/bench_weighted_merge.py (slow)")
     parser.addoption("--rivals", default="axolotl,unsloth", help="on a GPU, where installed; see bench/rivals.py")
 
 
@@ -86,6 +87,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             if key.endswith(" / ours"):
                 peer = key.removesuffix(" / ours")
                 cells.append(f"{peer} {info[f'{peer} ms']:.2f} ms = {value:.2f}x")
+        if "worst residual" in info:
+            cells.append(f"worst residual {info['worst residual']:.1e}")
         terminalreporter.write_line(f"{bench.name}: " + ", ".join(cells))
     for line in frozen_table(against_frozen) + rows_table(rows):
         terminalreporter.write_line(line)

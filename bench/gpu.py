@@ -35,7 +35,10 @@ PARTS = {
     "tests": [["tests", "-m", "gpu"]],
     "layers": [["bench/bench_lora_kernels.py"], ["bench/bench_lora_linear.py"]],
     "steps": [["bench/bench_training_step.py"]],
-    "rest": [[f"bench/bench_{name}.py"] for name in ("orthogonal_init", "scaled_merge", "fold", "transition")],
+    "rest": [
+        [f"bench/bench_{name}.py"]
+        for name in ("orthogonal_init", "scaled_merge", "fold", "transition", "interference", "weighted_merge")
+    ],
 }
 # What a part cannot do without, beside torch; hypothesis is what some of the tests are written with.
 NEEDED = {"tests": ("pytest", "peft", "transformers", "triton", "hypothesis")}

@@ -2,7 +2,7 @@
 
 With a core an adapter's branch is s · B (core + core_delta) A x, with frozen pairs s · (B A + Σ_k w_k B_k A_k) x; a
 layer has one or the other. They are parameters and buffers of PEFT's layer, under names that PEFT neither trains, saves
-nor loads; the layer's class is swapped as `patch` does, so that all forwards, fused or not, and PEFT's merging see them.
+nor loads; the layer's class is swapped as `patch` does, so that forwards, fused or not, and PEFT's merging see them.
 """
 
 from __future__ import annotations

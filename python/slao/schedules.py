@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-import torch
 from torch import Tensor
+
+from slao_kernels import Interference, interference
 
 
 @dataclass(frozen=True)
@@ -27,23 +29,22 @@ class MergeStats:
     B_merged: list[Tensor]
     lambdas: list[float | list[float]]
 
-    def cosine(self) -> list[float]:
-        """Per layer the cosine of the task vectors B A and B_merged A_merged, in [-1, 1]; 0 where one is zero.
+    @cached_property
+    def interference(self) -> Interference:
+        """Of two adapters, (A, B) and (A_merged, B_merged); computed when first asked for, and kept.
 
-        ⟨B₁A₁, B₂A₂⟩ = trace((B₁ᵀB₂)(A₂A₁ᵀ)): r×r products, never the m×n deltas.
+        Ask before the merge: it writes into B_merged. PEFT's scaling, which both have, cancels in a cosine.
         """
-        return [
-            _cosine(*(factor.double() for factor in factors))
-            for factors in zip(self.A, self.B, self.A_merged, self.B_merged, strict=True)
-        ]
+        return interference([(self.A, self.B, 1.0), (self.A_merged, self.B_merged, 1.0)])
 
+    def cosine(self) -> list[float]:
+        """Per layer the cosine of the task vectors B A and B_merged A_merged, in [-1, 1]; 0 where one is zero."""
+        return [float(value) for value in self.interference.cosines[:, 0, 1].tolist()]
 
-def _cosine(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor) -> float:
-    def inner(A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-        return ((B.T @ D) * (A @ C.T)).sum()
-
-    norms = torch.sqrt(inner(A1, B1, A1, B1) * inner(A2, B2, A2, B2))
-    return float(inner(A1, B1, A2, B2) / norms) if norms > 0 else 0.0
+    @property
+    def seen(self) -> bool:
+        """Whether anything has asked for `interference`."""
+        return "interference" in self.__dict__
 
 
 Lambda = float | Sequence[float]

@@ -84,6 +84,18 @@ def tensor(problems: Problems, where: str, item: object, device: torch.device | 
     return len(problems.found) == before
 
 
+def not_finite(tensors: Sequence[Tensor]) -> list[int]:
+    """Indices of the tensors that hold a NaN or an infinity. One pass over the data, one wait for the device."""
+    if not tensors:
+        return []
+    # A sum is finite only if every term is, and takes no temporary; the few that overflow are looked at again.
+    totals = [item.detach().sum(dtype=torch.promote_types(item.dtype, torch.float32)) for item in tensors]
+    finite = torch.stack([total.to(totals[0].device) for total in totals]).isfinite()
+    if bool(finite.all()):
+        return []
+    return [i for i, fine in enumerate(finite.tolist()) if not fine and not bool(tensors[i].isfinite().all())]
+
+
 def distinct_memory(problems: Problems, name: str, items: Sequence[Tensor], **reads: Sequence[Tensor]) -> None:
     """That the destinations `items` are distinct memory and no list in `reads` looks into another one's.
 

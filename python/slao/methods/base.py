@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slao_kernels.adapters import LoraPair, find_pairs
+from slao_kernels.ops.checks import not_finite
 
 from .. import checkpoint
 from ..export import save_adapter
@@ -24,6 +25,8 @@ class Method:
     model: any module with PEFT LoRA layers (patched or not). adapter: the adapter to train and merge.
     task: index of the running task, or of the last one, from 1 (0 before the first). names: of all tasks begun.
     lambdas: per finished task the λ it was merged with (a number, or one a layer); 1.0 where nothing is merged.
+    cosines: per finished task the cosine, layer by layer in the order of `pairs`, of its task vector B A with that of
+    the merge of the tasks before; None where the method had no reason to compute it.
     Raises ValueError when the model has no such adapter, or has parts of it that the method cannot treat.
     """
 
@@ -39,6 +42,7 @@ class Method:
         self.pairs: list[LoraPair] = pairs
         self.names: list[str] = []
         self.lambdas: list[float | list[float]] = []
+        self.cosines: list[list[float] | None] = []
         self._swapped = False
 
     @property
@@ -65,6 +69,7 @@ class Method:
         self._refuse_while_swapped("end_task")
         self._refuse_broken_weights()
         self.lambdas.append(self._end(self.task))
+        self.cosines.append(self._new_to_merged())
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss of every training step, or None.
@@ -111,7 +116,7 @@ class Method:
         self._refuse_while_swapped("save")
         tensors = self._live_tensors()
         meta: dict[str, Any] = {"method": self.name, "options": self._options(), "adapter": self.adapter}
-        meta |= {"names": self.names, "lambdas": self.lambdas, "extra": extra or {}}
+        meta |= {"names": self.names, "lambdas": self.lambdas, "cosines": self.cosines, "extra": extra or {}}
         checkpoint.write_state(Path(folder) / STATE_FILE, tensors | self._state(), meta)
 
     def load(self, folder: str | Path) -> dict[str, Any]:
@@ -142,6 +147,7 @@ class Method:
             for key, value in live.items():
                 value.copy_(tensors[key])
         self.names, self.lambdas = list(meta["names"]), list(meta["lambdas"])
+        self.cosines = list(meta.get("cosines", [None] * len(self.lambdas)))  # absent from older states
         return dict(meta["extra"])
 
     # What a method defines. `task` counts from 1.
@@ -152,6 +158,10 @@ class Method:
     def _end(self, task: int) -> float | list[float]:
         """After training; returns the task's λ."""
         return 1.0
+
+    def _new_to_merged(self) -> list[float] | None:
+        """After `_end`: the task's entry of `cosines`."""
+        return None
 
     def _merged_weights(self) -> list[tuple[Tensor | None, Tensor | None]]:
         """Per pair the merged (A, B); None where the trained one is it."""
@@ -182,15 +192,8 @@ class Method:
 
     def _refuse_broken_weights(self) -> None:
         weights = [(tensor, key.rpartition(".")[0]) for key, tensor in self._live_tensors().items()]
-        # A sum is finite only if every term is, and takes one pass and no temporary; the few that overflow are looked
-        # at again.
-        totals = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor, _ in weights]
-        home = totals[0].device
-        finite = torch.stack([total.to(home) for total in totals]).isfinite()
-        if bool(finite.all()):  # the one host sync of a task's end
-            return
-        suspects = [weight for weight, fine in zip(weights, finite.tolist(), strict=True) if not fine]
-        broken = list(dict.fromkeys(name for tensor, name in suspects if not bool(tensor.isfinite().all())))
+        # The one host sync of a task's end.
+        broken = list(dict.fromkeys(weights[index][1] for index in not_finite([tensor for tensor, _ in weights])))
         if broken:
             raise ValueError(
                 f"task {self.names[-1]!r} diverged: NaN or infinite adapter weights in {len(broken)} layers "

@@ -31,6 +31,8 @@ class SLAO(Method):
     init: what a task starts from: "last_ft" (the paper's), "merged", or "random" (fresh A, B = 0).
     orthogonal: re-base A. merge: the factors that are averaged, "B" (the paper's), "A" or "AB"; the other is replaced.
     preserve: start from B Rᵀ instead of B, so that re-basing A leaves B A as it was. seed: of init="random".
+    keep_cosines: fill `cosines` at the end of every task from the second on, before it is merged; without it only where
+    the schedule asked for `MergeStats.cosine()` anyway.
     State: besides the live A and B one further A and B a layer, whatever the number of tasks.
     Raises ValueError for unknown options, and where r > n forbids orthonormal rows.
     """
@@ -47,6 +49,7 @@ class SLAO(Method):
         preserve: bool = False,
         adapter: str = "default",
         seed: int = 0,
+        keep_cosines: bool = False,
     ) -> None:
         super().__init__(model, adapter=adapter)
         if init not in INITS:
@@ -63,11 +66,13 @@ class SLAO(Method):
             )
         self.schedule = make_schedule(schedule)
         self.init, self.orthogonal, self.merge, self.preserve, self.seed = init, orthogonal, merge, preserve, seed
+        self.keep_cosines = keep_cosines
         self._schedule_name = getattr(schedule, "__qualname__", schedule)
         # The merged A and B per layer; None where the trained factor is the merged one.
         self._merged: dict[str, list[Tensor] | None] = {"A": None, "B": None}
         # The memory of the copy that a running task needs, kept between tasks: fresh pages cost more than the copy.
         self._spare: dict[str, list[Tensor]] = {}
+        self._measured: list[float] | None = None
 
     def _live(self, factor: str) -> list[Tensor]:
         return [getattr(pair, factor).detach() for pair in self.pairs]
@@ -125,11 +130,15 @@ class SLAO(Method):
 
     def _end(self, task: int) -> float | list[float]:
         averaged = [factor for factor in "AB" if factor in self.merge]
+        self._measured = None
         if task == 1:
             for factor in averaged:
                 self._merged[factor] = [tensor.clone() for tensor in self._live(factor)]
             return 1.0
-        chosen = self.schedule(task, self._stats(task))
+        stats = self._stats(task)
+        chosen = self.schedule(task, stats)
+        if self.keep_cosines or stats.seen:
+            self._measured = stats.cosine()
         lam = float(chosen) if isinstance(chosen, int | float) else [float(value) for value in chosen]
         per_layer = [lam] * len(self.pairs) if isinstance(lam, float) else lam
         scaled_merge_(
@@ -141,6 +150,9 @@ class SLAO(Method):
             if factor not in averaged and (merged := self._merged[factor]) is not None:
                 self._merged[factor], self._spare = None, {factor: merged}
         return lam
+
+    def _new_to_merged(self) -> list[float] | None:
+        return self._measured
 
     def _stats(self, task: int) -> MergeStats:
         return MergeStats(
