@@ -16,12 +16,14 @@ from test_offline_compile import TARGETS, Usage, measured  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from slao_kernels.ops import tables  # noqa: E402
+from slao_kernels.ops.fold import device as folding  # noqa: E402
+from slao_kernels.ops.fold import kernels as fold  # noqa: E402
 from slao_kernels.ops.scaled_merge import device as merging  # noqa: E402
 from slao_kernels.ops.scaled_merge import kernels as merge  # noqa: E402
 
 F64, F32, BF16, F16 = tables.TYPES
 # Pointers to what the launchers allocate, which is aligned; the matrices themselves are integers in a table.
-POINTERS = {"table": "*i64", "weights": "*fp64"}
+POINTERS = {"table": "*i64", "weights": "*fp64", "scalings": "*fp64"}
 
 
 def compiled(kernel: Any, target: str, constants: dict[str, Any], warps: int) -> Usage:
@@ -70,5 +72,36 @@ def test_merge_fits_without_a_spill(case, target):
 @pytest.mark.parametrize("case", ["fp32", "bf16", "any"])
 def test_merge_moves_16_bytes_at_once(case):
     text = merge_usage("sm_90", case).text
+    assert re.search(r"ld\.global\.v4\.b32", text)
+    assert re.search(r"st\.global\.v4\.b32", text)
+
+
+# (W, A, B, factors of the products, r); None: several dtypes in one launch
+FOLDS = {
+    "bf16 by bf16, r=16": (BF16, BF16, BF16, BF16, 16),
+    "bf16 by fp32, r=16": (BF16, F32, F32, F32, 16),
+    "fp32 by fp32, r=16": (F32, F32, F32, F32, 16),
+    "fp16 by fp16, r=64": (F16, F16, F16, F16, 64),
+    "any by any, r=64": (None, None, None, F32, 64),
+    "fp64 by fp64, r=64": (F64, F64, F64, F64, 64),
+    "any by any with fp64, r=64": (None, None, None, F64, 64),
+}
+
+
+def fold_usage(target: str, case: str) -> Usage:
+    *types, operand, r = FOLDS[case]
+    constants = fold.constants_of(*types, operand, F64 if operand is F64 else F32, r) | {"SEARCH": 1024}
+    return compiled(folding.fold_kernel, target, constants, fold.WARPS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", FOLDS)
+def test_fold_fits_without_a_spill(case, target):
+    fits(fold_usage(target, case), target)
+
+
+@pytest.mark.parametrize("case", ["bf16 by bf16, r=16", "fp32 by fp32, r=16"])
+def test_fold_moves_16_bytes_of_a_weight_at_once(case):
+    text = fold_usage("sm_90", case).text
     assert re.search(r"ld\.global\.v4\.b32", text)
     assert re.search(r"st\.global\.v4\.b32", text)
