@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # test_offline_compile
+
 
 def _module(stem: str) -> ModuleType:
     """A module beside this one: test folders are no packages, so it cannot be imported by name."""

@@ -1,4 +1,7 @@
-"""The GPU kernels on a GPU, through the public functions. test_cuda_emulated.py holds the larger grid of cases."""
+"""The GPU kernels on a GPU, CUDA's and Triton's, through the public functions.
+
+test_cuda_emulated.py and, in Triton's interpreter, the tests of the ops hold the larger grid of cases.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,24 @@ import torch
 from torch import Tensor
 
 import slao_kernels
-from slao_kernels import native
+from slao_kernels import dispatch
 from slao_kernels.testing import error_ratio
 
-missing = native.why_not("cuda")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(missing is not None, reason=f"no GPU kernels here: {missing}"),
-]
+pytestmark = pytest.mark.gpu
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # As in ops/test_orthogonal_init.py and ops/test_fold.py, with their reasons.
 STORAGE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 ONCE = {torch.float64: 2e-15, torch.float32: 4e-7, torch.bfloat16: 0.3 * 2**-7, torch.float16: 0.3 * 2**-10}
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=["native", "triton"])
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
-    with slao_kernels.use_backend("native"):
+    for op in ("orthogonal_init", "scaled_merge", "fold"):
+        missing = dispatch.why_not(op, request.param, "cuda")
+        if missing is not None:
+            pytest.skip(f"{op}: {missing}")
+    with slao_kernels.use_backend(request.param):
         yield
 
 
@@ -200,6 +203,7 @@ def test_captured_and_replayed():
     """A graph keeps its own table, and what it computes is what the calls compute."""
     start = model()
     expected, m = _expected(start), on_gpu(start)
+    all_three(m)  # Triton's kernels are compiled, and their tables go up, before a capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         report = all_three(m)

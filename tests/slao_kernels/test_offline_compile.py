@@ -80,7 +80,11 @@ def compiled(kernel: Any, target: GPUTarget, types: dict[str, Any], options: dic
             signature[name] = f"*{types[name]}" if pointer else "i32"
             if pointer or (layout != "odd sizes" and name not in odd):
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    binary = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    return measured(ASTSource(kernel, signature, constants, attributes), target, options)
+
+
+def measured(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Usage:
+    binary = triton.compile(source, target=target, options=options)
     if target.backend == "hip":
         text = binary.asm["amdgcn"]
         spills = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text)

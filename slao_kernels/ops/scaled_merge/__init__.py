@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,10 +45,11 @@ def scaled_merge_(
         call = _last = _Call(seen, weights)
     chosen = dispatch.choose("scaled_merge", merged[0].device.type, backend)
     with torch.no_grad():
-        if chosen == "native" and seen is not None:
-            native = dispatch.implementation("scaled_merge", "native")
-            call.tables = call.tables or native.tables(merged, finetuned, weights)
-            native.scaled_merge_(merged, finetuned, weights, call.tables)
+        if chosen != "reference" and seen is not None:
+            backend_module = dispatch.implementation("scaled_merge", chosen)
+            if chosen not in call.tables:
+                call.tables[chosen] = backend_module.tables(merged, finetuned, weights)
+            backend_module.scaled_merge_(merged, finetuned, weights, call.tables[chosen])
         else:
             torch.ops.slao_kernels.scaled_merge_(merged, finetuned, weights, chosen)
 
@@ -59,7 +60,7 @@ class _Call:
 
     seen: tuple[list[object], ...] | None = None
     weights: list[float] | None = None
-    tables: Any = None
+    tables: dict[str, Any] = field(default_factory=dict)  # by backend
 
 
 _last = _Call()

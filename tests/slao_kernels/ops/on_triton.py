@@ -7,6 +7,7 @@ torch.compile imports it too.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -37,7 +38,8 @@ def interpreted(file: str, at_least: int) -> Callable[[], None] | None:
         return None
 
     @pytest.mark.slow
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of this file run on the GPU here")
+    @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of Triton's kernels run on the GPU here")
     def test() -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
         env = os.environ | {"TRITON_INTERPRET": "1"}

@@ -6,12 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_triton import INTERPRETED, interpreted
 
 import slao_kernels
 from slao_kernels import dispatch
 
 BACKENDS = [name for name in dispatch.BACKENDS[1:] if dispatch.why_not("scaled_merge", name, "cpu") is None]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+test_under_the_interpreter = interpreted(__file__, at_least=180)
+assert "triton" in BACKENDS or not INTERPRETED
 
 
 def one_unit_apart(found: torch.Tensor, exact: torch.Tensor) -> bool:

@@ -1,0 +1,107 @@
+"""The Triton kernels over tables of pointers, compiled for GPUs that are not here; see test_offline_compile.py."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton interprets in this process and compiles nothing", allow_module_level=True)
+
+from test_offline_compile import TARGETS, Usage, measured  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from slao_kernels.ops import tables  # noqa: E402
+from slao_kernels.ops.fold import device as folding  # noqa: E402
+from slao_kernels.ops.fold import kernels as fold  # noqa: E402
+from slao_kernels.ops.scaled_merge import device as merging  # noqa: E402
+from slao_kernels.ops.scaled_merge import kernels as merge  # noqa: E402
+
+F64, F32, BF16, F16 = tables.TYPES
+# Pointers to what the launchers allocate, which is aligned; the matrices themselves are integers in a table.
+POINTERS = {"table": "*i64", "weights": "*fp64", "scalings": "*fp64"}
+
+
+def compiled(kernel: Any, target: str, constants: dict[str, Any], warps: int) -> Usage:
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else POINTERS.get(name, "i32")
+        if name in POINTERS:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return measured(ASTSource(kernel, signature, values, attributes), TARGETS[target][0], options)
+
+
+def fits(found: Usage, target: str) -> None:
+    assert (found.spilled, found.trap) == (0, False), found
+    assert found.shared <= TARGETS[target][1], found
+
+
+# (destination, source); None: pairs of several dtypes in one launch
+MERGES = {
+    "fp32": (F32, F32),
+    "bf16": (BF16, BF16),
+    "fp16": (F16, F16),
+    "fp32<-bf16": (F32, BF16),
+    "bf16<-fp32": (BF16, F32),
+    "any": (None, None),
+    "fp64": (F64, F64),
+    "fp64<-any": (F64, None),
+}
+
+
+def merge_usage(target: str, case: str) -> Usage:
+    dst, src = MERGES[case]
+    wide = dst is F64
+    constants = {"DST_TYPE": dst, "SRC_TYPE": src, "COMPUTE": F64 if wide else F32, "SEARCH": 1024}
+    constants |= {"BLOCK": merge.block(dst, src, wide), "STEP": merge.STEP}
+    return compiled(merging.merge_kernel, target, constants, merge.WARPS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", MERGES)
+def test_merge_fits_without_a_spill(case, target):
+    fits(merge_usage(target, case), target)
+
+
+@pytest.mark.parametrize("case", ["fp32", "bf16", "any"])
+def test_merge_moves_16_bytes_at_once(case):
+    text = merge_usage("sm_90", case).text
+    assert re.search(r"ld\.global\.v4\.b32", text)
+    assert re.search(r"st\.global\.v4\.b32", text)
+
+
+# (W, A, B, factors of the products, r); None: several dtypes in one launch
+FOLDS = {
+    "bf16 by bf16, r=16": (BF16, BF16, BF16, BF16, 16),
+    "bf16 by fp32, r=16": (BF16, F32, F32, F32, 16),
+    "fp32 by fp32, r=16": (F32, F32, F32, F32, 16),
+    "fp16 by fp16, r=64": (F16, F16, F16, F16, 64),
+    "any by any, r=64": (None, None, None, F32, 64),
+    "fp64 by fp64, r=64": (F64, F64, F64, F64, 64),
+    "any by any with fp64, r=64": (None, None, None, F64, 64),
+}
+
+
+def fold_usage(target: str, case: str) -> Usage:
+    *types, operand, r = FOLDS[case]
+    constants = fold.constants_of(*types, operand, F64 if operand is F64 else F32, r) | {"SEARCH": 1024}
+    return compiled(folding.fold_kernel, target, constants, fold.WARPS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", FOLDS)
+def test_fold_fits_without_a_spill(case, target):
+    fits(fold_usage(target, case), target)
+
+
+@pytest.mark.parametrize("case", ["bf16 by bf16, r=16", "fp32 by fp32, r=16"])
+def test_fold_moves_16_bytes_of_a_weight_at_once(case):
+    text = fold_usage("sm_90", case).text
+    assert re.search(r"ld\.global\.v4\.b32", text)
+    assert re.search(r"st\.global\.v4\.b32", text)
