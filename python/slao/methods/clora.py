@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from slao_kernels.extension import ExtendedLoraLinear
-
 from .base import Method
 from .extended import extend_all, fresh
+
+if TYPE_CHECKING:
+    from slao_kernels.extension import ExtendedLoraLinear
 
 ORTHOGONALITIES = ("core", "up")
 

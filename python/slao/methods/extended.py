@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from slao_kernels import extension
-
 from .base import Method
 
+if TYPE_CHECKING:
+    from slao_kernels.extension import ExtendedLoraLinear
 
-def extend_all(method: Method) -> list[extension.ExtendedLoraLinear]:
+
+def extend_all(method: Method) -> list[ExtendedLoraLinear]:
     """Every layer of the method, extended for its adapter. ValueError, with none changed, if one cannot be."""
+    from slao_kernels import extension  # which loads PEFT
+
     reasons = {pair.name: extension.why_not(pair.layer, method.adapter) for pair in method.pairs}
     bad = [f"{name}: {why}" for name, why in reasons.items() if why is not None]
     if bad:
