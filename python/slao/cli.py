@@ -64,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--overwrite", action="store_true", help="start afresh in its folder")
     report = commands.add_parser("report", help="write report.html and its pictures from a run's results.json")
     report.add_argument("run_dir", type=Path)
+    cosines = commands.add_parser("interference", help="cosines of the task vectors of saved PEFT adapters")
+    cosines.add_argument("adapters", nargs="+", metavar="FOLDER", help="as save_pretrained writes it")
     commands.add_parser("info", help="versions, devices, and the backend each op takes here")
     return top
 
@@ -159,6 +161,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .report import write_report
 
             print(f"report: {write_report(options.run_dir)}")
+            return 0
+        if options.command == "interference":
+            from .folders import interference_table
+
+            print(interference_table(options.adapters))
             return 0
         from slao_kernels.__main__ import describe
 
