@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slao_kernels.adapters import LoraPair, find_pairs
+from slao_kernels import sharding
+from slao_kernels.adapters import LoraPair
 
 from .. import checkpoint
 from ..export import save_adapter
@@ -21,7 +22,10 @@ STATE_FILE = "slao_state.safetensors"
 class Method:
     """Base of all methods; alone it is the bookkeeping around one LoRA.
 
-    model: any module with PEFT LoRA layers (patched or not). adapter: the adapter to train and merge.
+    model: any module with PEFT LoRA layers (patched or not), sharded or wrapped before or later. With several
+    processes every rank makes the same calls; an error on one rank is raised on all, and rank 0 alone writes files.
+    adapter: the adapter to train and merge. pairs: what a method works on, whole within its own hooks; elsewhere the
+    model's own parameters, which may be shards.
     task: index of the running task, or of the last one, from 1 (0 before the first). names: of all tasks begun.
     lambdas: per finished task the λ it was merged with (a number, or one a layer); 1.0 where nothing is merged.
     Raises ValueError when the model has no such adapter, or has parts of it that the method cannot treat.
@@ -30,16 +34,33 @@ class Method:
     name: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module, *, adapter: str = "default") -> None:
-        pairs, left_out = find_pairs(model, adapter)
-        if left_out:
-            what = "; ".join(f"{layer}: {why}" for layer, why in list(left_out.items())[:8])
-            raise ValueError(f"{self.name or type(self).__name__} cannot treat {len(left_out)} layers: {what}")
         self.model = model
         self.adapter = adapter
-        self.pairs: list[LoraPair] = pairs
+        self.pairs: list[LoraPair] = []
         self.names: list[str] = []
         self.lambdas: list[float | list[float]] = []
         self._swapped = False
+        with self._whole(write=False):
+            self._check()
+
+    @contextmanager
+    def _whole(self, write: bool = True) -> Iterator[None]:
+        """Within the block `self.pairs` have whole A and B on every rank; what is written there stays (if `write`)."""
+        before = self.pairs
+        names = [pair.name for pair in before]
+        try:
+            with sharding.whole(self.model, self.adapter, before, write=write) as (pairs, left_out):
+                if left_out:
+                    what = "; ".join(f"{layer}: {why}" for layer, why in list(left_out.items())[:8])
+                    raise ValueError(f"{self.name or type(self).__name__} cannot treat {len(left_out)} layers: {what}")
+                if names and names != [pair.name for pair in pairs]:
+                    raise ValueError("the model's LoRA layers are others than when the method was made; make a new one")
+                self.pairs = pairs
+                yield
+        except BaseException:
+            self.pairs = before
+            raise
+        self.pairs = sharding.live_pairs(pairs, self.adapter)
 
     @property
     def task(self) -> int:
@@ -52,19 +73,31 @@ class Method:
 
     def begin_task(self, name: str) -> None:
         """Prepare the adapter for training on the task `name`."""
-        if self.in_task:
-            raise ValueError(f"task {self.names[-1]!r} is still running; call end_task() before begin_task({name!r})")
-        self._refuse_while_swapped("begin_task")
-        self._begin(self.task + 1)
+        with sharding.together():
+            if self.in_task:
+                raise ValueError(
+                    f"task {self.names[-1]!r} is still running; call end_task() before begin_task({name!r})"
+                )
+            self._refuse_while_swapped("begin_task")
+        with self._whole():
+            if self.names and sharding.ranks() > 1:
+                # A rank that refuses on its own would leave the others with an adapter that is re-based already.
+                with sharding.together():
+                    self._refuse_broken_weights()
+            self._begin(self.task + 1)
         self.names.append(str(name))
 
     def end_task(self) -> None:
         """Take what was trained into the method's state. ValueError, with nothing changed, if training diverged."""
-        if not self.in_task:
-            raise ValueError("no task is running; call begin_task(name) first")
-        self._refuse_while_swapped("end_task")
-        self._refuse_broken_weights()
-        self.lambdas.append(self._end(self.task))
+        with sharding.together():
+            if not self.in_task:
+                raise ValueError("no task is running; call begin_task(name) first")
+            self._refuse_while_swapped("end_task")
+        with self._whole(write=False):
+            with sharding.together():
+                self._refuse_broken_weights()
+            lam = self._end(self.task)
+        self.lambdas.append(lam)
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss of every training step, or None.
@@ -81,19 +114,44 @@ class Method:
         merge is that of the tasks before it. Do not train inside the block.
         """
         self._refuse_while_swapped("merged")
-        swapped: list[tuple[Tensor, Tensor]] = []
         self._swapped = True
+        try:
+            with self._shown() if self._is_plain() else self._shown_in_shards():
+                yield self.model
+        finally:
+            self._swapped = False
+
+    def _is_plain(self) -> bool:
+        self.pairs = sharding.live_pairs(self.pairs, self.adapter)
+        return all(sharding.is_plain(parameter) for pair in self.pairs for parameter in pair.parameters)
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        swapped: list[tuple[Tensor, Tensor]] = []
         try:
             for pair, weights in zip(self.pairs, self._merged_weights(), strict=True):
                 for parameter, weight in zip(pair.parameters, weights, strict=True):
                     if weight is not None:
                         swapped.append((parameter, parameter.data))
                         parameter.data = weight.view(parameter.shape)
-            yield self.model
+            yield
         finally:
             for parameter, trained in swapped:
                 parameter.data = trained
-            self._swapped = False
+
+    @contextmanager
+    def _shown_in_shards(self) -> Iterator[None]:
+        """Shards have no whole storage to swap: they are overwritten, and written back from copies."""
+        with self._whole(write=False):
+            trained = self.pairs
+            merged = [
+                pair.with_weights(*weights) for pair, weights in zip(trained, self._merged_weights(), strict=True)
+            ]
+        sharding.write(self.model, merged, self.adapter)
+        try:
+            yield
+        finally:
+            sharding.write(self.model, trained, self.adapter)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """The merged adapter as a plain PEFT folder, which loads without this library."""
@@ -102,25 +160,46 @@ class Method:
 
     def save(self, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
         """The full state (adapter as trained, merge, history) and JSON-able `extra` into `folder`, atomically."""
-        self._refuse_while_swapped("save")
-        tensors = {f"{pair.name}.{key}": value for pair in self.pairs for key, value in (("A", pair.A), ("B", pair.B))}
-        meta: dict[str, Any] = {"method": self.name, "options": self._options(), "adapter": self.adapter}
-        meta |= {"names": self.names, "lambdas": self.lambdas, "extra": extra or {}}
-        checkpoint.write_state(Path(folder) / STATE_FILE, tensors | self._state(), meta)
+        with sharding.together():
+            self._refuse_while_swapped("save")
+        with self._whole(write=False):
+            tensors = self._live_tensors()
+            meta: dict[str, Any] = {"method": self.name, "options": self._options(), "adapter": self.adapter}
+            meta |= {"names": self.names, "lambdas": self.lambdas, "extra": extra or {}}
+            if sharding.is_first():
+                checkpoint.write_state(Path(folder) / STATE_FILE, tensors | self._state(), meta)
+
+    def _live_tensors(self) -> dict[str, Tensor]:
+        return {f"{pair.name}.{key}": value for pair in self.pairs for key, value in (("A", pair.A), ("B", pair.B))}
 
     def load(self, folder: str | Path) -> dict[str, Any]:
         """Continue from `save`: everything is compared first, then written. Returns `extra`.
 
-        Raises ValueError, with nothing changed, when the file is absent or damaged, or was saved by another method,
-        with other options, or for other layers, shapes or dtypes.
+        Rank 0 reads the file for all. Raises ValueError, with nothing changed, when it is absent or damaged, or was
+        saved by another method, with other options, or for other layers, shapes or dtypes.
         """
-        self._refuse_while_swapped("load")
         path = Path(folder) / STATE_FILE
-        tensors, meta = checkpoint.read_state(path)
+        with sharding.together():
+            self._refuse_while_swapped("load")
+        tensors, meta = sharding.on_first(lambda: checkpoint.read_state(path))
+        with self._whole():
+            live = self._live_tensors()
+            with sharding.together():
+                rest = self._compared(path, tensors, meta, live)
+                self._load_state(rest)
+            with torch.no_grad():
+                for key, value in live.items():
+                    value.copy_(tensors[key])
+        self.names, self.lambdas = list(meta["names"]), list(meta["lambdas"])
+        return dict(meta["extra"])
+
+    def _compared(
+        self, path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], live: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What a saved state holds beside A and B; ValueError where it does not fit this method and model."""
         for key, mine in (("method", self.name), ("options", self._options())):
             if meta[key] != mine:
                 raise ValueError(f"{path} was saved with {key} {meta[key]!r}, this is {mine!r}")
-        live = {f"{pair.name}.{key}": value for pair in self.pairs for key, value in (("A", pair.A), ("B", pair.B))}
         for key, value in live.items():
             saved = tensors.get(key)
             if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
@@ -131,14 +210,12 @@ class Method:
         unknown = sorted(layers - {pair.name for pair in self.pairs})
         if unknown:
             raise ValueError(f"{path} holds layers that the model has not: {', '.join(unknown[:8])}")
-        self._load_state(rest)
-        with torch.no_grad():
-            for key, value in live.items():
-                value.copy_(tensors[key])
-        self.names, self.lambdas = list(meta["names"]), list(meta["lambdas"])
-        return dict(meta["extra"])
+        return rest
 
     # What a method defines. `task` counts from 1.
+
+    def _check(self) -> None:
+        """Once, when the method is made: ValueError for pairs that it cannot treat."""
 
     def _begin(self, task: int) -> None:
         """Before training."""

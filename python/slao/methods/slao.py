@@ -48,19 +48,12 @@ class SLAO(Method):
         adapter: str = "default",
         seed: int = 0,
     ) -> None:
-        super().__init__(model, adapter=adapter)
         if init not in INITS:
             raise ValueError(f"unknown init {init!r}; choose one of {', '.join(INITS)}")
         if merge not in MERGES:
             raise ValueError(f"unknown merge {merge!r}; choose one of {', '.join(MERGES)}")
         if preserve and not orthogonal:
             raise ValueError("preserve=True compensates the orthogonal re-basing; it needs orthogonal=True")
-        wide = [f"{pair.name} {tuple(pair.A.shape)}" for pair in self.pairs if pair.A.shape[0] > pair.A.shape[1]]
-        if orthogonal and wide:
-            raise ValueError(
-                f"A (r, n) with r > n has no orthonormal rows: {', '.join(wide[:8])}; "
-                "lower r there (rank_pattern), leave these layers out of target_modules, or pass orthogonal=False"
-            )
         self.schedule = make_schedule(schedule)
         self.init, self.orthogonal, self.merge, self.preserve, self.seed = init, orthogonal, merge, preserve, seed
         self._schedule_name = getattr(schedule, "__qualname__", schedule)
@@ -68,6 +61,15 @@ class SLAO(Method):
         self._merged: dict[str, list[Tensor] | None] = {"A": None, "B": None}
         # The memory of the copy that a running task needs, kept between tasks: fresh pages cost more than the copy.
         self._spare: dict[str, list[Tensor]] = {}
+        super().__init__(model, adapter=adapter)
+
+    def _check(self) -> None:
+        wide = [f"{pair.name} {tuple(pair.A.shape)}" for pair in self.pairs if pair.A.shape[0] > pair.A.shape[1]]
+        if self.orthogonal and wide:
+            raise ValueError(
+                f"A (r, n) with r > n has no orthonormal rows: {', '.join(wide[:8])}; "
+                "lower r there (rank_pattern), leave these layers out of target_modules, or pass orthogonal=False"
+            )
 
     def _live(self, factor: str) -> list[Tensor]:
         return [getattr(pair, factor).detach() for pair in self.pairs]
