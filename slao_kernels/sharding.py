@@ -221,9 +221,9 @@ def _opened(unit: nn.Module | None, values: list[Any], write: bool) -> Iterator[
         with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=write):
             yield
     elif partitioned:
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(partitioned, modifier_rank=0 if write else None):
+        with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
             yield
     else:
         yield

@@ -12,9 +12,12 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import LoraConfig, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import distributed as dist
@@ -22,6 +25,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainingArguments
 
 import slao_kernels
 from slao import SLAO
@@ -215,6 +219,15 @@ def in_flat_units(model: nn.Module) -> nn.Module:
     return in_units(model, orig=False)
 
 
+def as_accelerate(model: nn.Module) -> nn.Module:
+    """FSDP2 as accelerate prepares it; its Accelerator shards on no CPU, so this calls what that would call."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin.cpu_ram_efficient_loading = False
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    fields = {"state": state, "mixed_precision": "no", "is_main_process": True, "device": torch.device("cpu")}
+    return fsdp2_prepare_model(SimpleNamespace(**fields, torch_device_mesh=None), model)
+
+
 def trained(rank: int, ranks: int, folder: Path, wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
     """The method made before the model is wrapped where that is possible, as with a Trainer."""
     model = make()
@@ -225,10 +238,54 @@ def trained(rank: int, ranks: int, folder: Path, wrap: Callable[[nn.Module], nn.
     return outcome(method, wrapped)
 
 
+def with_trainer(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
+    """transformers' Trainer, a new one for each task, which wraps the model through accelerate."""
+    model = make()
+    method = SLAO(model)
+    arguments: dict[str, Any] = {"use_cpu": True, "optim": "sgd", "learning_rate": RATE, "max_grad_norm": 0.0}
+    arguments |= {"lr_scheduler_type": "constant", "max_steps": STEPS, "report_to": "none", "save_strategy": "no"}
+    arguments |= {"per_device_train_batch_size": BATCH // ranks, "train_sampling_strategy": "sequential"}
+    arguments |= {"disable_tqdm": True, "dataloader_pin_memory": False}
+    wrapped: nn.Module = model
+    for task in range(TASKS):
+        rows = [{"input_ids": ids, "labels": ids} for step in range(STEPS) for ids in batch(task, step, 0, 1)]
+        method.begin_task(str(task))
+        trainer = Trainer(model, TrainingArguments(str(folder / "trainer"), **arguments), None, rows)
+        trainer.train()
+        method.end_task()
+        wrapped = trainer.model_wrapped
+    return {**outcome(method, model), "wrapped": [cls.__name__ for cls in type(wrapped).__mro__]}
+
+
+def zero(rank: int, ranks: int, folder: Path, stage: int) -> dict[str, Any]:
+    """A new engine for each task, as transformers' Trainer makes one: an engine keeps master weights of its own."""
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": BATCH // ranks,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "gradient_clipping": 0.0,  # clips at 1 unless told otherwise
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    model = make()
+    method = SLAO(model)
+    for task in range(TASKS):
+        method.begin_task(str(task))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+        learn(model, task, rank, ranks, engine)
+        #         engine.destroy()  # or its hooks would reduce the gradients of the next one's steps as well
+        method.end_task()
+    method.save(folder / f"zero{stage} of rank {rank}")
+    return outcome(method, engine)
+
+
 WRAPS = {
     "ddp": replicas,
     "fsdp2_blocks": in_blocks,
     "fsdp2_leaves": in_leaves,
+    "fsdp2_accelerate": as_accelerate,
     "fsdp1": in_units,
     "fsdp1_flat": in_flat_units,
 }
@@ -236,16 +293,24 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "one_rank_fails": one_rank_fails,
     **{name: functools.partial(trained, wrap=wrap) for name, wrap in WRAPS.items()},
     **{f"{name}_on_disk": functools.partial(on_disk, wrap=wrap) for name, wrap in WRAPS.items()},
+    "trainer": with_trainer,
 }
+
+
+# Where DeepSpeed is installed.
+MORE = {f"zero{stage}": functools.partial(zero, stage=stage) for stage in (2, 3)}
 
 
 def main(rank: int, ranks: int, folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
+    # What a launcher sets, for accelerate and DeepSpeed.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     # A file instead of a port: nothing can clash. A hang is an error after a minute.
     dist.init_process_group("gloo", f"file://{folder / 'store'}", timedelta(seconds=60), world_size=ranks, rank=rank)
     for case in cases:
         try:
-            found = CASES[case](rank, ranks, folder)
+            found = {**CASES, **MORE}[case](rank, ranks, folder)
         except Exception:
             found = {"error": traceback.format_exc()}
         torch.save(found, folder / f"{case}.{rank}.pt")

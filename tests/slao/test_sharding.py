@@ -85,7 +85,7 @@ def results(folder: Path, case: str) -> list[dict[str, Any]]:
 
 
 def check_as_one(found: list[dict[str, Any]], one: dict[str, Any], ranks: ModuleType) -> None:
-    """Adapters and merge as in one process, bitwise alike on all ranks; merged() shows the merge, then takes it back."""
+    """Adapters and merge as in one process, bitwise alike on all ranks; merged() leaves no trace."""
     for each in found:
         assert each["weights"].keys() == one["weights"].keys()
         for name, expected in one["weights"].items():
