@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+Slot = tuple[nn.Module, str]  # a module and the attribute under which it keeps a parameter
+# What the wrappers of torch put between a module's name and its children's.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
 class LoraPair:
     """One adapted layer of one adapter.
 
-    name: the layer's dotted name in the model. layer: PEFT's LoRA layer. parameters: the nn.Parameters of A and B.
+    name: the layer's dotted name in the model, as it was before anything wrapped its modules (FSDP, torch.compile).
+    layer: PEFT's LoRA layer. parameters: the nn.Parameters of A and B.
     scaling: PEFT's factor (alpha/r, or alpha/√r for rsLoRA).
     """
 
@@ -32,6 +37,12 @@ class LoraPair:
     def B(self) -> Tensor:
         """(m, r), likewise."""
         return _flat(self.parameters[1])
+
+    def with_weights(self, A: Tensor | None, B: Tensor | None) -> LoraPair:
+        """The same layer with other tensors in place of its parameters; None keeps one."""
+        old = self.parameters
+        new = [was if now is None else now.view(was.shape) for was, now in zip(old, (A, B), strict=True)]
+        return replace(self, parameters=(new[0], new[1]))
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -52,28 +63,41 @@ def adapter_names(model: nn.Module) -> list[str]:
     return sorted(found)
 
 
-def find_pairs(model: nn.Module, adapter: str = "default") -> tuple[list[LoraPair], dict[str, str]]:
+def find_pairs(
+    model: nn.Module, adapter: str = "default", read: Callable[[list[Slot]], list[Tensor]] | None = None
+) -> tuple[list[LoraPair], dict[str, str]]:
     """(pairs, left_out): every LoRA pair of `adapter`, and by layer name why a layer has none that can be used.
 
+    read: what to take for the parameters (sharding.py gathers them); None takes those that the layers have.
     Raises ValueError when the model has no such adapter, listing those it has.
     """
-    pairs: list[LoraPair] = []
     left_out: dict[str, str] = {}
-    owners: dict[int, str] = {}  # address of a weight -> the layer that it was first met in
+    found: list[tuple[str, nn.Module, tuple[Slot, Slot]]] = []
     for name, layer in lora_layers(model):
         if adapter not in layer.lora_A and adapter not in layer.lora_embedding_A:
             continue
-        pair = _pair(name, layer, adapter)
-        if isinstance(pair, str):
-            left_out[name] = pair
-            continue
-        addresses = _addresses(pair)
-        owner = next((owners[address] for address in addresses if address in owners), None)
-        if owner is None:
-            owners.update(dict.fromkeys(addresses, name))
-            pairs.append(pair)
+        both = slots(layer, adapter)
+        if isinstance(both, str):
+            left_out[plain_name(name)] = both
         else:
+            found.append((plain_name(name), layer, both))
+    flat = [slot for _, _, both in found for slot in both]
+    live = [getattr(*slot) for slot in flat]
+    values = live if read is None else read(flat)
+    pairs: list[LoraPair] = []
+    owners: dict[int, str] = {}  # address of a weight -> the layer that it was first met in
+    for i, (name, layer, _) in enumerate(found):
+        A, B = values[2 * i : 2 * i + 2]
+        reason = _misfit(A, B)
+        addresses = _addresses(*live[2 * i : 2 * i + 2])
+        owner = next((owners[address] for address in addresses if address in owners), None)
+        if reason is not None:
+            left_out[name] = reason
+        elif owner is not None:
             left_out[name] = f"shares its weights with {owner} (tied adapters)"
+        else:
+            owners.update(dict.fromkeys(addresses, name))
+            pairs.append(LoraPair(name, layer, (A, B), float(layer.scaling[adapter])))
     if not pairs and not left_out:
         names = adapter_names(model)
         hint = f"it has {', '.join(map(repr, names))}" if names else "it has no LoRA layers; add some, or call patch"
@@ -81,34 +105,59 @@ def find_pairs(model: nn.Module, adapter: str = "default") -> tuple[list[LoraPai
     return pairs, left_out
 
 
-def _pair(name: str, layer: nn.Module, adapter: str) -> LoraPair | str:
+def plain_name(name: str) -> str:
+    """A module's or parameter's dotted name without what wrappers put into it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+        if name.endswith("." + wrapper[:-1]):
+            name = name[: -len(wrapper)]
+    return name
+
+
+def slots(layer: nn.Module, adapter: str) -> tuple[Slot, Slot] | str:
+    """Where A and B of one layer are kept; else why it has no pair that can be used."""
     variants = getattr(layer, "lora_variant", {})
     if adapter in variants:
         return f"{type(variants[adapter]).__name__} trains more than A and B"
     if hasattr(layer, "parameter_name"):
         return f"{type(layer).__name__} packs several experts into one A and B"
     if adapter in layer.lora_embedding_A:
-        A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        both = (layer.lora_embedding_A, adapter), (layer.lora_embedding_B, adapter)
     else:
         down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-        A, B = getattr(down, "weight", None), getattr(up, "weight", None)
         if getattr(up, "bias", None) is not None:
             return "lora_bias trains more than A and B"
         if any(isinstance(part, nn.Module) and parametrize.is_parametrized(part) for part in (down, up)):
             return "lora_A or lora_B is parametrized: its weight is computed, not kept"
-    if not isinstance(A, Tensor) or not isinstance(B, Tensor):
+        both = (down, "weight"), (up, "weight")
+    if not all(isinstance(getattr(*slot, None), Tensor) for slot in both):
         return f"{type(layer).__name__} keeps no plain A and B"
+    return both
+
+
+def live(pair: LoraPair, adapter: str = "default") -> LoraPair:
+    """The pair with the parameters that its layer has now: a wrapper (FSDP) may have replaced them."""
+    both = slots(pair.layer, adapter)
+    if isinstance(both, str):
+        raise ValueError(f"{pair.name} has changed since its A and B were found: {both}")
+    A, B = getattr(*both[0]), getattr(*both[1])
+    if A is pair.parameters[0] and B is pair.parameters[1]:
+        return pair
+    return replace(pair, parameters=(A, B))
+
+
+def _misfit(A: Tensor, B: Tensor) -> str | None:
     if A.dim() > 2 and not (A.is_contiguous() and B.is_contiguous()):
         return "a convolution's A and B that are not contiguous have no 2-D view"
     if A.dim() < 2 or B.dim() < 2 or A.shape[0] != _flat(B).shape[1]:
         return f"A {tuple(A.shape)} and B {tuple(B.shape)} are not (r, n) and (m, r)"
-    return LoraPair(name, layer, (A, B), float(layer.scaling[adapter]))
+    return None
 
 
-def _addresses(pair: LoraPair) -> list[int]:
-    """Where the pair's weights begin in memory; nothing for those that are elsewhere (sharded, meta, empty)."""
-    plain = [p for p in pair.parameters if type(p) in (nn.Parameter, Tensor) and p.numel() > 0]
-    return [p.data_ptr() for p in plain if p.device.type != "meta"]
+def _addresses(*parameters: Tensor) -> list[int]:
+    """Where weights begin in memory; nothing for those that are elsewhere (sharded, meta, empty)."""
+    plain = [p for p in parameters if type(p) in (nn.Parameter, Tensor) and p.numel() > 0]
+    return [p.data_ptr() for p in plain if p.device.type != "meta" and p.untyped_storage().nbytes() > 0]
 
 
 def _flat(parameter: Tensor) -> Tensor:

@@ -8,7 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from slao_kernels import sharding
+
+_MORE = ("modules_to_save", "trainable_token_indices", "bias")  # what a LoraConfig adds to A and B
 
 
 def save_adapter(model: nn.Module, folder: str | Path, adapter: str = "default") -> None:
@@ -16,24 +20,57 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str = "default")
 
     The files are written beside `folder` first and moved in when complete, the weights last. Loads with
     `PeftModel.from_pretrained` where this library is not installed.
-    Raises ValueError when the model carries no PEFT config of that adapter.
+    With several processes every rank calls it and rank 0 writes. Of a sharded model A and B are written.
+    Raises ValueError when the model carries no PEFT config of that adapter, or is sharded and has more in it than A
+    and B; an error on one rank is raised on all.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import save_file
+    model, outer = sharding.unwrap(model), model
+    with sharding.together():
+        _check(model, adapter, outer)
+    whole = _gathered(outer, adapter) if sharding.is_sharded(outer) else None
+    with sharding.together():
+        if sharding.is_first():
+            _write(model, Path(folder), adapter, whole)
 
+
+def _check(model: nn.Module, adapter: str, outer: nn.Module) -> None:
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     if adapter not in configs:
         raise ValueError(f"the model has no PEFT config for adapter {adapter!r}; it has {sorted(configs)}")
-    target = Path(folder)
+    more = [name for name in _MORE if getattr(configs[adapter], name, None) not in (None, "none", [])]
+    if more and sharding.is_sharded(outer):
+        raise ValueError(
+            f"the model is sharded and its adapter has {', '.join(more)}: only A and B can be exported then"
+        )
+
+
+def _gathered(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """A and B by PEFT's names within the bare model."""
+    with sharding.whole(model, adapter, write=False) as (pairs, _):
+        found: dict[str, Tensor] = {}
+        for pair in pairs:
+            kind = "lora_embedding_" if adapter in getattr(pair.layer, "lora_embedding_A", {}) else "lora_"
+            for factor, tensor in zip("AB", pair.parameters, strict=True):
+                name = f"{pair.name}.{kind}{factor}" + ("" if "embedding" in kind else ".weight")
+                found[name] = tensor.detach().cpu()
+    return found
+
+
+def _write(model: nn.Module, target: Path, adapter: str, whole: dict[str, Tensor] | None) -> None:
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    configs: dict[str, Any] = model.peft_config
     target.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        if isinstance(model, PeftModel):
+        if isinstance(model, PeftModel) and whole is None:
             model.save_pretrained(str(scratch), selected_adapters=[adapter])
             source = scratch if (scratch / "adapter_config.json").exists() else scratch / adapter
         else:  # injected into a bare model: PEFT's keys are then those of a model inside a PeftModel
-            state = get_peft_model_state_dict(model, adapter_name=adapter)
-            tensors = {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
+            state = get_peft_model_state_dict(model, adapter_name=adapter) if whole is None else whole
+            prefix = "base_model.model."
+            tensors = {prefix + key.removeprefix(prefix): value.contiguous() for key, value in state.items()}
             save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
             _save_config(model, configs[adapter], scratch)
             source = scratch

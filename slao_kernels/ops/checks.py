@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # Naming every offender helps; naming 224 of them does not.
 _SHOWN = 8
+_OWN_MEMORY = (Tensor, nn.Parameter)
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -38,14 +40,14 @@ def lengths(problems: Problems, **lists: Sequence[object]) -> bool:
     return True
 
 
-def plain(tensors: Sequence[object]) -> bool:
+def plain(tensors: Sequence[Any]) -> bool:
     """Whether `tensor` would find nothing in any of these: the short way for lists of hundreds."""
     first = next(iter(tensors), None)
     if not isinstance(first, Tensor) or first.device.type == "meta":
         return False
     device, strided = first.device, torch.strided
     return all(
-        isinstance(item, Tensor) and item.dtype in _FLOATING and item.device == device and item.layout is strided
+        type(item) in _OWN_MEMORY and item.dtype in _FLOATING and item.device == device and item.layout is strided
         for item in tensors
     )
 
@@ -73,6 +75,10 @@ def tensor(problems: Problems, where: str, item: object, device: torch.device | 
         problems.add(where, f"is a {type(item).__name__}, expected a tensor")
         return False
     before = len(problems.found)
+    if type(item) not in _OWN_MEMORY and is_traceable_wrapper_subclass(item):
+        what = "gather it first (slao_kernels.sharding.whole)" if hasattr(item, "full_tensor") else "unwrap it first"
+        problems.add(where, f"is a {type(item).__name__}, whose memory is elsewhere; {what}")
+        return False
     if item.dtype not in _FLOATING:
         problems.add(where, f"is {item.dtype}, expected fp64, fp32, bf16 or fp16")
     if item.device.type == "meta":

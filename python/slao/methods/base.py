@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slao_kernels.adapters import LoraPair, find_pairs
+from slao_kernels import sharding
+from slao_kernels.adapters import LoraPair
 from slao_kernels.ops.checks import not_finite
 
 from .. import checkpoint
@@ -18,11 +19,17 @@ from ..export import save_adapter
 
 STATE_FILE = "slao_state.safetensors"
 
+# Per pair A and B; None where the trained one stands for it.
+Weights = list[tuple[Tensor | None, Tensor | None]]
+
 
 class Method:
     """Base of all methods; alone it is the bookkeeping around one LoRA.
 
-    model: any module with PEFT LoRA layers (patched or not). adapter: the adapter to train and merge.
+    model: any module with PEFT LoRA layers (patched or not), sharded or wrapped before or later. With several
+    processes every rank makes the same calls; an error on one rank is raised on all, and rank 0 alone writes files.
+    adapter: the adapter to train and merge. pairs: what a method works on, whole within its own hooks; elsewhere the
+    model's own parameters, which may be shards.
     task: index of the running task, or of the last one, from 1 (0 before the first). names: of all tasks begun.
     lambdas: per finished task the λ it was merged with (a number, or one a layer); 1.0 where nothing is merged.
     cosines: per finished task the cosine, layer by layer in the order of `pairs`, of its task vector B A with that of
@@ -33,17 +40,34 @@ class Method:
     name: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module, *, adapter: str = "default") -> None:
-        pairs, left_out = find_pairs(model, adapter)
-        if left_out:
-            what = "; ".join(f"{layer}: {why}" for layer, why in list(left_out.items())[:8])
-            raise ValueError(f"{self.name or type(self).__name__} cannot treat {len(left_out)} layers: {what}")
         self.model = model
         self.adapter = adapter
-        self.pairs: list[LoraPair] = pairs
+        self.pairs: list[LoraPair] = []
         self.names: list[str] = []
         self.lambdas: list[float | list[float]] = []
         self.cosines: list[list[float] | None] = []
         self._swapped = False
+        with self._whole(write=False):
+            self._check()
+
+    @contextmanager
+    def _whole(self, write: bool = True) -> Iterator[None]:
+        """Within the block `self.pairs` have whole A and B on every rank; what is written there stays (if `write`)."""
+        before = self.pairs
+        names = [pair.name for pair in before]
+        try:
+            with sharding.whole(self.model, self.adapter, before, write=write) as (pairs, left_out):
+                if left_out:
+                    what = "; ".join(f"{layer}: {why}" for layer, why in list(left_out.items())[:8])
+                    raise ValueError(f"{self.name or type(self).__name__} cannot treat {len(left_out)} layers: {what}")
+                if names and names != [pair.name for pair in pairs]:
+                    raise ValueError("the model's LoRA layers are others than when the method was made; make a new one")
+                self.pairs = pairs
+                yield
+        except BaseException:
+            self.pairs = before
+            raise
+        self.pairs = sharding.live_pairs(pairs, self.adapter)
 
     @property
     def task(self) -> int:
@@ -56,20 +80,33 @@ class Method:
 
     def begin_task(self, name: str) -> None:
         """Prepare the adapter for training on the task `name`."""
-        if self.in_task:
-            raise ValueError(f"task {self.names[-1]!r} is still running; call end_task() before begin_task({name!r})")
-        self._refuse_while_swapped("begin_task")
-        self._begin(self.task + 1)
+        with sharding.together():
+            if self.in_task:
+                raise ValueError(
+                    f"task {self.names[-1]!r} is still running; call end_task() before begin_task({name!r})"
+                )
+            self._refuse_while_swapped("begin_task")
+        with self._whole():
+            if self.names and sharding.ranks() > 1:
+                # A rank that refuses on its own would leave the others with an adapter that is re-based already.
+                with sharding.together():
+                    self._refuse_broken_weights()
+            self._begin(self.task + 1)
         self.names.append(str(name))
 
     def end_task(self) -> None:
         """Take what was trained into the method's state. ValueError, with nothing changed, if training diverged."""
-        if not self.in_task:
-            raise ValueError("no task is running; call begin_task(name) first")
-        self._refuse_while_swapped("end_task")
-        self._refuse_broken_weights()
-        self.lambdas.append(self._end(self.task))
-        self.cosines.append(self._new_to_merged())
+        with sharding.together():
+            if not self.in_task:
+                raise ValueError("no task is running; call begin_task(name) first")
+            self._refuse_while_swapped("end_task")
+        with self._whole(write=False):
+            with sharding.together():
+                self._refuse_broken_weights()
+            lam = self._end(self.task)
+            cosines = self._new_to_merged()
+        self.lambdas.append(lam)
+        self.cosines.append(cosines)
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss of every training step, or None.
@@ -86,16 +123,29 @@ class Method:
         merge is that of the tasks before it. Do not train inside the block.
         """
         self._refuse_while_swapped("merged")
-        with self._swapped_in(self._merged_weights()):
+        with self._swapped_in(self._merged_weights):
             yield self.model
 
     @contextmanager
-    def _swapped_in(self, all_weights: list[tuple[Tensor | None, Tensor | None]]) -> Iterator[None]:
-        swapped: list[tuple[Tensor, Tensor]] = []
+    def _swapped_in(self, weights: Callable[[], Weights]) -> Iterator[None]:
+        """Within the block the pairs' parameters are what `weights` returns."""
         self._swapped = True
         try:
-            for pair, weights in zip(self.pairs, all_weights, strict=True):
-                for parameter, weight in zip(pair.parameters, weights, strict=True):
+            with self._shown(weights) if self._is_plain() else self._shown_in_shards(weights):
+                yield
+        finally:
+            self._swapped = False
+
+    def _is_plain(self) -> bool:
+        self.pairs = sharding.live_pairs(self.pairs, self.adapter)
+        return all(sharding.is_plain(parameter) for pair in self.pairs for parameter in pair.parameters)
+
+    @contextmanager
+    def _shown(self, weights: Callable[[], Weights]) -> Iterator[None]:
+        swapped: list[tuple[Tensor, Tensor]] = []
+        try:
+            for pair, shown in zip(self.pairs, weights(), strict=True):
+                for parameter, weight in zip(pair.parameters, shown, strict=True):
                     if weight is not None:
                         swapped.append((parameter, parameter.data))
                         parameter.data = weight.view(parameter.shape)
@@ -103,35 +153,65 @@ class Method:
         finally:
             for parameter, trained in swapped:
                 parameter.data = trained
-            self._swapped = False
+
+    @contextmanager
+    def _shown_in_shards(self, weights: Callable[[], Weights]) -> Iterator[None]:
+        """Shards have no whole storage to swap: they are overwritten, and written back from copies."""
+        with self._whole(write=False):
+            trained = self.pairs
+            shown = [pair.with_weights(*two) for pair, two in zip(trained, weights(), strict=True)]
+        sharding.write(self.model, shown, self.adapter)
+        try:
+            yield
+        finally:
+            sharding.write(self.model, trained, self.adapter)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """The merged adapter as a plain PEFT folder, which loads without this library."""
         self._refuse_while_swapped("save_pretrained")
-        with self._swapped_in(self._exported_weights()):
+        with self._swapped_in(self._exported_weights):
             save_adapter(self.model, folder, self.adapter)
 
     def save(self, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
         """The full state (adapter as trained, merge, history) and JSON-able `extra` into `folder`, atomically."""
-        self._refuse_while_swapped("save")
-        tensors = self._live_tensors()
-        meta: dict[str, Any] = {"method": self.name, "options": self._options(), "adapter": self.adapter}
-        meta |= {"names": self.names, "lambdas": self.lambdas, "cosines": self.cosines, "extra": extra or {}}
-        checkpoint.write_state(Path(folder) / STATE_FILE, tensors | self._state(), meta)
+        with sharding.together():
+            self._refuse_while_swapped("save")
+        with self._whole(write=False):
+            tensors = self._live_tensors()
+            meta: dict[str, Any] = {"method": self.name, "options": self._options(), "adapter": self.adapter}
+            meta |= {"names": self.names, "lambdas": self.lambdas, "cosines": self.cosines, "extra": extra or {}}
+            if sharding.is_first():
+                checkpoint.write_state(Path(folder) / STATE_FILE, tensors | self._state(), meta)
 
     def load(self, folder: str | Path) -> dict[str, Any]:
         """Continue from `save`: everything is compared first, then written. Returns `extra`.
 
-        Raises ValueError, with nothing changed, when the file is absent or damaged, or was saved by another method,
-        with other options, or for other layers, shapes or dtypes.
+        Rank 0 reads the file for all. Raises ValueError, with nothing changed, when it is absent or damaged, or was
+        saved by another method, with other options, or for other layers, shapes or dtypes.
         """
-        self._refuse_while_swapped("load")
         path = Path(folder) / STATE_FILE
-        tensors, meta = checkpoint.read_state(path)
+        with sharding.together():
+            self._refuse_while_swapped("load")
+        tensors, meta = sharding.on_first(lambda: checkpoint.read_state(path))
+        with self._whole():
+            live = self._live_tensors()
+            with sharding.together():
+                rest = self._compared(path, tensors, meta, live)
+                self._load_state(rest)
+            with torch.no_grad():
+                for key, value in live.items():
+                    value.copy_(tensors[key])
+        self.names, self.lambdas = list(meta["names"]), list(meta["lambdas"])
+        self.cosines = list(meta.get("cosines", [None] * len(self.lambdas)))  # absent from older states
+        return dict(meta["extra"])
+
+    def _compared(
+        self, path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], live: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What a saved state holds beside A and B; ValueError where it does not fit this method and model."""
         for key, mine in (("method", self.name), ("options", self._options())):
             if meta[key] != mine:
                 raise ValueError(f"{path} was saved with {key} {meta[key]!r}, this is {mine!r}")
-        live = self._live_tensors()
         for key, value in live.items():
             saved = tensors.get(key)
             if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
@@ -142,15 +222,12 @@ class Method:
         unknown = sorted(layers - {pair.name for pair in self.pairs})
         if unknown:
             raise ValueError(f"{path} holds layers that the model has not: {', '.join(unknown[:8])}")
-        self._load_state(rest)
-        with torch.no_grad():
-            for key, value in live.items():
-                value.copy_(tensors[key])
-        self.names, self.lambdas = list(meta["names"]), list(meta["lambdas"])
-        self.cosines = list(meta.get("cosines", [None] * len(self.lambdas)))  # absent from older states
-        return dict(meta["extra"])
+        return rest
 
     # What a method defines. `task` counts from 1.
+
+    def _check(self) -> None:
+        """Once, when the method is made: ValueError for pairs that it cannot treat."""
 
     def _begin(self, task: int) -> None:
         """Before training."""
@@ -163,11 +240,11 @@ class Method:
         """After `_end`: the task's entry of `cosines`."""
         return None
 
-    def _merged_weights(self) -> list[tuple[Tensor | None, Tensor | None]]:
+    def _merged_weights(self) -> Weights:
         """Per pair the merged (A, B); None where the trained one is it."""
         return [(None, None)] * len(self.pairs)
 
-    def _exported_weights(self) -> list[tuple[Tensor | None, Tensor | None]]:
+    def _exported_weights(self) -> Weights:
         """Per pair the (A, B) of the plain adapter that `save_pretrained` writes; None where the trained one is it."""
         return self._merged_weights()
 

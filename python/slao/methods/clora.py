@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .base import Method
+from slao_kernels import sharding
+
+from .base import Method, Weights
 from .extended import extend_all, fresh
 
 if TYPE_CHECKING:
@@ -57,7 +59,16 @@ class CLoRA(Method):
             layer.slao_core = pair.A.new_zeros(r, r)
             layer.slao_core_delta = nn.Parameter(pair.A.new_zeros(r, r))
 
+    def _refuse_shards(self) -> None:
+        sharded = [pair.name for pair, layer in zip(self.pairs, self.layers, strict=True) if not _is_whole(layer)]
+        if sharded:
+            raise ValueError(
+                f"clora: the routing matrices of {len(sharded)} layers are sharded ({', '.join(sharded[:4])}); "
+                "use DDP or ZeRO-2, or keep slao_core_delta out of FSDP (ignored_params)"
+            )
+
     def _begin(self, task: int) -> None:
+        self._refuse_shards()
         for pair, layer in zip(self.pairs, self.layers, strict=True):
             delta = layer.slao_core_delta
             assert delta is not None
@@ -71,6 +82,7 @@ class CLoRA(Method):
                     delta.copy_(noise * (self.delta_std * (3 * r) ** 0.5))
 
     def _end(self, task: int) -> float:
+        self._refuse_shards()
         with torch.no_grad():
             for layer in self.layers:
                 core, delta = layer.slao_core, layer.slao_core_delta
@@ -94,9 +106,9 @@ class CLoRA(Method):
                 terms.append((delta * ((pair.B.T @ pair.B) @ delta)).float().sum())
         return self.orthogonality_weight * torch.stack(terms).sum()
 
-    def _exported_weights(self) -> list[tuple[Tensor | None, Tensor | None]]:
+    def _exported_weights(self) -> Weights:
         """A as it is and B R: a plain LoRA."""
-        out: list[tuple[Tensor | None, Tensor | None]] = []
+        out: Weights = []
         for pair, layer in zip(self.pairs, self.layers, strict=True):
             core, delta = layer.slao_core, layer.slao_core_delta
             assert core is not None
@@ -121,3 +133,7 @@ class CLoRA(Method):
             assert delta is not None
             live |= {f"{pair.name}.core": core, f"{pair.name}.core_delta": delta.detach()}
         return live
+
+
+def _is_whole(layer: ExtendedLoraLinear) -> bool:
+    return sharding.is_plain(layer.slao_core_delta) and type(layer.slao_core) is Tensor

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slao_kernels import orthogonal_init_, scaled_merge_
 
 from ..schedules import MergeStats, Schedule, make_schedule
-from .base import Method
+from .base import Method, Weights
 from .extended import fresh
 
 logger = logging.getLogger("slao")
@@ -51,19 +51,12 @@ class SLAO(Method):
         seed: int = 0,
         keep_cosines: bool = False,
     ) -> None:
-        super().__init__(model, adapter=adapter)
         if init not in INITS:
             raise ValueError(f"unknown init {init!r}; choose one of {', '.join(INITS)}")
         if merge not in MERGES:
             raise ValueError(f"unknown merge {merge!r}; choose one of {', '.join(MERGES)}")
         if preserve and not orthogonal:
             raise ValueError("preserve=True compensates the orthogonal re-basing; it needs orthogonal=True")
-        wide = [f"{pair.name} {tuple(pair.A.shape)}" for pair in self.pairs if pair.A.shape[0] > pair.A.shape[1]]
-        if orthogonal and wide:
-            raise ValueError(
-                f"A (r, n) with r > n has no orthonormal rows: {', '.join(wide[:8])}; "
-                "lower r there (rank_pattern), leave these layers out of target_modules, or pass orthogonal=False"
-            )
         self.schedule = make_schedule(schedule)
         self.init, self.orthogonal, self.merge, self.preserve, self.seed = init, orthogonal, merge, preserve, seed
         self.keep_cosines = keep_cosines
@@ -73,6 +66,15 @@ class SLAO(Method):
         # The memory of the copy that a running task needs, kept between tasks: fresh pages cost more than the copy.
         self._spare: dict[str, list[Tensor]] = {}
         self._measured: list[float] | None = None
+        super().__init__(model, adapter=adapter)
+
+    def _check(self) -> None:
+        wide = [f"{pair.name} {tuple(pair.A.shape)}" for pair in self.pairs if pair.A.shape[0] > pair.A.shape[1]]
+        if self.orthogonal and wide:
+            raise ValueError(
+                f"A (r, n) with r > n has no orthonormal rows: {', '.join(wide[:8])}; "
+                "lower r there (rank_pattern), leave these layers out of target_modules, or pass orthogonal=False"
+            )
 
     def _live(self, factor: str) -> list[Tensor]:
         return [getattr(pair, factor).detach() for pair in self.pairs]
@@ -166,7 +168,7 @@ class SLAO(Method):
             list(self.lambdas),
         )
 
-    def _merged_weights(self) -> list[tuple[Tensor | None, Tensor | None]]:
+    def _merged_weights(self) -> Weights:
         nothing: list[Tensor | None] = [None] * len(self.pairs)
         return list(zip(self._merged["A"] or nothing, self._merged["B"] or nothing, strict=True))
 

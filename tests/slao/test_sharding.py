@@ -1,0 +1,174 @@
+"""SLAO with two processes against one: DDP, FSDP2, FSDP1. The processes run tests/slao/ranks.py, all cases at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from slao import SLAO
+from slao_kernels.testing import error_ratio, tiny_model
+
+RANKS = 2
+# fp32. A gradient that is summed in two halves differs by about 1e-7; four steps and two merges take the largest
+# error of a tensor to 2e-6 (measured). A rank's gradients alone would be wrong by 1e-1.
+TOLERANCE = 1e-5
+WRAPS = ("ddp", "fsdp2_blocks", "fsdp2_leaves", "fsdp1", "fsdp1_flat")
+# Why every adapted layer runs PEFT's own forward there; None: all are fused.
+FALLBACK = {
+    "ddp": None,
+    "fsdp2_blocks": None,
+    "fsdp2_leaves": "lora_A is a FSDPLinear, lora_B a FSDPLinear, not plain nn.Linear",
+    "fsdp1": "lora_A is a FullyShardedDataParallel, lora_B a FullyShardedDataParallel, not plain nn.Linear",
+    "fsdp1_flat": "lora_A is a FullyShardedDataParallel, lora_B a FullyShardedDataParallel, not plain nn.Linear",
+}
+SCRIPT = Path(__file__).with_name("ranks.py")
+
+
+def start(folder: Path, cases: list[str], python: str = sys.executable, seconds: int = 150) -> None:
+    """Run the cases in RANKS processes; their output is shown if one fails or takes too long."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    started = []
+    for rank in range(RANKS):
+        with open(folder / f"log.{rank}", "w") as log:
+            command = [python, str(SCRIPT), str(rank), str(RANKS), str(folder), *cases]
+            started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
+    try:
+        codes = [process.wait(timeout=seconds) for process in started]
+    except subprocess.TimeoutExpired:
+        codes = ["too long"] * RANKS
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    if any(codes):
+        raise AssertionError("\n".join([str(codes), *((folder / f"log.{r}").read_text() for r in range(RANKS))]))
+
+
+@pytest.fixture(scope="module")
+def ranks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("slao_tests_ranks", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(ranks, tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("ranks")
+    start(made, list(ranks.CASES))
+    return made
+
+
+@pytest.fixture(scope="module")
+def one(ranks) -> dict[str, Any]:
+    return ranks.reference()
+
+
+def results(folder: Path, case: str) -> list[dict[str, Any]]:
+    """What each rank left; an error there is one here."""
+    found = [torch.load(folder / f"{case}.{rank}.pt") for rank in range(RANKS)]
+    for rank, each in enumerate(found):
+        assert "error" not in each, f"rank {rank}: {each['error']}"
+    return found
+
+
+def check_as_one(found: list[dict[str, Any]], one: dict[str, Any], ranks: ModuleType) -> None:
+    """Adapters and merge as in one process, bitwise alike on all ranks; merged() leaves no trace."""
+    for each in found:
+        assert each["weights"].keys() == one["weights"].keys()
+        for name, expected in one["weights"].items():
+            assert error_ratio(each["weights"][name], expected) <= TOLERANCE, name
+        assert error_ratio(each["logits"], one["logits"]) <= TOLERANCE
+        assert error_ratio(each["trained_logits"], one["trained_logits"]) <= TOLERANCE
+        assert ranks.equal(each["weights"], found[0]["weights"])
+        assert ranks.equal(each["weights"], each["after"])
+
+
+def test_the_reference_can_tell(one):
+    """Merged and trained weights, and what the model says with them, differ by far more than the tolerance."""
+    merged = [name for name in one["weights"] if name.endswith("B.merged")]
+    assert len(merged) == 6
+    for name in merged:
+        assert error_ratio(one["weights"][name], one["weights"][name.removesuffix(".merged")]) > 1e-2
+    assert error_ratio(one["logits"], one["trained_logits"]) > 1e-3
+
+
+@pytest.mark.parametrize("case", WRAPS)
+def test_two_tasks(case, folder, one, ranks):
+    check_as_one(results(folder, case), one, ranks)
+
+
+@pytest.mark.parametrize("case", WRAPS)
+def test_what_falls_back(case, folder, one):
+    """Fused where the layer's forward sees plain tensors, else PEFT's own forward and the reason in the report."""
+    for found in results(folder, case):
+        assert found["fused"] == 6
+        if FALLBACK[case] is None:
+            assert (found["fallbacks"], found["notes"]) == ({}, {})
+            assert found["operators"] == one["operators"]
+            assert sum(one["operators"].values()) > 0
+        else:
+            assert len(found["fallbacks"]) == 6
+            assert set(found["fallbacks"].values()) == {FALLBACK[case]}
+            assert found["operators"] == {}
+
+
+@pytest.mark.parametrize("case", WRAPS)
+def test_on_disk(case, folder, one, ranks, tmp_path):
+    """Saved by two ranks in the middle of a task, and taken up by two others, or by one process."""
+    found = results(folder, f"{case}_on_disk")
+    for each in found:
+        assert each["extra"] == {"note": 0}
+        assert ranks.equal(each["saved"], each["loaded"])
+    check_as_one(found, one, ranks)
+    # The README comes from PeftModel.save_pretrained, which writes unsharded models only.
+    expected = ["adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "slao_state.safetensors"]
+    assert [name for name in found[0]["files"] if "README" not in name] == expected
+    assert found[1]["files"] == []
+    saved = next(folder.glob(f"{ranks.WRAPS[case].__name__} of rank 0"))
+    alone = SLAO(ranks.make())
+    assert alone.load(saved) == {"note": 0}
+    assert ranks.equal(ranks.weights(alone), found[0]["saved"])
+
+    model = ranks.make()
+    method = SLAO(model)
+    method.begin_task("0")
+    ranks.learn(model, 0)
+    method.end_task()
+    method.save_pretrained(tmp_path)
+    name = "adapter_model.safetensors"
+    mine, theirs = load_file(tmp_path / name), load_file(saved / "adapter" / name)
+    assert mine.keys() == theirs.keys()
+    assert max(error_ratio(theirs[key], mine[key]) for key in mine) <= TOLERANCE
+    loaded = peft.PeftModel.from_pretrained(tiny_model("llama", initializer_range=0.3), saved / "adapter")
+    for key, value in theirs.items():
+        assert torch.equal(loaded.state_dict()[key.replace(".weight", ".default.weight")], value)
+
+
+def test_an_error_on_one_rank_is_one_on_all(folder):
+    """Each rank raises, the one concerned its own error; nothing has changed anywhere, and all can go on."""
+    first, second = results(folder, "one_rank_fails")
+    diverged = "ValueError: task 'third' diverged: NaN or infinite adapter weights in 1 layers "
+    for call in ("end_task", "begin_task"):
+        assert second[call].startswith(diverged)
+        assert first[call].startswith(f"ValueError: rank 1 of 2 failed: {diverged}")
+        assert first[f"kept by {call}"]
+        assert second[f"kept by {call}"]
+    for call in ("save", "save_pretrained"):
+        assert first[call].startswith("FileExistsError")
+        assert second[call].startswith("RuntimeError: rank 0 of 2 failed: FileExistsError")
+    assert first["load"].startswith("ValueError: no saved state at ")
+    assert second["load"].startswith("ValueError: rank 0 of 2 failed: ValueError: no saved state at ")
+    assert second["too early"].startswith("ValueError: rank 0 of 2 failed: ValueError: no task is running")
