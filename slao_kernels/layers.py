@@ -64,6 +64,13 @@ class FusedLoraLinear(lora.Linear):
     slao_options = FusedOptions("(unnamed layer)")
     peft_class = lora.Linear
 
+    def _get_name(self) -> str:
+        """PEFT's: its layer status reads the kind of a layer off the printed name."""
+        return self.peft_class.__name__
+
+    def extra_repr(self) -> str:
+        return "fused by slao_kernels"
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: base(x) + Σ scaling · B A x over the active adapters. x: (..., K) -> (..., N)."""
         if not (args or kwargs or is_compiling()):
