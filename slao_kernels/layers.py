@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ class FusedOptions:
     fallbacks: dict[str, str] = field(default_factory=dict)
     place: groups.Place | None = None
     notes: dict[str, str] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle of another version: what it does not know keeps its default, what we do not know is dropped."""
+        known = {field.name: state[field.name] for field in fields(self) if field.name in state}
+        self.__init__(**{"name": "(unnamed layer)", **known})  # type: ignore[misc]
 
     def fell_back(self, reason: str) -> None:
         """Put the reason into the report, and into the log once per reason; not while torch.compile looks on."""
