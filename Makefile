@@ -4,11 +4,13 @@ VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 BENCH_JSON ?= build/bench.json
 GPU_JSON ?= build/gpu.json
+CONFORMANCE_VENV ?= .venv-conformance
+CONFORMANCE_OUT ?= build/conformance
 BIN = $(VENV)/bin
 DRIVER = $(MAKE) --silent --no-print-directory -j$(shell getconf _NPROCESSORS_ONLN) -f tests/csrc/Makefile
 INSTALL = pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test bench report gpu lint asan aarch64 format clean
+.PHONY: help demo test bench report gpu conformance lint asan aarch64 format clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -44,6 +46,17 @@ gpu:
 	@$(MAKE) --no-print-directory $(VENV)/.installed
 	@$(BIN)/python bench/gpu.py $(PARTS) --out $(GPU_JSON) -- $(ARGS)
 
+## make conformance PEFT_TESTS=path  PEFT's own tests, of a checkout of its repository (at the release to test), with
+##              and without patch, in an environment of their own; ARGS= goes to tests/conformance/run.py (minutes)
+conformance:
+	@test -d "$(PEFT_TESTS)/tests" || \
+	  { echo "make conformance: PEFT_TESTS=path names no checkout of PEFT's repository (its tests are in no wheel)"; exit 2; }
+	test -x $(CONFORMANCE_VENV)/bin/python || $(PYTHON) -m venv $(CONFORMANCE_VENV)
+	$(CONFORMANCE_VENV)/bin/$(INSTALL) torch
+	$(CONFORMANCE_VENV)/bin/$(INSTALL) -e ".[conformance]" \
+	  "peft$$(sed -n 's/^__version__ = "\(.*\)"/==\1/p' "$(PEFT_TESTS)/src/peft/__init__.py")"
+	$(CONFORMANCE_VENV)/bin/python tests/conformance/run.py "$(PEFT_TESTS)" --out $(CONFORMANCE_OUT) $(ARGS)
+
 ## make lint    ruff and mypy
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -68,7 +81,7 @@ format: $(VENV)/.installed
 
 ## make clean   remove environments and build products (runs/ stays)
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) $(CONFORMANCE_VENV) build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

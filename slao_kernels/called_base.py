@@ -67,6 +67,7 @@ def _make(theirs: Any, name: str) -> type:
     class Fused(theirs):
         slao_options = FusedOptions("(unnamed layer)")
         peft_class = theirs
+        _get_name, extra_repr = FusedLoraLinear._get_name, FusedLoraLinear.extra_repr
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """As PEFT's: base(x) + Σ scaling · B A x over the active adapters. x: (..., K) -> (..., N)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -34,6 +34,11 @@ class FusedOptions:
     place: groups.Place | None = None
     notes: dict[str, str] = field(default_factory=dict)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle of another version: what it does not know keeps its default, what we do not know is dropped."""
+        known = {field.name: state[field.name] for field in fields(self) if field.name in state}
+        self.__init__(**{"name": "(unnamed layer)", **known})  # type: ignore[misc]
+
     def fell_back(self, reason: str) -> None:
         """Put the reason into the report, and into the log once per reason; not while torch.compile looks on."""
         if is_compiling():
@@ -63,6 +68,13 @@ class FusedLoraLinear(lora.Linear):
     # On the class, so that a layer unpickled from another version still has one.
     slao_options = FusedOptions("(unnamed layer)")
     peft_class = lora.Linear
+
+    def _get_name(self) -> str:
+        """PEFT's: its layer status reads the kind of a layer off the printed name."""
+        return self.peft_class.__name__
+
+    def extra_repr(self) -> str:
+        return "fused by slao_kernels"
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: base(x) + Σ scaling · B A x over the active adapters. x: (..., K) -> (..., N)."""

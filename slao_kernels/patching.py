@@ -77,16 +77,17 @@ def patch(
     from the second forward on; `groups.describe(model)` lists them, and groups.py says when they do.
     Parameters, their names, the state dict and PEFT's methods stay as they are; `unpatch` undoes it.
     Raises ValueError, with the model as it was: nothing to patch or inject, unknown backend or precision, a config
-    that contradicts the adapter that is there, or skips under strict.
+    that contradicts the adapter that is there, Unsloth's or Axolotl's LoRA kernels on the model, skips under strict.
     """
     dispatch.check_backend(backend)
     if backend != "auto":
         dispatch.choose("lora_linear", next((p.device.type for p in model.parameters()), "cpu"), backend)
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    from . import adapters, called_base, eligibility, groups, injection
+    from . import adapters, called_base, eligibility, groups, injection, other_kernels
     from .layers import FusedLoraLinear, FusedOptions, log_once
 
+    other_kernels.check_none(model)
     undo = None
     if not any(True for _ in adapters.lora_layers(model)):
         undo = injection.inject(model, config)

@@ -241,3 +241,15 @@ def test_only_adapters_are_in_peft_state_dict(twins, pair):
     for name in ("default", "a1"):
         ours, theirs = both(lambda m: get_peft_model_state_dict(m, adapter_name=name), model, twin)  # noqa: B023
         twins.check_equal(ours, theirs)
+
+
+def test_layer_status_and_printed_names(twins, pair):
+    """PEFT reads a layer's kind off its printed name; ours says there that it is fused."""
+    model, twin = pair({"target_modules": ["q_proj"]})
+    assert both(lambda m: m.get_layer_status(), model, twin)[0] == twin.get_layer_status()
+    assert model.get_model_status() == twin.get_model_status()
+    (layer, *_), (theirs, *_) = both(lambda m: [x for x in m.modules() if hasattr(x, "lora_A")], model, twin)
+    lines, expected = repr(layer).split("\n"), repr(theirs).split("\n")
+    assert (lines[0], expected[0]) == ("lora.Linear(", "lora.Linear(")
+    assert [line for line in lines if line.strip() != "fused by slao_kernels"] == expected
+    assert len(lines) == len(expected) + 1
