@@ -59,7 +59,8 @@ model = kernels.kernelize(net(), mode=kernels.Mode.TRAINING, device="cpu", use_f
 found, node = step(model)
 errors = [((a - b).square().mean().sqrt() / b.square().mean().sqrt()).item() for a, b in zip(found, plain, strict=True)]
 operators = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("slao_kernels::lora_linear")]
-print(json.dumps({"errors": errors, "nodes": [theirs, node], "own": "slao_kernels" in sys.modules, "operators": len(operators)}))
+own = "slao_kernels" in sys.modules
+print(json.dumps({"errors": errors, "nodes": [theirs, node], "own": own, "operators": len(operators)}))
 """
 
 
