@@ -31,7 +31,7 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
     "lora_linear": ("native", "eager", "triton", "reference"),
     # Of these three "native" is C++ or CUDA and "triton" needs no build: the choice on ROCm and wherever the CUDA build
     # is missing. That "native" comes first is not measured: neither has been timed on a GPU yet.
-    "orthogonal_init": ("native", "reference"),
+    "orthogonal_init": ("native", "triton", "reference"),
     "scaled_merge": ("native", "triton", "reference"),
     "fold": ("native", "triton", "reference"),
 }

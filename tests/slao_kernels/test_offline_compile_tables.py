@@ -18,12 +18,16 @@ from triton.compiler import ASTSource  # noqa: E402
 from slao_kernels.ops import tables  # noqa: E402
 from slao_kernels.ops.fold import device as folding  # noqa: E402
 from slao_kernels.ops.fold import kernels as fold  # noqa: E402
+from slao_kernels.ops.orthogonal_init import device as init_device  # noqa: E402
+from slao_kernels.ops.orthogonal_init import finish_device, large_device  # noqa: E402
+from slao_kernels.ops.orthogonal_init import kernels as init  # noqa: E402
 from slao_kernels.ops.scaled_merge import device as merging  # noqa: E402
 from slao_kernels.ops.scaled_merge import kernels as merge  # noqa: E402
 
 F64, F32, BF16, F16 = tables.TYPES
 # Pointers to what the launchers allocate, which is aligned; the matrices themselves are integers in a table.
 POINTERS = {"table": "*i64", "weights": "*fp64", "scalings": "*fp64"}
+POINTERS |= {"ws": "*fp64", "states": "*i32", "status": "*i32", "info": "*i32"}
 
 
 def compiled(kernel: Any, target: str, constants: dict[str, Any], warps: int) -> Usage:
@@ -105,3 +109,52 @@ def test_fold_moves_16_bytes_of_a_weight_at_once(case):
     text = fold_usage("sm_90", case).text
     assert re.search(r"ld\.global\.v4\.b32", text)
     assert re.search(r"st\.global\.v4\.b32", text)
+
+
+# (dtype, dense)
+INITS = {"fp32": (F32, True), "bf16": (BF16, True), "fp64": (F64, True), "strided": (F32, False)}
+
+
+def init_usage(target: str, kernel: str, case: str, side: int, later: bool = False, large: bool = False) -> Usage:
+    kind, dense = INITS[case]
+    width, columns, step, warps = init.TILES[side]
+    later_kind = init.LATER.get(kind, kind)
+    constants: dict[str, Any] = {"S": side}
+    if kernel == "gram":
+        constants |= {"LATER": later, "TYPE": later_kind if later else kind, "DENSE": dense, "K": width}
+        constants |= {"CHUNK": init.CHUNK, "LARGE": large, "SEARCH": 1024}
+        return compiled(init_device.gram_kernel, target, constants, warps)
+    if kernel == "factor":
+        constants |= {"LATER": later, "CHUNK": init.CHUNK}
+        return compiled(init_device.factor_kernel, target, constants, init.FACTOR_WARPS[side])
+    constants |= {"TYPE": kind, "LATER_TYPE": later_kind}
+    if kernel == "apply":
+        constants |= {"LATER": later, "DENSE": dense, "N": columns, "SEARCH": 1024}
+        return compiled(init_device.apply_kernel, target, constants, warps)
+    if kernel == "triangle":
+        return compiled(finish_device.triangle_kernel, target, {"S": side}, init.FACTOR_WARPS[side])
+    constants |= {"N": step}
+    return compiled(finish_device.finish_kernel, target, constants, warps)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("side", [16, 32, 64])
+@pytest.mark.parametrize("kernel", ["gram", "factor", "apply", "finish", "triangle"])
+def test_init_fits_without_a_spill(kernel, side, target):
+    for case in ("fp32", "strided") if kernel in ("gram", "apply") else ("fp32",):
+        fits(init_usage(target, kernel, case, side), target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", ["bf16", "fp64"])
+def test_init_of_other_dtypes_and_later_passes(case, target):
+    for kernel in ("gram", "factor", "apply"):
+        fits(init_usage(target, kernel, case, 64, later=True, large=True), target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_init_above_64_rows(target):
+    constants = {"S": 64}
+    warps = init.FACTOR_WARPS[64]
+    fits(compiled(large_device.gather_kernel, target, constants | {"CHUNK": init.CHUNK}, warps), target)
+    fits(compiled(large_device.decide_kernel, target, constants, warps), target)
