@@ -167,6 +167,7 @@ def test_benches_run_and_their_figures_are_read(tmp_path):
     figures = tmp_path / "figures.json"
     wanted = "minilm-2x16-bf16 or (test_layer and 32x384x384-bf16) or shrink-1024x384-bf16-16 or grad_t-1024x384-fp32-8"
     wanted += " or test_fold or test_transition or (test_scaled_merge and fp32) or (test_orthogonal_init and 16)"
+    wanted += " or test_interference or test_weighted_merge"
     command = [sys.executable, "-m", "pytest", "bench", "-q", "-k", wanted, "--device=cpu", "--model=minilm"]
     command += ["--rounds=1", "--threads=1", f"--benchmark-json={figures}", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=gpu.ROOT, env=gpu.importing_from_here(), capture_output=True, text=True)
@@ -177,7 +178,7 @@ def test_benches_run_and_their_figures_are_read(tmp_path):
     assert set(how["backends"]) == set(dispatch.OPS)
     found = {bench["name"]: bench for bench in listed}
     core = dispatch.why_not("lora_linear", "native", "cpu") is None  # without it nothing of bench_lora_kernels runs
-    assert len({name.partition("[")[0] for name in found}) == 6 + core
+    assert len({name.partition("[")[0] for name in found}) == 8 + core
     assert all(bench["lap_s"] > 0 and bench["extra_info"] for bench in found.values())
     step = found["test_step[minilm-2x16-bf16]"]["extra_info"]
     assert step["ours share"] == (step["ours ms"] - step["frozen ms"]) / (step["PEFT ms"] - step["frozen ms"])

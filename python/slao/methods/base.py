@@ -33,7 +33,7 @@ class Method:
     task: index of the running task, or of the last one, from 1 (0 before the first). names: of all tasks begun.
     lambdas: per finished task the λ it was merged with (a number, or one a layer); 1.0 where nothing is merged.
     cosines: per finished task the cosine, layer by layer in the order of `pairs`, of its task vector B A with that of
-    the merge of the tasks before; None where the method had no reason to compute it.
+    the merge of the tasks before; None where the method had no reason to compute it. Saved and loaded.
     Raises ValueError when the model has no such adapter, or has parts of it that the method cannot treat.
     """
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import slao_kernels
@@ -154,6 +156,29 @@ def test_the_result_is_an_adapter():
     ).abs().max() <= 1e-5
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    ranks=st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(any),
+    rank=st.integers(1, 40),
+    seed=st.integers(0, 2**20),
+)
+def test_no_matrix_of_that_rank_is_nearer(m, n, ranks, rank, seed):
+    g = torch.Generator().manual_seed(seed)
+    adapters = [
+        ([torch.randn(r, n, generator=g).double()], [torch.randn(m, r, generator=g).double()], [0.5]) for r in ranks
+    ]
+    weights = torch.randn(len(ranks), generator=g).tolist()
+    rank = min(rank, m, n)
+    merge = slao_kernels.weighted_merge(adapters, weights, rank)
+    ((A, B),), (total,) = merge.pairs, totals(adapters, weights)
+    least = torch.linalg.svdvals(total)[rank:].norm()
+    assert abs((B @ A - total).norm() - least) <= 1e-12 * total.norm()
+    assert (A @ A.T - torch.eye(rank, dtype=torch.float64)).abs().max() <= 1e-13
+    assert abs(merge.lost.item() * total.norm() - least) <= 1e-12 * total.norm()
+
+
 def test_deterministic():
     adapters = [adapter(16, seed, shapes=[(300, 200)] * 9) for seed in range(3)]
     first, second = (slao_kernels.weighted_merge(adapters, [1.0, 1.0, 1.0], 16) for _ in range(2))
@@ -209,6 +234,20 @@ def test_equals_pefts_add_weighted_adapter(kind, weights, rank):
         assert (A.shape, B.shape) == (theirs.A.shape, theirs.B.shape)
         assert error_ratio(B @ A, theirs.B @ theirs.A) <= 1e-5  # PEFT's fp32 SVD
         assert error_ratio(B.norm(dim=0), theirs.B.norm(dim=0)) <= 1e-5
+
+
+def test_where_pefts_own_differs():
+    """What the docstring says of PEFT 0.20 and 0.21: √r too much with rsLoRA, and one adapter is not truncated."""
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    model = peft_model("llama", a={**options, "use_rslora": True}, b={**options, "use_rslora": True})
+    model.add_weighted_adapter(["a", "b"], [1.0, 0.5], "theirs", "svd")
+    model.add_weighted_adapter(["a"], [1.0], "alone", "svd", svd_rank=2)
+    ours = slao_kernels.weighted_merge(["a", "b"], [1.0, 0.5], model=model)
+    theirs, alone = (slao_kernels.adapters.find_pairs(model, name)[0] for name in ("theirs", "alone"))
+    for (A, B), pair, single in zip(ours.pairs, theirs, alone, strict=True):
+        assert pair.scaling == 2  # √4
+        assert error_ratio(B @ A, pair.B @ pair.A) <= 1e-5
+        assert single.A.shape[0] == 4
 
 
 ONE = (torch.ones(2, 6), torch.ones(5, 2))
