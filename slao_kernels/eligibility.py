@@ -19,6 +19,9 @@ GLOBAL_HOOKS = (
     _MODULE._global_backward_hooks,
     _MODULE._global_backward_pre_hooks,
 )
+# FSDP2 makes classes of these names, FSDP1 wraps.
+_UNITS = ("FSDP", "FullyShardedDataParallel")
+_WHOLE_BLOCKS = "FSDP2 over whole blocks (fully_shard(block)) leaves it fused"
 # What PEFT's LoRA layers keep from the base layer.
 PEFT_ARGUMENTS = ("adapter_names", "alora_offsets")
 
@@ -39,15 +42,18 @@ def layer_reason(layer: nn.Module) -> str | None:
     return None
 
 
-def why_called(layer: nn.Module, adapters: list[str], precision: str) -> str | None:
-    """Why the base layer is called as it is and the LoRA branch added to its result; None: one node computes both."""
-    reason = base_reason(layer.base_layer)
+def why_called(layer: nn.Module, adapters: list[str], precision: str, early: bool = False) -> str | None:
+    """Why the base layer is called as it is and the LoRA branch added to its result; None: one node computes both.
+
+    early: outside of any forward, where DTensors are let pass: FSDP2's are plain parameters while their block runs.
+    """
+    reason = base_reason(layer.base_layer, early)
     if reason is None and precision == "adapter" and any(_own_bias(layer, name) for name in adapters):
         return "lora_bias in the adapter's precision"
     return reason
 
 
-def base_reason(base: nn.Module) -> str | None:
+def base_reason(base: nn.Module, early: bool = False) -> str | None:
     """Why only the base layer itself can tell its result. Exact types: a subclass may compute something else."""
     if type(base) not in _BASE_TYPES:
         return f"base layer is {type(base).__module__.split('.')[0]}'s {type(base).__name__}"
@@ -57,12 +63,14 @@ def base_reason(base: nn.Module) -> str | None:
         return f"base weight is stored as {base.weight.dtype}"
     if base.bias is not None and base.bias.dtype != base.weight.dtype:
         return f"base bias is {base.bias.dtype}, weight {base.weight.dtype}"
-    return _module_reason(base, "base layer")
+    return _module_reason(base, "base layer", early)
 
 
-def adapter_reason(layer: nn.Module, adapter: str) -> str | None:
-    """What about A and B of one adapter of the layer rules them out."""
+def adapter_reason(layer: nn.Module, adapter: str, early: bool = False) -> str | None:
+    """What about A and B of one adapter of the layer rules them out. early: see `why_called`."""
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    if type(down) is not nn.Linear and type(down).__name__.startswith(_UNITS):
+        return f"lora_A is an FSDP unit of its own ({type(down).__name__}) and has to be called; {_WHOLE_BLOCKS}"
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
         return f"lora_A is a {type(down).__name__}, lora_B a {type(up).__name__}, not plain nn.Linear"
     if down.bias is not None:
@@ -73,7 +81,7 @@ def adapter_reason(layer: nn.Module, adapter: str) -> str | None:
         return "lora_A or lora_B is not a plain floating matrix (sharded or quantised?)"
     if down.weight.device.type == "meta":
         return "its adapter is on the meta device; load it, then patch again"
-    return _module_reason(down, "lora_A") or _module_reason(up, "lora_B")
+    return _module_reason(down, "lora_A", early) or _module_reason(up, "lora_B", early)
 
 
 def in_features(base: nn.Module) -> int:
@@ -200,9 +208,9 @@ def _branch_reason(layer: nn.Module, adapters: list[str], x: Tensor) -> str | No
     return None
 
 
-def _module_reason(module: nn.Module, what: str) -> str | None:
+def _module_reason(module: nn.Module, what: str, early: bool = False) -> str | None:
     """A fused forward reads the module's weight and never calls it: nothing may depend on the call."""
-    if type(module.weight) not in (nn.Parameter, Tensor):
+    if type(module.weight) not in (nn.Parameter, Tensor) and not (early and type(module.weight).__name__ == "DTensor"):
         return f"{what}'s weight is a {type(module.weight).__name__}"
     if hasattr(module.weight, "ds_id"):
         return f"{what}'s weight is partitioned by DeepSpeed ZeRO-3"

@@ -103,12 +103,12 @@ def patch(
             continue
         reason, called = eligibility.layer_reason(layer), None
         if reason is None:
-            called = eligibility.why_called(layer, active, precision)
+            called = eligibility.why_called(layer, active, precision, early=True)
             if called is None and called_base.fused_class(layer) is not FusedLoraLinear:
                 called = f"PEFT's {called_base.peft_class(layer).__name__} does"
             reason = eligibility.variant_reason(layer, active, called is not None)
         for adapter in active:
-            reason = reason or eligibility.adapter_reason(layer, adapter)
+            reason = reason or eligibility.adapter_reason(layer, adapter, early=True)
         if reason is not None:
             report.skipped[name] = reason
             continue

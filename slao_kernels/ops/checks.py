@@ -48,7 +48,11 @@ def plain(tensors: Sequence[Any]) -> bool:
         return False
     device, strided = first.device, torch.strided
     return all(
-        type(item) in _OWN_MEMORY and item.dtype in _FLOATING and item.device == device and item.layout is strided
+        isinstance(item, Tensor)
+        and type(item) in _OWN_MEMORY
+        and item.dtype in _FLOATING
+        and item.device == device
+        and item.layout is strided
         for item in tensors
     )
 
@@ -76,9 +80,9 @@ def tensor(problems: Problems, where: str, item: object, device: torch.device | 
         problems.add(where, f"is a {type(item).__name__}, expected a tensor")
         return False
     before = len(problems.found)
-    if type(item) not in _OWN_MEMORY and is_traceable_wrapper_subclass(item):
-        what = "gather it first (slao_kernels.sharding.whole)" if hasattr(item, "full_tensor") else "unwrap it first"
-        problems.add(where, f"is a {type(item).__name__}, whose memory is elsewhere; {what}")
+    found = elsewhere(item)
+    if found is not None:
+        problems.add(where, found)
         return False
     if item.dtype not in _FLOATING:
         problems.add(where, f"is {item.dtype}, expected fp64, fp32, bf16 or fp16")
@@ -101,6 +105,14 @@ def not_finite(tensors: Sequence[Tensor]) -> list[int]:
     if bool(finite.all()):
         return []
     return [i for i, fine in enumerate(finite.tolist()) if not fine and not bool(tensors[i].isfinite().all())]
+
+
+def elsewhere(item: Tensor) -> str | None:
+    """What is wrong with a tensor that only wraps others (DTensor, torchao's): its own address is none."""
+    if type(item) in _OWN_MEMORY or not is_traceable_wrapper_subclass(item):
+        return None
+    what = "gather it first (slao_kernels.sharding.whole)" if hasattr(item, "full_tensor") else "unwrap it first"
+    return f"is a {type(item).__name__}, whose memory is elsewhere; {what}"
 
 
 def distinct_memory(problems: Problems, name: str, items: Sequence[Tensor], **reads: Sequence[Tensor]) -> None:

@@ -30,6 +30,7 @@ from transformers import Trainer, TrainingArguments
 import slao_kernels
 from slao import SLAO
 from slao.methods import Method
+from slao_kernels.adapters import find_pairs
 from slao_kernels.testing import tiny_model
 
 TASKS, STEPS, BATCH, RATE = 2, 2, 4, 0.2
@@ -191,6 +192,34 @@ def on_disk(rank: int, ranks: int, folder: Path, wrap: Callable[[nn.Module], nn.
     return found
 
 
+def patched_late(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
+    """Sharded first: what FSDP2 holds as DTensors is plain while its block runs."""
+    model = make()
+    slao_kernels.unpatch(model)
+    in_blocks(model)
+    report = slao_kernels.patch(model)
+    method = SLAO(model)
+    run(method, model, rank, ranks)
+    return {**outcome(method, model), "skipped": report.skipped}
+
+
+def refusals(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
+    """The operations themselves, given shards."""
+    model = in_blocks(make())
+    pairs, _ = find_pairs(model)
+    shards = [pair.A for pair in pairs]
+    whole = [torch.zeros(shard.shape) for shard in shards]
+    found = {
+        "init": message(lambda: slao_kernels.orthogonal_init_(shards)),
+        "merge": message(lambda: slao_kernels.scaled_merge_(whole, shards, 0.5)),
+        "fold": message(lambda: slao_kernels.fold_(shards[:1], whole[:1], [torch.zeros(3, 3)], [1.0])),
+        "linear": message(
+            lambda: slao_kernels.lora_linear(torch.ones(2, 32), torch.ones(8, 32), None, shards[0], torch.ones(8, 3), 1)
+        ),
+    }
+    return {**found, "untouched": not any(tensor.any() for tensor in whole)}
+
+
 def replicas(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model)
 
@@ -291,6 +320,8 @@ WRAPS = {
 }
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "one_rank_fails": one_rank_fails,
+    "patched_late": patched_late,
+    "refusals": refusals,
     **{name: functools.partial(trained, wrap=wrap) for name, wrap in WRAPS.items()},
     **{f"{name}_on_disk": functools.partial(on_disk, wrap=wrap) for name, wrap in WRAPS.items()},
     "trainer": with_trainer,

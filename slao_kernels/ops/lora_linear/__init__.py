@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import dispatch
-from .. import schema
+from .. import checks, schema
 from . import native_layer, reference
 
 PRECISIONS = ("base", "adapter")
@@ -269,6 +269,9 @@ def _check(
     tensors = {"x": x, "weight": weight, "bias": bias, "A": A, "B": B, "core": core, "core_delta": core_delta}
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     for name, tensor in given.items():
+        found = checks.elsewhere(tensor)
+        if found is not None:
+            problems.append(f"{name} {found}")
         if not tensor.is_floating_point():
             problems.append(f"{name} is {tensor.dtype}, expected a floating dtype")
         if tensor.device != x.device:
