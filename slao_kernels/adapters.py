@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +138,8 @@ def slots(layer: nn.Module, adapter: str) -> tuple[Slot, Slot] | str:
 
 def live(pair: LoraPair, adapter: str = "default") -> LoraPair:
     """The pair with the parameters that its layer has now: a wrapper (FSDP) may have replaced them."""
+    if _unchanged(pair, adapter):
+        return pair
     both = slots(pair.layer, adapter)
     if isinstance(both, str):
         raise ValueError(f"{pair.name} has changed since its A and B were found: {both}")
@@ -144,6 +147,16 @@ def live(pair: LoraPair, adapter: str = "default") -> LoraPair:
     if A is pair.parameters[0] and B is pair.parameters[1]:
         return pair
     return replace(pair, parameters=(A, B))
+
+
+def _unchanged(pair: LoraPair, adapter: str) -> bool:
+    """The common case by dictionaries alone: asked of hundreds of layers, four times between two tasks."""
+    for name, parameter in zip(("lora_A", "lora_B"), pair.parameters, strict=True):
+        part: Any = pair.layer._modules[name]
+        own = part._modules.get(adapter)
+        if own is None or own._parameters.get("weight") is not parameter:
+            return False
+    return True
 
 
 def _misfit(A: Tensor, B: Tensor) -> str | None:
