@@ -1,4 +1,4 @@
-"""Other libraries' LoRA kernels on a model: they read A and B themselves and never call the layers that patch fuses."""
+"""Other libraries' LoRA kernels on a model: they read A and B themselves, never calling the layers that patch fuses."""
 
 from __future__ import annotations
 
