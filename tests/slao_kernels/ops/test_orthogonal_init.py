@@ -104,7 +104,7 @@ def test_one_short_direction_among_equals(shape, kappa, backend):
 def test_r_times_q_is_the_input_whatever_its_condition(kappa, backend):
     """What `preserve=True` relies on: the rounding of Q, not that of the triangular solve, is all that is lost."""
     As = [conditioned(16, 300, kappa, seed).float() for seed in range(3)]
-    before = [A.double() for A in As]
+    before = [A.clone().double() for A in As]
     found = slao_kernels.orthogonal_init_(As, return_r=True, backend=backend)
     for A, R, old in zip(As, found.r, before, strict=True):
         assert (R.double().T @ A.double() - old).abs().max() <= 3e-7 * old.norm()
@@ -246,6 +246,21 @@ def test_runs_are_bitwise_equal_and_parameters_work(backend):
     assert first.requires_grad
     assert first.grad_fn is None
     assert first._version > version
+
+
+def test_nothing_fresh_is_read_before_it_is_written(backend, poisoned):
+    """Every new tensor is full of NaN here. One list with each kind of matrix: of few, some and many rows, of each
+    dtype, for one pass and two, nearly dependent; and R of all."""
+    As = [torch.randn(16, 40), torch.randn(20, 2050).half(), torch.randn(40, 50).double(), torch.randn(70, 90)]
+    As += [conditioned(16, 60, 1e3).float(), conditioned(40, 60, 1e6).bfloat16(), torch.randn(70, 90).bfloat16()]
+    As += [torch.zeros(5, 9), torch.zeros(70, 71).half(), torch.randn(12, 6).half() @ torch.randn(6, 30).half()]
+    before = [A.clone().double() for A in As]
+    report = slao_kernels.orthogonal_init_(As, return_r=True, backend=backend)
+    assert report.deficient[:2] == [7, 8]
+    for A, R, old in zip(As, report.r, before, strict=True):
+        assert orthogonality(A) <= 5 * STORAGE[A.dtype] * math.sqrt(len(A))
+        assert not R.tril(-1).any()
+        assert (R.double().T @ A.double() - old).norm() <= max(1e-6, torch.finfo(A.dtype).eps) * max(1.0, old.norm())
 
 
 def test_empty_list():
