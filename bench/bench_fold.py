@@ -1,4 +1,4 @@
-"""fold_ against PEFT's own merge, layer by layer, and the copy floor."""
+"""fold_ against PEFT's own merge, layer by layer, on a GPU its other backend, and the copy floor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import layer as lora
-from race import race
+from race import race, triton_too
 from torch import nn
 
 import slao_kernels
@@ -45,5 +45,7 @@ def test_fold(weight: str, adapter: str, benchmark: Any, device: str, layers: li
         for W, A, B in zip(weights, As, Bs, strict=True):
             W.addmm_(B.detach().to(W.dtype), A.detach().to(W.dtype), alpha=1.0)
 
-    peers = {"PEFT merge": peft_merge, "addmm_ loop": addmm, "copy floor": lambda: other.copy_(flat)}
-    race(benchmark, lambda: slao_kernels.fold_(weights, As, Bs, 1.0), peers, device, rounds=7)
+    peers: dict[str, Any] = {"PEFT merge": peft_merge, "addmm_ loop": addmm, "copy floor": lambda: other.copy_(flat)}
+    triton, left_out = triton_too("fold", device, lambda name: slao_kernels.fold_(weights, As, Bs, 1.0, backend=name))
+    benchmark.extra_info["left out"] = left_out
+    race(benchmark, lambda: slao_kernels.fold_(weights, As, Bs, 1.0), peers | triton, device, rounds=7)

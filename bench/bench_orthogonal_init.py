@@ -1,4 +1,4 @@
-"""orthogonal_init_ of a whole model against loops and stacks of torch.linalg.qr and the memory floor."""
+"""orthogonal_init_ of a whole model against loops and stacks of torch.linalg.qr (on a GPU: cuSOLVER), and the floor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from race import race
+from race import race, triton_too
 from torch import Tensor
 
 import slao_kernels
@@ -38,11 +38,16 @@ def test_orthogonal_init(r: int, benchmark: Any, device: str, layers: list[tuple
     # Every contestant has its own matrices; after the warm-up they are orthonormal, as SLAO's nearly are. LAPACK's work
     # does not depend on the values; ours is one pass here and two above a condition of about 5.
     fresh = [torch.randn(min(r, k), k, device=device) for _, k in layers]
-    ours, loop, stack = ([A.clone() for A in fresh] for _ in range(3))
+    ours, other, loop, stack = ([A.clone() for A in fresh] for _ in range(4))
     flat = torch.cat([A.flatten() for A in fresh])
-    peers = {"qr loop": lambda: qr_loop(loop), "in-place read+write": lambda: flat.mul_(1.0000001)}
+    peers: dict[str, Any] = {"qr loop": lambda: qr_loop(loop), "in-place read+write": lambda: flat.mul_(1.0000001)}
     if r <= 64:
         peers["qr stacked"] = lambda: qr_stacked(stack)
-    race(benchmark, lambda: slao_kernels.orthogonal_init_(ours), peers, device, rounds=7)
-    worst = max(torch.dist(A @ A.T, torch.eye(len(A), device=device)).item() for A in ours)
+    triton, left_out = triton_too(
+        "orthogonal_init", device, lambda name: slao_kernels.orthogonal_init_(other, backend=name)
+    )
+    benchmark.extra_info["left out"] = left_out
+    race(benchmark, lambda: slao_kernels.orthogonal_init_(ours), peers | triton, device, rounds=7)
+    raced = ours + (other if triton else [])
+    worst = max(torch.dist(A @ A.T, torch.eye(len(A), device=device)).item() for A in raced)
     assert worst < 1e-4  # a fast wrong answer is no benchmark

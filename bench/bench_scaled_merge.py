@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from race import race
+from race import race, triton_too
 
 import slao_kernels
 
@@ -20,14 +20,18 @@ def test_scaled_merge(case: str, benchmark: Any, device: str, layers: list[tuple
     torch.manual_seed(0)
     target, _, source = case.partition("<-")
     tuned = [torch.randn(n, RANK, device=device).to(DTYPES[source or target]) for n, _ in layers]
-    ours, loop, foreach = ([f.to(DTYPES[target], copy=True) for f in tuned] for _ in range(3))
+    ours, again, loop, foreach = ([f.to(DTYPES[target], copy=True) for f in tuned] for _ in range(4))
     flat = torch.cat([f.flatten() for f in ours])
     other = flat.clone()
     lam = 0.3
-    peers = {"copy floor": lambda: other.copy_(flat)}
+    peers: dict[str, Any] = {"copy floor": lambda: other.copy_(flat)}
     if source:
         peers["loop lerp_(.float())"] = lambda: [m.lerp_(f.float(), lam) for m, f in zip(loop, tuned, strict=True)]
     else:
         peers["loop lerp_"] = lambda: [m.lerp_(f, lam) for m, f in zip(loop, tuned, strict=True)]
         peers["_foreach_lerp_"] = lambda: torch._foreach_lerp_(foreach, tuned, lam)
-    race(benchmark, lambda: slao_kernels.scaled_merge_(ours, tuned, lam), peers, device, rounds=15)
+    triton, left_out = triton_too(
+        "scaled_merge", device, lambda name: slao_kernels.scaled_merge_(again, tuned, lam, backend=name)
+    )
+    benchmark.extra_info["left out"] = left_out
+    race(benchmark, lambda: slao_kernels.scaled_merge_(ours, tuned, lam), peers | triton, device, rounds=15)

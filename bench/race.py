@@ -80,6 +80,24 @@ def race(
     return ratios
 
 
+def triton_too(
+    op: str, device: str, call: Callable[[str], object]
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """(a contestant that is `call` with the backend "triton", why it is left out): where "auto" takes another on a GPU.
+
+    call: takes the backend's name. On a CPU Triton only interprets, which is no contest.
+    """
+    from slao_kernels import dispatch
+
+    reason = dispatch.why_not(op, "triton", device) if device == "cuda" else "Triton only interprets on a CPU"
+    if reason is not None:
+        return {}, {"triton": reason}
+    name = dispatch.choose(op, device)
+    if name == "triton":
+        return {}, {"triton": "it is ours here"}
+    return {"triton": lambda: call("triton")}, {}
+
+
 def machine(device: str) -> dict[str, Any]:
     """What a figure means nothing without."""
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"

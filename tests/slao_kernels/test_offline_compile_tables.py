@@ -132,7 +132,7 @@ def init_usage(target: str, kernel: str, case: str, side: int, later: bool = Fal
         constants |= {"LATER": later, "DENSE": dense, "N": columns, "SEARCH": 1024}
         return compiled(init_device.apply_kernel, target, constants, warps)
     if kernel == "triangle":
-        return compiled(finish_device.triangle_kernel, target, {"S": side}, init.FACTOR_WARPS[side])
+        return compiled(finish_device.triangle_kernel, target, {"S": side}, warps)
     constants |= {"N": step}
     return compiled(finish_device.finish_kernel, target, constants, warps)
 
@@ -155,6 +155,6 @@ def test_init_of_other_dtypes_and_later_passes(case, target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_init_above_64_rows(target):
     constants = {"S": 64}
-    warps = init.FACTOR_WARPS[64]
+    warps = init.TILES[64][3]
     fits(compiled(large_device.gather_kernel, target, constants | {"CHUNK": init.CHUNK}, warps), target)
     fits(compiled(large_device.decide_kernel, target, constants, warps), target)

@@ -118,12 +118,14 @@ def _gram(group: Group, ws: Tensor, states: Tensor, later: bool) -> None:
 
 
 def _factor(group: Group, ws: Tensor, states: Tensor, later: bool) -> None:
-    count, warps = len(group.owners), FACTOR_WARPS[group.side]
+    count = len(group.owners)
     table, constants = group.table.get(), {"S": group.side, "CHUNK": CHUNK}
     if group.blocks == 1:
         arguments = table, ws, states, count, len(states), later
+        warps = FACTOR_WARPS[group.side]
         device_tables.launch(device.factor_kernel, count, ws.device, *arguments, warps=warps, **constants)
         return
+    warps = TILES[group.side][3]
     programs = count * group.blocks**2
     gather = large_device.gather_kernel
     device_tables.launch(gather, programs, ws.device, table, ws, count, group.blocks, warps=warps, **constants)
@@ -171,7 +173,7 @@ def _finish(group: Group, ws: Tensor, states: Tensor, status: Tensor) -> None:
 
 def _triangles(group: Group, ws: Tensor, states: Tensor) -> None:
     arguments = group.table.get(), ws, states, len(group.owners), len(states)
-    warps = FACTOR_WARPS[group.side]
+    warps = TILES[group.side][3]
     device_tables.launch(
         finish_device.triangle_kernel, len(group.owners), ws.device, *arguments, warps=warps, S=group.side
     )

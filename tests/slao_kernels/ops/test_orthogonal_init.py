@@ -15,9 +15,11 @@ import slao_kernels
 from slao_kernels import dispatch
 
 BACKENDS = [name for name in dispatch.BACKENDS[1:] if dispatch.why_not("orthogonal_init", name, "cpu") is None]
+if INTERPRETED:  # the others have had their turn
+    assert "triton" in BACKENDS
+    BACKENDS = ["triton"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-test_under_the_interpreter = interpreted(__file__, at_least=160)
-assert "triton" in BACKENDS or not INTERPRETED
+test_under_the_interpreter = interpreted(__file__, at_least=90)
 # Half a unit of the storage dtype on entries of size 1/√n, times the worst case of r rows adding up.
 STORAGE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -84,6 +86,8 @@ def test_orthonormal_up_to_a_condition_of_1e7(r, kappa, backend):
 @pytest.mark.parametrize("shape", [(2, 30), (16, 4096), (256, 256)], ids=str)
 def test_one_short_direction_among_equals(shape, kappa, backend):
     """Where a whole-matrix measure of condition sees least: at (256, 256), κ = 50, one pass would leave 8e-6."""
+    if backend == "triton" and shape != (2, 30) and kappa not in (50.0, 1e6):
+        pytest.skip("interpreted, each takes seconds; two of them see both ways that such matrices can take")
     r, n = shape
     U = torch.linalg.qr(torch.randn(r, r, dtype=torch.float64)).Q
     V = torch.linalg.qr(torch.randn(n, r, dtype=torch.float64)).Q
@@ -100,7 +104,7 @@ def test_one_short_direction_among_equals(shape, kappa, backend):
 def test_r_times_q_is_the_input_whatever_its_condition(kappa, backend):
     """What `preserve=True` relies on: the rounding of Q, not that of the triangular solve, is all that is lost."""
     As = [conditioned(16, 300, kappa, seed).float() for seed in range(3)]
-    before = [A.double() for A in As]
+    before = [A.clone().double() for A in As]
     found = slao_kernels.orthogonal_init_(As, return_r=True, backend=backend)
     for A, R, old in zip(As, found.r, before, strict=True):
         assert (R.double().T @ A.double() - old).abs().max() <= 3e-7 * old.norm()
@@ -212,6 +216,8 @@ def test_any_shape_and_layout(r, extra, dtype, layout, count, seed):
     g = torch.Generator().manual_seed(seed)
     for name in BACKENDS:
         As, guards = [], []
+        if name == "triton":  # interpreted, a matrix takes a tenth of a second
+            count = 1
         for columns in range(r + extra, r + extra + count):
             whole = torch.randn(2 * r, columns + 3, generator=g, dtype=torch.float64).to(dtype)
             if layout == "transposed":
@@ -240,6 +246,21 @@ def test_runs_are_bitwise_equal_and_parameters_work(backend):
     assert first.requires_grad
     assert first.grad_fn is None
     assert first._version > version
+
+
+def test_nothing_fresh_is_read_before_it_is_written(backend, poisoned):
+    """Every new tensor is full of NaN here. One list with each kind of matrix: of few, some and many rows, of each
+    dtype, for one pass and two, nearly dependent; and R of all."""
+    As = [torch.randn(16, 40), torch.randn(20, 2050).half(), torch.randn(40, 50).double(), torch.randn(70, 90)]
+    As += [conditioned(16, 60, 1e3).float(), conditioned(40, 60, 1e6).bfloat16(), torch.randn(70, 90).bfloat16()]
+    As += [torch.zeros(5, 9), torch.zeros(70, 71).half(), torch.randn(12, 6).half() @ torch.randn(6, 30).half()]
+    before = [A.clone().double() for A in As]
+    report = slao_kernels.orthogonal_init_(As, return_r=True, backend=backend)
+    assert report.deficient[:2] == [7, 8]
+    for A, R, old in zip(As, report.r, before, strict=True):
+        assert orthogonality(A) <= 5 * STORAGE[A.dtype] * math.sqrt(len(A))
+        assert not R.tril(-1).any()
+        assert (R.double().T @ A.double() - old).norm() <= max(1e-6, torch.finfo(A.dtype).eps) * max(1.0, old.norm())
 
 
 def test_empty_list():

@@ -12,9 +12,11 @@ import slao_kernels
 from slao_kernels import dispatch
 
 BACKENDS = [name for name in dispatch.BACKENDS[1:] if dispatch.why_not("scaled_merge", name, "cpu") is None]
+if INTERPRETED:  # the others have had their turn
+    assert "triton" in BACKENDS
+    BACKENDS = ["triton"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-test_under_the_interpreter = interpreted(__file__, at_least=180)
-assert "triton" in BACKENDS or not INTERPRETED
+test_under_the_interpreter = interpreted(__file__, at_least=80)
 
 
 def one_unit_apart(found: torch.Tensor, exact: torch.Tensor) -> bool:
