@@ -21,7 +21,7 @@ if INTERPRETED:  # the others have had their turn
     assert "triton" in BACKENDS
     BACKENDS = ["triton"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-test_under_the_interpreter = interpreted(__file__, at_least=90)
+test_under_the_interpreter = interpreted(__file__, at_least=80)
 # One rounding of W, uniform in half a unit either way: RMS 0.29 units. fp32 and fp64 add their sums' rounding.
 ONCE = {torch.float64: 2e-15, torch.float32: 4e-7, torch.bfloat16: 0.3 * 2**-7, torch.float16: 0.3 * 2**-10}
 
