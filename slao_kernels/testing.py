@@ -29,7 +29,8 @@ def error_ratio(actual: Tensor, reference: Tensor) -> float:
 
 
 def tiny_model(kind: str, seed: int = 0, **overrides: Any) -> nn.Module:
-    """A random transformers model of a few thousand parameters: llama, qwen3, gpt2, bert or t5, in eval mode.
+    """A random transformers model of a few thousand parameters: llama, qwen3, mixtral, gpt2, bert, t5 or vit (a
+    classifier of 16 x 16 images, 4 labels), in eval mode.
 
     vocabulary 128, width 32, 2 layers, 4 heads unless `overrides` (keyword arguments of its config) say otherwise.
     """
@@ -51,12 +52,17 @@ def tiny_model(kind: str, seed: int = 0, **overrides: Any) -> nn.Module:
     t5: dict[str, Any] = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     t5 |= {"dropout_rate": 0.0, "decoder_start_token_id": 0, "pad_token_id": 0}
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    vit = {key: value for key, value in encoder.items() if key not in ("vocab_size", "max_position_embeddings")}
+    vit |= {"image_size": 16, "patch_size": 8, "num_labels": 4}
+    del vit["pad_token_id"]
     builders: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, decoder),
+        "mixtral": (hf.MixtralConfig, hf.MixtralForCausalLM, {**decoder, "num_local_experts": 4}),
         "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM, {**decoder, "head_dim": 8}),
         "gpt2": (hf.GPT2Config, hf.GPT2LMHeadModel, gpt2),
         "bert": (hf.BertConfig, hf.BertForMaskedLM, {**encoder, **still}),
         "t5": (hf.T5Config, hf.T5ForConditionalGeneration, t5),
+        "vit": (hf.ViTConfig, hf.ViTForImageClassification, {**vit, **still}),
     }
     if kind not in builders:
         raise ValueError(f"unknown tiny model {kind!r}; choose one of {', '.join(builders)}")

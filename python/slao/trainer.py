@@ -21,11 +21,40 @@ if TYPE_CHECKING:
     from .train import TrainConfig
 
 
-class TaskTrainer(Trainer):
-    """transformers' Trainer with the objective's loss, the method's penalty, and a count of tokens."""
+class WithPenalty(Trainer):
+    """A Trainer whose training loss has `method.penalty()` added, once an optimiser step. Put it before another
+    Trainer class among the bases, and it extends that one."""
+
+    method: Method
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        found = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        penalty = self.method.penalty() if model.training else None
+        if penalty is None:
+            return found
+        # A loss that is already divided by the items of all accumulated batches is summed over them; how many
+        # these are may differ in the last step of an epoch.
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        if scaled:
+            penalty = penalty / self.current_gradient_accumulation_steps
+        return (found[0] + penalty, found[1]) if return_outputs else found + penalty
+
+
+class WithObjective(Trainer):
+    """A Trainer with the objective's own loss, where it has one, and a count of tokens."""
 
     objective: Objective
-    method: Method
     _tokens: Tensor | None = None
 
     def compute_loss(
@@ -38,19 +67,15 @@ class TaskTrainer(Trainer):
         count = inputs["attention_mask"].sum()  # stays on the device: no sync in a step
         self._tokens = count if self._tokens is None else self._tokens + count
         if self.objective.own_loss:
-            loss = self.objective.loss(model, inputs)
-        else:
-            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        penalty = self.method.penalty()
-        if penalty is None:
-            return loss
-        # A loss that is already divided by the items of all accumulated batches is summed over them; how many
-        # these are may differ in the last step of an epoch.
-        scaled = not self.objective.own_loss and self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return loss + (penalty / self.current_gradient_accumulation_steps if scaled else penalty)
+            return self.objective.loss(model, inputs)
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
 
     def tokens(self) -> int:
         return 0 if self._tokens is None else int(self._tokens)
+
+
+class TaskTrainer(WithPenalty, WithObjective):
+    """transformers' Trainer with the objective's loss, the method's penalty, and a count of tokens."""
 
 
 def make_trainer(

@@ -160,3 +160,28 @@ def sgd(**options: Any) -> TrainConfig:
     arguments = {"optim": "sgd", "max_grad_norm": 0.0, "logging_steps": 1, **options.pop("arguments", {})}
     settings = {"batch_size": 4, "learning_rate": 0.1, "lr_scheduler": "constant", "group_by_length": False}
     return TrainConfig(**{**settings, **options}, arguments=arguments)
+
+
+def inputs(kind: str, seed: int, count: int) -> list[dict[str, torch.Tensor]]:
+    """`count` rows that transformers' default collator takes: a map-style data set for a Trainer. The rows of a
+    seed (a task) follow one rule."""
+    g = torch.Generator().manual_seed(seed)
+    rows: list[dict[str, torch.Tensor]] = []
+    for _ in range(count):
+        ids = (torch.randint(3, 128, (), generator=g) + (3 + seed) * torch.arange(10)) % 120 + 4
+        mask = torch.ones_like(ids)
+        if kind == "vit":
+            label = torch.randint(4, (), generator=g)
+            pixels = torch.randn(3, 16, 16, generator=g)
+            pixels[:, label * 4 : label * 4 + 4] += 1 + seed % 2
+            rows.append({"pixel_values": pixels, "labels": label})
+            continue
+        labels = ids.clone()
+        if kind == "bert":
+            hidden = torch.rand(10, generator=g) < 0.3
+            hidden[1] = True
+            labels, ids = ids.masked_fill(~hidden, -100), ids.masked_fill(hidden, 2)
+        elif kind == "t5":
+            labels = ids[:6].flip(0)
+        rows.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return rows

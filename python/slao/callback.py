@@ -1,0 +1,164 @@
+"""One task of a continual-learning method as a callback of transformers' Trainer, or of any Trainer built on it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from . import checkpoint
+from .methods import Method
+from .methods.base import STATE_FILE
+
+logger = logging.getLogger("slao")
+
+
+class SlaoCallback(TrainerCallback):
+    """Begins a task of `method` when the Trainer begins to train, and ends it when it has trained.
+
+    method: made on the model that the Trainer gets (patched before, if at all). task: its name; None numbers the
+    tasks. One Trainer a task; the callback may go on to the next one where `task` is None or set anew.
+    Checkpoints get the method's state beside the Trainer's own files, and `train(resume_from_checkpoint=...)` goes on
+    from it: bit-identical to an uninterrupted run, in a fresh process too. (The Trainer itself loads the
+    checkpoints of a PeftModel only, not of a bare model with an adapter in it.) When the task has ended the state is in
+    `output_dir` itself, for `method.load`. Nothing is written under save_strategy="no".
+    Metrics, all named "slao/...": the task, LoRA layers and how many are patched, at the beginning; λ (a mean where
+    each layer has its own), the mean cosine of the new task vector with the merge so far where the method kept it
+    (`SLAO(keep_cosines=True)`), and patched layers that fell back, at the end. They go through `trainer.log` after
+    `attach(trainer)`, otherwise into the Trainer's log_history and the logger "slao" alone.
+    While training raises ValueError: for a task that is still running, a Trainer of another model, a method with a
+    penalty but no `attach`, auto_find_batch_size, and a checkpoint without the state that belongs to it.
+    """
+
+    def __init__(self, method: Method, task: str | None = None) -> None:
+        self.method, self.task = method, task
+        self.trainer: Any = None
+
+    def attach(self, trainer: Any) -> Any:
+        """Add the callback to `trainer` (if it is not there) and log through it; a method's penalty joins its loss.
+
+        The penalty needs another `compute_loss`: the instance gets a subclass of its class. Returns `trainer`.
+        """
+        from .trainer import WithPenalty
+
+        if not any(callback is self for callback in trainer.callback_handler.callbacks):
+            trainer.add_callback(self)
+        if _has_penalty(self.method):
+            if not isinstance(trainer, WithPenalty):
+                theirs = type(trainer)
+                trainer.__class__ = type(theirs.__name__, (WithPenalty, theirs), {"__module__": theirs.__module__})
+            trainer.method = self.method
+        self.trainer = trainer
+        return trainer
+
+    def fallbacks(self) -> dict[str, str]:
+        """Name -> why a patched layer of the method runs, or ran in some call, PEFT's own forward."""
+        found: dict[str, str] = {}
+        for pair in self.method.pairs:
+            options = getattr(pair.layer, "slao_options", None)
+            if options is not None and options.name in options.fallbacks:
+                found[options.name] = options.fallbacks[options.name]
+        return found
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._check(args, state, model)
+        if state.global_step > 0:
+            self._resume(args, state)
+            return
+        self.method.begin_task(self.task or f"task{self.method.task + 1}")
+        layers = [pair.layer for pair in self.method.pairs]
+        if args.save_strategy != "no" and _bare(model):
+            logger.warning(
+                "checkpoints of this run cannot be resumed: transformers' Trainer does not load those of a bare model "
+                "with an adapter in it; wrap the model with peft.get_peft_model, then patch it"
+            )
+        patched = sum(hasattr(layer, "slao_options") for layer in layers)
+        self._log(state, {"task": self.method.task, "lora_layers": len(layers), "patched": patched})
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.method.save(_folder(args, state), {"step": state.global_step})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.method.end_task()
+        lam, cosines = self.method.lambdas[-1], self.method.cosines[-1]
+        metrics: dict[str, float] = {"task": self.method.task, "fallbacks": len(self.fallbacks())}
+        metrics["lambda"] = fmean(lam) if isinstance(lam, list) else lam
+        if cosines is not None:
+            metrics["cosine"] = fmean(cosines)
+        self._log(state, metrics)
+        if args.save_strategy != "no":
+            self.method.save(args.output_dir, {"step": state.global_step})
+
+    def _log(self, state: Any, metrics: dict[str, float]) -> None:
+        named = {f"slao/{key}": value for key, value in metrics.items()}
+        if self._attached(state):
+            self.trainer.log(named)
+            return
+        state.log_history.append({**named, "step": state.global_step})
+        logger.info("%s: %s", self.method.names[-1], ", ".join(f"{key} {value:.4g}" for key, value in named.items()))
+
+    def _attached(self, state: Any) -> bool:
+        """Whether it is the attached Trainer that calls, and not one of a later task."""
+        return self.trainer is not None and self.trainer.state is state
+
+    def _check(self, args: Any, state: Any, model: Any) -> None:
+        if args.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size starts the training anew within a task: set a batch size instead")
+        if _has_penalty(self.method) and not self._attached(state):
+            raise ValueError(
+                f"{self.method.name} adds a penalty to the loss: call attach(trainer) on this callback before train()"
+            )
+        first = self.method.pairs[0]
+        if not any(module is first.layer for module in model.modules()):
+            raise ValueError(
+                f"the Trainer's model does not hold the method's layer {first.name}: give the Trainer the model that "
+                "the method was made on, and no peft_config"
+            )
+
+    def _resume(self, args: Any, state: Any) -> None:
+        """Everything is compared before anything is written."""
+        given = args.resume_from_checkpoint
+        folder = Path(given) if isinstance(given, str) else _folder(args, state)
+        path = folder / STATE_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"resumed at step {state.global_step}, but {folder} holds no {STATE_FILE}: the checkpoint was saved "
+                "without this callback, lies elsewhere (put its path into the arguments' resume_from_checkpoint), or "
+                "the process died while it was written: take an earlier one"
+            )
+        tensors, meta = checkpoint.read_state(path)
+        if self.task is not None and meta["names"][-1:] != [self.task]:
+            raise ValueError(f"{path} was saved in task {meta['names'][-1]!r}, this is {self.task!r}")
+        if meta["extra"].get("step") != state.global_step:
+            raise ValueError(f"{path} was saved at step {meta['extra'].get('step')}, not at {state.global_step}")
+        for pair in self.method.pairs:
+            for key, live in (("A", pair.A), ("B", pair.B)):
+                saved = tensors.get(f"{pair.name}.{key}")
+                # Shards are not compared; what does not fit is refused by `load`.
+                plain = saved is not None and saved.shape == live.shape and not hasattr(live, "full_tensor")
+                if plain and not torch.equal(live.detach().cpu(), saved):
+                    raise ValueError(
+                        f"{path} is not of the checkpoint that the Trainer loaded ({pair.name}.{key} differs): put the "
+                        "path of that one into the arguments' resume_from_checkpoint"
+                    )
+        self.method.load(folder)
+
+
+def _has_penalty(method: Method) -> bool:
+    return type(method).penalty is not Method.penalty
+
+
+def _bare(model: Any) -> bool:
+    from peft import PeftModel
+
+    return getattr(model, "_hf_peft_config_loaded", False) and not isinstance(model, PeftModel)
+
+
+def _folder(args: Any, state: Any) -> Path:
+    """The checkpoint that is being written, or that was just loaded: a callback is not told which it is."""
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
