@@ -9,6 +9,7 @@ be met is an error, never a silent fallback.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -81,7 +82,22 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
             return "triton is not installed"
         if device_type != "cuda" and not (device_type == "cpu" and _triton_interprets):
             return "Triton has no such device (on CPU tensors only under TRITON_INTERPRET=1, for tests)"
+        if op == "orthogonal_init" and device_type == "cuda":
+            return _no_fp64_products()
     return None
+
+
+@cache
+def _no_fp64_products() -> str | None:
+    """Triton 3.6 and 3.7 cannot compile the init's fp64 products for gfx942 and sm_100; for sm_80 and sm_90 they do."""
+    try:
+        version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None  # a build of another name or numbering: its compiler says what it cannot do
+    newer = torch.version.hip is not None or (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10,))
+    if version >= (3, 8) or not newer:
+        return None
+    return f"Triton {version[0]}.{version[1]} does not compile its fp64 products for this GPU; 3.8 does"
 
 
 def requested(wish: str = "auto") -> str:

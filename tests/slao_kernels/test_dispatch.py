@@ -244,3 +244,29 @@ def test_main_explains_a_wish_that_cannot_be_met(name):
     assert done.returncode == 0, done.stderr
     assert repr(name) in done.stdout
     assert all(op in done.stdout for op in dispatch.OPS)
+
+
+@pytest.mark.parametrize(
+    ("version", "hip", "capability", "refused"),
+    [
+        ("3.6.0", None, (9, 0), False),
+        ("3.7.1", None, (10, 0), True),
+        ("3.6.0", "6.4", (9, 4), True),
+        ("3.8.0", None, (10, 0), False),
+        ("3.9.0+git", "7.0", (9, 5), False),
+        ("nightly", None, (10, 0), False),
+    ],
+)
+def test_triton_s_init_is_refused_where_an_old_compiler_fails(monkeypatch, version, hip, capability, refused):
+    monkeypatch.setattr(dispatch, "_triton_installed", True)
+    monkeypatch.setattr("importlib.metadata.version", {"triton": version}.get)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    dispatch._no_fp64_products.cache_clear()
+    try:
+        reason = dispatch.why_not("orthogonal_init", "triton", "cuda")
+        assert (reason is not None) == refused == ("does not compile" in str(reason)), reason
+        assert dispatch.why_not("scaled_merge", "triton", "cuda") is None
+    finally:
+        dispatch._no_fp64_products.cache_clear()
