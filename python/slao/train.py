@@ -30,8 +30,9 @@ class TrainConfig:
     max_steps: optimiser steps a task, instead of epochs, when positive. batch_size: rows a step and device, before
     accumulation. group_by_length: batches of rows of similar length, so that less of them is padding (transformers
     does it where a task has at least eight batches). evaluate: "all" scores every task of the stream after each task
-    (forward transfer needs it), "seen" only those trained so far. arguments: anything else that
-    transformers.TrainingArguments takes.
+    (forward transfer needs it), "seen" only those trained so far. trainer: "transformers", or "trl" for TRL's
+    SFTTrainer (causal language models). arguments: anything else that transformers.TrainingArguments takes, or
+    trl.SFTConfig.
     """
 
     epochs: float = 1.0
@@ -47,11 +48,14 @@ class TrainConfig:
     bf16: bool = False
     report_to: str = "none"
     evaluate: str = "all"
+    trainer: str = "transformers"
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.evaluate not in ("all", "seen"):
             raise ValueError(f"unknown evaluate {self.evaluate!r}; choose all or seen")
+        if self.trainer not in ("transformers", "trl"):
+            raise ValueError(f"unknown trainer {self.trainer!r}; choose transformers or trl")
         for name in ("batch_size", "eval_batch_size", "gradient_accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

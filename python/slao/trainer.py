@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,13 +88,19 @@ def make_trainer(
     callbacks: Sequence[Any],
 ) -> TaskTrainer:
     """A Trainer over `features`, with a fresh optimiser and schedule."""
-    trainer = TaskTrainer(
-        model=model,
-        args=training_arguments(config, seed, next(model.parameters()).device.type),
-        train_dataset=features,  # a list of dicts is a map-style data set
-        data_collator=objective.collate,
-        callbacks=list(callbacks),
-    )
+    args = training_arguments(config, seed, next(model.parameters()).device.type)
+    if config.trainer == "trl":
+        from .integrations.trl import make_sft_trainer
+
+        trainer = make_sft_trainer(model, objective, args, features, list(callbacks))
+    else:
+        trainer = TaskTrainer(
+            model=model,
+            args=args,
+            train_dataset=features,  # a list of dicts is a map-style data set
+            data_collator=objective.collate,
+            callbacks=list(callbacks),
+        )
     trainer.objective, trainer.method = objective, method
     if objective.own_loss:
         # A mean over the batch: the Trainer divides it by the accumulation steps.
@@ -143,7 +149,13 @@ def training_arguments(config: TrainConfig, seed: int = 0, device: str = "cpu") 
             "use_cpu": device == "cpu",  # else the Trainer moves the model to whatever accelerator it finds
         }
         try:
-            arguments = TrainingArguments(**{**ours, **_renamed(TrainingArguments, config), **config.arguments})
+            if config.trainer == "trl":
+                from .integrations.trl import sft_arguments
+
+                lengths = _renamed(TrainingArguments, replace(config, gradient_checkpointing=False))
+                arguments = sft_arguments({**ours, **lengths, **config.arguments}, config.gradient_checkpointing)
+            else:
+                arguments = TrainingArguments(**{**ours, **_renamed(TrainingArguments, config), **config.arguments})
             get_reporting_integration_callbacks(arguments.report_to)  # names the trackers there are
             return arguments
         except (TypeError, ValueError) as error:
