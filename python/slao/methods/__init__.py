@@ -8,12 +8,13 @@ from torch import nn
 
 from .base import Method
 from .clora import CLoRA
+from .inclora import IncLoRA
 from .seqlora import SeqLoRA
 from .slao import SLAO
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (SLAO, CLoRA, SeqLoRA)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (SLAO, CLoRA, IncLoRA, SeqLoRA)}
 
-__all__ = ["METHODS", "SLAO", "CLoRA", "Method", "SeqLoRA", "check_method", "make_method"]
+__all__ = ["METHODS", "SLAO", "CLoRA", "IncLoRA", "Method", "SeqLoRA", "check_method", "make_method"]
 
 
 def check_method(name: str) -> type[Method]:

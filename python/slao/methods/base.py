@@ -98,7 +98,8 @@ class Method:
                 for parameter, weight in zip(pair.parameters, weights, strict=True):
                     if weight is not None:
                         swapped.append((parameter, parameter.data))
-                        parameter.data = weight.view(parameter.shape)
+                        # A stack of pairs has another rank, which a matrix takes as it is.
+                        parameter.data = weight if parameter.dim() == 2 else weight.view(parameter.shape)
             yield
         finally:
             for parameter, trained in swapped:
@@ -108,8 +109,9 @@ class Method:
     def save_pretrained(self, folder: str | Path) -> None:
         """The merged adapter as a plain PEFT folder, which loads without this library."""
         self._refuse_while_swapped("save_pretrained")
+        stacked = self._stacked()  # of the shapes before they are swapped
         with self._swapped_in(self._exported_weights()):
-            save_adapter(self.model, folder, self.adapter)
+            save_adapter(self.model, folder, self.adapter, stacked=stacked)
 
     def save(self, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
         """The full state (adapter as trained, merge, history) and JSON-able `extra` into `folder`, atomically."""
@@ -170,6 +172,10 @@ class Method:
     def _exported_weights(self) -> list[tuple[Tensor | None, Tensor | None]]:
         """Per pair the (A, B) of the plain adapter that `save_pretrained` writes; None where the trained one is it."""
         return self._merged_weights()
+
+    def _stacked(self) -> int:
+        """How many times the rank of the trained pairs those of `_exported_weights` have."""
+        return 1
 
     def _live_tensors(self) -> dict[str, Tensor]:
         """What training changes, named `<layer>.<key>`: saved as it is, and loaded in place."""
