@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .methods import SLAO, CLoRA, Method, SeqLoRA, make_method
+from .methods import SLAO, CLoRA, IncLoRA, Method, OLoRA, SeqLoRA, make_method
 from .schedules import MergeStats, make_schedule
 
 if TYPE_CHECKING:
     from .callback import SlaoCallback
 
-__all__ = ["SLAO", "CLoRA", "MergeStats", "Method", "SeqLoRA", "SlaoCallback", "make_method", "make_schedule"]
+__all__ = [
+    "SLAO",
+    "CLoRA",
+    "IncLoRA",
+    "MergeStats",
+    "Method",
+    "OLoRA",
+    "SeqLoRA",
+    "SlaoCallback",
+    "make_method",
+    "make_schedule",
+]
 
 
 def __getattr__(name: str) -> Any:

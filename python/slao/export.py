@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ from slao_kernels import sharding
 _MORE = ("modules_to_save", "trainable_token_indices", "bias")  # what a LoraConfig adds to A and B
 
 
-def save_adapter(model: nn.Module, folder: str | Path, adapter: str = "default") -> None:
+def save_adapter(model: nn.Module, folder: str | Path, adapter: str = "default", *, stacked: int = 1) -> None:
     """Write adapter_config.json and adapter_model.safetensors of `adapter` into `folder`.
+
+    stacked: the weights, as they are now, have that many times the configured rank in every layer (pairs stacked on
+    one another); rank and alpha are then written such that the scaling stays what it is.
 
     The files are written beside `folder` first and moved in when complete, the weights last. Loads with
     `PeftModel.from_pretrained` where this library is not installed.
@@ -30,7 +35,7 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str = "default")
     whole = _gathered(outer, adapter) if sharding.is_sharded(outer) else None
     with sharding.together():
         if sharding.is_first():
-            _write(model, Path(folder), adapter, whole)
+            _write(model, Path(folder), adapter, whole, stacked)
 
 
 def _check(model: nn.Module, adapter: str, outer: nn.Module) -> None:
@@ -56,7 +61,7 @@ def _gathered(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return found
 
 
-def _write(model: nn.Module, target: Path, adapter: str, whole: dict[str, Tensor] | None) -> None:
+def _write(model: nn.Module, target: Path, adapter: str, whole: dict[str, Tensor] | None, stacked: int) -> None:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -64,16 +69,17 @@ def _write(model: nn.Module, target: Path, adapter: str, whole: dict[str, Tensor
     target.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        if isinstance(model, PeftModel) and whole is None:
-            model.save_pretrained(str(scratch), selected_adapters=[adapter])
-            source = scratch if (scratch / "adapter_config.json").exists() else scratch / adapter
-        else:  # injected into a bare model: PEFT's keys are then those of a model inside a PeftModel
-            state = get_peft_model_state_dict(model, adapter_name=adapter) if whole is None else whole
-            prefix = "base_model.model."
-            tensors = {prefix + key.removeprefix(prefix): value.contiguous() for key, value in state.items()}
-            save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
-            _save_config(model, configs[adapter], scratch)
-            source = scratch
+        with _at_rank(configs[adapter], stacked):
+            if isinstance(model, PeftModel) and whole is None:
+                model.save_pretrained(str(scratch), selected_adapters=[adapter])
+                source = scratch if (scratch / "adapter_config.json").exists() else scratch / adapter
+            else:  # injected into a bare model: PEFT's keys are then those of a model inside a PeftModel
+                state = get_peft_model_state_dict(model, adapter_name=adapter) if whole is None else whole
+                prefix = "base_model.model."
+                tensors = {prefix + key.removeprefix(prefix): value.contiguous() for key, value in state.items()}
+                save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+                _save_config(model, configs[adapter], scratch)
+                source = scratch
         names = sorted(path.name for path in source.iterdir() if path.is_file())
         for name in sorted(names, key=lambda name: name.startswith("adapter_model")):
             with open(source / name, "rb") as file:
@@ -92,3 +98,20 @@ def _save_config(model: nn.Module, config: Any, folder: Path) -> None:
         config.save_pretrained(str(folder))
     finally:
         config.inference_mode, config.base_model_name_or_path = before
+
+
+@contextlib.contextmanager
+def _at_rank(config: Any, factor: int) -> Iterator[None]:
+    """Within the block the config says `factor` times its ranks, and alphas that leave every scaling as it was."""
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    before = {name: getattr(config, name) for name in names}
+    alphas = factor**0.5 if config.use_rslora else factor  # scaling is alpha/√r or alpha/r
+    try:
+        if factor != 1:
+            config.r, config.lora_alpha = factor * config.r, alphas * config.lora_alpha
+            config.rank_pattern = {key: factor * r for key, r in config.rank_pattern.items()}
+            config.alpha_pattern = {key: alphas * alpha for key, alpha in config.alpha_pattern.items()}
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -54,9 +54,8 @@ class Run:
         # The first model that is needed anyway: methods and objective raise here what they object to in it.
         first = next(iter(settings["methods"]))
         self._ready: dict[tuple[str, int], tuple[nn.Module, Method, Any]] = {}
-        self._ready[first, settings["seeds"][0]] = ready = self._build(first, settings["seeds"][0])
-        for label in list(settings["methods"])[1:]:
-            self._method(label, ready[0])
+        others = list(settings["methods"])[1:]
+        self._ready[first, settings["seeds"][0]] = self._build(first, settings["seeds"][0], others)
         self._overwrite = overwrite and not resume
 
     def _stream(self) -> Stream:
@@ -84,11 +83,14 @@ class Run:
         options = dict(self.settings["methods"][label])
         return make_method(options.pop("method", label), model, **options)
 
-    def _build(self, label: str, seed: int) -> tuple[nn.Module, Method, Any]:
-        """A fresh model with its adapter, the method and the objective; the model is the same for all of a seed."""
+    def _build(self, label: str, seed: int, others: Sequence[str] = ()) -> tuple[nn.Module, Method, Any]:
+        """A fresh model with its adapter, the method and the objective; the model is the same for all of a seed.
+
+        others: labels of methods that are tried on the model first, for what they object to in it.
+        """
         from peft import LoraConfig
 
-        from slao_kernels import patch, unpatch
+        from slao_kernels import extension, patch, unpatch
 
         seed_everything(seed)  # the adapter's first A is drawn here
         model = load_model(self.path, self.objective_name, self.settings["dtype"], self.settings["device"])
@@ -102,6 +104,9 @@ class Run:
             self.report = "fused layers are off (--no-patch)"
         else:
             self.report = str(report)
+        for other in others:
+            for pair in self._method(other, model).pairs:
+                extension.retract(pair.layer)  # the next one finds the layers as they were
         method = self._method(label, model)  # before the objective runs the model: it may have to refuse it
         objective = make_objective(
             self.objective_name, model, self.tokenizer, self._ordered(seed), **self.objective_options

@@ -132,6 +132,19 @@ def test_a_causal_lm_run(saved_llama, stream_folder, tiny, tmp_path, capsys):
     assert [objective.score(model, task, task.test, 64) for task in stream.tasks] == matrix[-1]
 
 
+def test_methods_of_one_run_do_not_meet(saved_bert, stream_folder, tmp_path, capsys):
+    """Those that extend the layers, in one run and each in one of its own: the same, though all are tried at first."""
+    names = ["slao", "clora", "inclora", "seqlora"]
+    for folder, methods in {"all": names, **{name: [name] for name in names}}.items():
+        arguments = command(saved_bert, stream_folder, tmp_path / folder, "--methods", ",".join(methods))
+        ok([*arguments, "--seeds", "0", "--set", "train.arguments.logging_steps=1"], capsys)
+    together = outcome(tmp_path / "all" / "tiny")
+    assert list(together) == names
+    for name in names:
+        assert outcome(tmp_path / name / "tiny") == {name: together[name]}
+    assert together["slao"]["losses"] != together["inclora"]["losses"]
+
+
 def test_resume_trains_only_what_is_missing(finished, saved_bert, stream_folder, tmp_path, capsys):
     """Without the last method's state: the others are read back, it is trained again, and all is as it was."""
     shutil.copytree(finished, tmp_path / "tiny")

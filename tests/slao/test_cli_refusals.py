@@ -181,5 +181,5 @@ def test_the_process_itself_exits_with_2(stream_folder, tmp_path):
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "slao: unknown method 'nope'; choose one of clora, seqlora, slao\n"
+    assert done.stderr == f"slao: unknown method 'nope'; choose one of {', '.join(sorted(METHODS))}\n"
     assert not (tmp_path / "runs").exists()

@@ -148,7 +148,8 @@ class Method:
                 for parameter, weight in zip(pair.parameters, shown, strict=True):
                     if weight is not None:
                         swapped.append((parameter, parameter.data))
-                        parameter.data = weight.view(parameter.shape)
+                        # A stack of pairs has another rank, which a matrix takes as it is.
+                        parameter.data = weight if parameter.dim() == 2 else weight.view(parameter.shape)
             yield
         finally:
             for parameter, trained in swapped:
@@ -169,8 +170,13 @@ class Method:
     def save_pretrained(self, folder: str | Path) -> None:
         """The merged adapter as a plain PEFT folder, which loads without this library."""
         self._refuse_while_swapped("save_pretrained")
+        stacked = self._stacked()  # of the shapes before they are swapped
+        if stacked != 1 and not self._is_plain():
+            raise ValueError(
+                f"{self.name} keeps {stacked} pairs a layer, for which shards have no room; export from one process"
+            )
         with self._swapped_in(self._exported_weights):
-            save_adapter(self.model, folder, self.adapter)
+            save_adapter(self.model, folder, self.adapter, stacked=stacked)
 
     def save(self, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
         """The full state (adapter as trained, merge, history) and JSON-able `extra` into `folder`, atomically."""
@@ -247,6 +253,10 @@ class Method:
     def _exported_weights(self) -> Weights:
         """Per pair the (A, B) of the plain adapter that `save_pretrained` writes; None where the trained one is it."""
         return self._merged_weights()
+
+    def _stacked(self) -> int:
+        """How many times the rank of the trained pairs those of `_exported_weights` have."""
+        return 1
 
     def _live_tensors(self) -> dict[str, Tensor]:
         """What training changes, named `<layer>.<key>`: saved as it is, and loaded in place."""

@@ -1,0 +1,105 @@
+"""IncLoRA: a new LoRA pair for every task; those of the tasks before are frozen and added. The rank grows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Method, Weights
+from .extended import extend_all, fresh
+
+if TYPE_CHECKING:
+    from slao_kernels.extension import ExtendedLoraLinear
+
+
+class IncLoRA(Method):
+    """W' = W + s · Σ_t B_t A_t: pair t is trained in task t and frozen after it, by `slao_kernels.extension`.
+
+    The first task is ordinary LoRA; each further one starts with a fresh A (PEFT's init) and B = 0, so where the last
+    one ended. `merged()` is the sum of all finished pairs; the exported adapter stacks them to rank T · r, with the
+    same scaling. seed: of the fresh A. State: T · r rows and columns a layer, growing with every task.
+    Raises ValueError for layers that cannot take frozen pairs.
+    """
+
+    name = "inclora"
+
+    def __init__(self, model: nn.Module, adapter: str = "default", seed: int = 0) -> None:
+        super().__init__(model, adapter=adapter)
+        self.seed = seed
+        self.layers: list[ExtendedLoraLinear] = extend_all(self)
+
+    def _begin(self, task: int) -> None:
+        if task > 1:
+            self._freeze_last()
+            self._start_fresh(task)
+
+    def _freeze_last(self) -> None:
+        """The trained pair becomes the last of the frozen ones."""
+        for pair, layer in zip(self.pairs, self.layers, strict=True):
+            self._append(layer, pair.A, pair.B)
+
+    def _append(self, layer: ExtendedLoraLinear, A: Tensor, B: Tensor) -> None:
+        frozen_A, frozen_B = layer.slao_frozen_A, layer.slao_frozen_B
+        # Copies, the first ones too: the live pair goes on in its own memory.
+        layer.slao_frozen_A = A.clone() if frozen_A is None else torch.cat([frozen_A, A])
+        layer.slao_frozen_B = B.clone() if frozen_B is None else torch.cat([frozen_B, B], 1)
+
+    def _start_fresh(self, task: int) -> None:
+        for pair in self.pairs:
+            pair.A.copy_(fresh(pair.A, f"{self.seed}/{task}/{pair.name}"))
+            pair.B.zero_()
+
+    def frozen(self, index: int) -> tuple[Tensor, Tensor]:
+        """(R, n) and (m, R): the frozen pairs of layer `index`, R = 0 where there are none yet."""
+        pair, layer = self.pairs[index], self.layers[index]
+        if layer.slao_frozen_A is None or layer.slao_frozen_B is None:
+            return pair.A[:0], pair.B[:, :0]
+        return layer.slao_frozen_A, layer.slao_frozen_B
+
+    def _merged_weights(self) -> Weights:
+        # The frozen pairs are in the model as it is; that of a running task is left out.
+        return [(None, torch.zeros_like(pair.B) if self.in_task else None) for pair in self.pairs]
+
+    def _exported_weights(self) -> Weights:
+        """All pairs in one, oldest first."""
+        out: Weights = []
+        for index, (pair, (_, live_B)) in enumerate(zip(self.pairs, self._merged_weights(), strict=True)):
+            A, B = self._scaled(index)
+            out.append((torch.cat([A, pair.A]), torch.cat([B, pair.B if live_B is None else live_B], 1)))
+        return out
+
+    def _scaled(self, index: int) -> tuple[Tensor, Tensor]:
+        """The frozen pairs as a plain adapter has them."""
+        return self.frozen(index)
+
+    def _stacked(self) -> int:
+        return 1 + self.frozen(0)[0].shape[0] // self.pairs[0].A.shape[0]
+
+    def _options(self) -> dict[str, Any]:
+        return {"seed": self.seed}
+
+    def _state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for index, pair in enumerate(self.pairs):
+            A, B = self.frozen(index)
+            if len(A):
+                state |= {f"{pair.name}.frozen_A": A, f"{pair.name}.frozen_B": B}
+        return state
+
+    def _load_state(self, tensors: dict[str, Tensor]) -> None:
+        found: list[tuple[Tensor | None, Tensor | None]] = []
+        for pair in self.pairs:
+            A, B = (tensors.get(f"{pair.name}.frozen_{factor}") for factor in "AB")
+            count = -1 if A is None or B is None else A.shape[0] // pair.A.shape[0]
+            expected = ((count * pair.A.shape[0], pair.A.shape[1]), (pair.B.shape[0], count * pair.B.shape[1]))
+            if (A is None) != (B is None) or (A is not None and B is not None and (A.shape, B.shape) != expected):
+                raise ValueError(
+                    f"the saved frozen pairs of {pair.name} do not fit its A {tuple(pair.A.shape)} and "
+                    f"B {tuple(pair.B.shape)}"
+                )
+            found.append((A, B))
+        for (A, B), pair, layer in zip(found, self.pairs, self.layers, strict=True):
+            layer.slao_frozen_A = None if A is None else A.to(pair.A)
+            layer.slao_frozen_B = None if B is None else B.to(pair.B)

@@ -1,0 +1,20 @@
+"""The module lab.py as a fixture."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def lab() -> ModuleType:
+    """tests/slao/methods/lab.py (test folders are no packages, so it cannot be imported by name)."""
+    spec = importlib.util.spec_from_file_location("slao_tests_lab", Path(__file__).with_name("lab.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,61 @@
+"""IncLoRA: the sum of its pairs, old ones frozen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from slao import IncLoRA
+from slao_kernels.testing import error_ratio
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_the_model_is_the_sum_of_all_pairs_and_old_ones_do_not_move(lab, patched):
+    """fp64, so agreement to 1e-12 leaves room for the order of sums only."""
+    method = lab.make(IncLoRA, patched=patched)
+    pairs: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    for index in range(3):
+        before = lab.logits(method)
+        lab.begin(method, index)
+        assert error_ratio(lab.logits(method), before) <= 1e-12  # B = 0
+        lab.train(method, shift=index)
+        with method.merged():
+            assert error_ratio(lab.logits(method), before) <= 1e-12
+        lab.end(method, index)
+        assert error_ratio(lab.logits(method), before) > 1e-4
+        pairs.append([(pair.A.clone(), pair.B.clone()) for pair in method.pairs])
+        for k, delta in enumerate(lab.deltas(method)):
+            want = method.pairs[k].scaling * sum(task[k][1] @ task[k][0] for task in pairs)
+            assert error_ratio(delta, want) <= 1e-12
+    for k in range(len(method.pairs)):
+        A, B = method.frozen(k)
+        assert torch.equal(A, torch.cat([task[k][0] for task in pairs[:-1]]))
+        assert torch.equal(B, torch.cat([task[k][1] for task in pairs[:-1]], 1))
+    assert method.lambdas == [1.0, 1.0, 1.0]
+
+
+def test_each_task_starts_from_a_fresh_pair_that_its_seed_decides(lab):
+    starts = []
+    for seed in (0, 0, 1):
+        method = lab.make(IncLoRA, seed=3 + seed)
+        method.seed = seed
+        lab.task(method, 0)
+        for index in (1, 2):
+            lab.begin(method, index)
+            starts.append(method.pairs[0].A.clone())
+            assert not method.pairs[0].B.any()
+            assert method.pairs[0].A.abs().max() <= method.pairs[0].A.shape[1] ** -0.5
+            lab.end(method, index)
+    assert torch.equal(starts[0], starts[2])
+    assert torch.equal(starts[1], starts[3])
+    assert not torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[4])
+
+
+def test_a_state_whose_frozen_pairs_do_not_fit_is_refused(lab):
+    method = lab.make(IncLoRA)
+    name = method.pairs[0].name
+    for tensors in ({f"{name}.frozen_A": torch.ones(4, 32)}, {f"{name}.frozen_{f}": torch.ones(6, 32) for f in "AB"}):
+        with pytest.raises(ValueError, match=f"the saved frozen pairs of {name} do not fit its A"):
+            method._load_state(tensors)
+    assert method.layers[0].slao_frozen_A is None
