@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 Triple = tuple[Tensor, Tensor, float]
-_FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
 
 def read_adapter(folder: str | Path) -> dict[str, Triple]:
@@ -19,11 +19,10 @@ def read_adapter(folder: str | Path) -> dict[str, Triple]:
 
     Raises ValueError when the folder holds no LoRA adapter in safetensors, or one that trains more than A and B.
     """
-    from peft.utils.other import get_pattern_key
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    config = _config(folder)
+    config = read_config(folder)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise ValueError(f"{folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True")
@@ -33,23 +32,30 @@ def read_adapter(folder: str | Path) -> dict[str, Triple]:
         raise ValueError(f"{path} cannot be read: {error}") from error
     found: dict[str, Triple] = {}
     for key, A in tensors.items():
-        for down, up in _FACTORS:
+        for down, up in FACTORS:
             if not key.endswith(f".{down}"):
                 continue
             name = key[: -len(down) - 1].removeprefix("base_model.model.")
             B = tensors.get(f"{key[: -len(down)]}{up}")
             if B is None:
                 raise ValueError(f"{path} holds {key} without its {up}")
-            alphas = config.get("alpha_pattern") or {}
-            alpha = float(alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"]))
-            r = A.shape[0]
-            found[name] = (A.flatten(1), B.flatten(1), alpha / (r**0.5 if config.get("use_rslora") else r))
+            found[name] = (A.flatten(1), B.flatten(1), scaling(config, name, A.shape[0]))
     if not found:
         raise ValueError(f"{path} holds no LoRA layers")
     return found
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def scaling(config: Mapping[str, Any], name: str, r: int) -> float:
+    """alpha / r, or alpha / √r, of the layer `name` as PEFT computes it."""
+    from peft.utils.other import get_pattern_key
+
+    alphas = config.get("alpha_pattern") or {}
+    alpha = float(alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"]))
+    return alpha / (r**0.5 if config.get("use_rslora") else r)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a LoRA that trains A and B only; else ValueError."""
     path = folder / "adapter_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

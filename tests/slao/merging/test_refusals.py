@@ -1,0 +1,114 @@
+"""Every set of adapters that cannot be merged: one line that says why, exit code 2, and nothing on the disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slao.cli import main
+from slao.export import save_adapter
+
+# name -> (change of the second adapter: of its config, of its LoraConfig, or of its tensors; flags; what the line says)
+BAD: dict[str, tuple[dict, dict, str, list[str], list[str]]] = {
+    "base": ({"base_model_name_or_path": "tiny/other"}, {}, "", [], ["base_model_name_or_path is 'tiny/other'"]),
+    "revision": ({"revision": "v2"}, {}, "", [], ["revision is 'v2'", "None"]),
+    "layers": ({}, {"target_modules": ["query"]}, "", [], ["does not have the layers of", "2 are in one only"]),
+    "rank": ({}, {"r": 3}, "", [], ["has rank 3, in", "4: slao combines", "svd takes any"]),
+    "rank of ties": ({}, {"r": 3}, "", ["--method", "ties"], ["has rank 3", "ties combines A with A"]),
+    "alpha": ({}, {"lora_alpha": 1}, "", [], ["has scaling 0.25, in", "2: slao merges"]),
+    "dora": ({}, {"use_dora": True}, "", [], ["has use_dora: that adapter trains more than A and B"]),
+    "lora_bias": ({}, {"lora_bias": True}, "", [], ["has lora_bias: that adapter trains more"]),
+    "bias": ({"bias": "all"}, {}, "", [], ["has bias in its config: more than A and B"]),
+    "modules_to_save": ({"modules_to_save": ["pooler"]}, {}, "", [], ["has modules_to_save in its config"]),
+    "pissa": ({"init_lora_weights": "pissa"}, {}, "", [], ["init_lora_weights='pissa'", "changes the base"]),
+    "other tensors": ({}, {}, "more", [], ["holds more than A and B", "pooler.weight"]),
+    "shape": ({}, {}, "wide", [], ["query: A and B are ((4, 33), (32, 4)), those of"]),
+    "NaN": ({}, {}, "nan", [], ["B of", "query has NaN or infinite entries", "Nothing was written"]),
+    "infinity": ({}, {}, "inf", ["--method", "svd"], ["query has NaN or infinite entries"]),
+    "int8": ({}, {}, "int8", [], ["is stored as I8, expected F64, F32, BF16 or F16"]),
+    "overflow": ({}, {}, "", ["--method", "linear", "--weights", "1e300,1"], ["overflows torch.float32"]),
+    "method": ({}, {}, "", ["--method", "mean"], ["unknown method 'mean'; choose one of slao, linear, svd"]),
+    "weights": ({}, {}, "", ["--method", "svd", "--weights", "1,2,3"], ["weights are 3 numbers for 2 adapters"]),
+    "no weights": ({}, {}, "", ["--method", "svd", "--weights", "1;2"], ["--weights takes numbers", "'1;2'"]),
+    "NaN weight": ({}, {}, "", ["--method", "svd", "--weights", "1,nan"], ["weights must be finite"]),
+    "weights of slao": ({}, {}, "", ["--weights", "1,2"], ["slao takes no weights; its options are schedule"]),
+    "rank of linear": ({}, {}, "", ["--method", "linear", "--rank", "2"], ["linear takes no rank"]),
+    "rank too large": ({}, {}, "", ["--method", "svd", "--rank", "33"], ["rank 33 is too large", "at most 32"]),
+    "rank 0": ({}, {}, "", ["--method", "svd", "--rank", "0"], ["rank must be at least 1, not 0"]),
+    "density": ({}, {}, "", ["--method", "ties", "--density", "0"], ["density must lie in (0, 1], not 0.0"]),
+    "schedule": ({}, {}, "", ["--lambda-schedule", "cubic"], ["unknown schedule 'cubic'; choose one of inv_sqrt"]),
+    "lambda": ({}, {}, "", ["--lambda-schedule", "1.5"], ["a constant schedule must lie in [0, 1], not 1.5"]),
+}  # fmt: skip
+
+
+def make(tiny, folder: Path, **options) -> Path:
+    save_adapter(
+        tiny.adapted(
+            "bert", fused=False, **{"target_modules": ["query", "value"], "init_lora_weights": False, **options}
+        ),
+        folder,
+    )
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "tiny/bert"}))
+    return folder
+
+
+def change(folder: Path, how: str) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in sorted(tensors) if "query.lora_B" in key)
+    down = key.replace("lora_B", "lora_A")
+    if how == "more":
+        tensors["base_model.model.pooler.weight"] = torch.ones(2)
+    elif how == "wide":
+        tensors[down] = torch.ones(4, 33)
+    elif how == "int8":
+        tensors[key] = tensors[key].to(torch.int8)
+    else:
+        tensors[key][0, 0] = float(how)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_one_line_and_nothing_written(case, tiny, tmp_path, capsys):
+    config, lora, tensors, flags, parts = BAD[case]
+    first, second = make(tiny, tmp_path / "in" / "a"), make(tiny, tmp_path / "in" / "b", **lora)
+    path = second / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    if tensors:
+        change(second, tensors)
+    capsys.readouterr()
+    assert main(["merge", str(first), str(second), "-o", str(tmp_path / "out" / "x"), *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("slao: ")
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+    if config or lora or tensors:
+        assert str(second) in err
+    left = [str(path) for path in (tmp_path / "out").rglob("*")] if (tmp_path / "out").exists() else []
+    assert left == []
+
+
+def test_what_is_there_stays(tiny, tmp_path, capsys):
+    a, b = make(tiny, tmp_path / "a"), make(tiny, tmp_path / "b")
+    before = {path.name: path.read_bytes() for path in b.iterdir()}
+    assert main(["merge", str(a), str(b), "-o", str(b)]) == 2
+    assert "exists already: choose another -o" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in b.iterdir()} == before
+    (tmp_path / "empty").mkdir()
+    assert main(["merge", str(a), str(b), "-o", str(tmp_path / "empty")]) == 0
+    assert (tmp_path / "empty" / "adapter_model.safetensors").exists()
+
+
+def test_one_adapter_is_cut_by_svd_only(tiny, tmp_path, capsys):
+    a = make(tiny, tmp_path / "a")
+    assert main(["merge", str(a), "-o", str(tmp_path / "out")]) == 2
+    assert "slao merges two adapters or more; got 1" in capsys.readouterr().err
+    assert main(["merge", str(a), "-o", str(tmp_path / "out"), "--method", "svd", "--rank", "2"]) == 0
+    assert "rank 2, which leaves out" in capsys.readouterr().out
