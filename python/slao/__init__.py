@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .methods import SLAO, CLoRA, IncLoRA, Method, OLoRA, SeqLoRA, make_method
+from .methods import EWC, SLAO, CLoRA, IncLoRA, Method, OLoRA, SeqLoRA, make_method
 from .schedules import MergeStats, make_schedule
 
 if TYPE_CHECKING:
     from .callback import SlaoCallback
 
 __all__ = [
+    "EWC",
     "SLAO",
     "CLoRA",
     "IncLoRA",

@@ -198,7 +198,7 @@ def test_tensor_parallel(parts, one_rank, twins):
     if len(parts) == 1:
         assert report.notes["proj"].startswith("base layer called: ")
     else:
-        assert "DTensor" in report.skipped["proj"]
+        assert report.skipped["proj"] == "lora_B has hooks"  # a DTensor alone may be whole by the time it runs (FSDP2)
     x = twins.net_input()
     found, expected = twins.net_step(model, x), twins.net_step(twin, x)
     plain = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in found.items()}

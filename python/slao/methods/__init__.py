@@ -8,15 +8,16 @@ from torch import nn
 
 from .base import Method
 from .clora import CLoRA
+from .ewc import EWC
 from .inclora import IncLoRA
 from .olora import OLoRA
 from .seqlora import SeqLoRA
 from .slao import SLAO
 
-_ALL: tuple[type[Method], ...] = (SLAO, CLoRA, IncLoRA, OLoRA, SeqLoRA)
+_ALL: tuple[type[Method], ...] = (SLAO, CLoRA, EWC, IncLoRA, OLoRA, SeqLoRA)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
-__all__ = ["METHODS", "SLAO", "CLoRA", "IncLoRA", "Method", "OLoRA", "SeqLoRA", "check_method", "make_method"]
+__all__ = ["EWC", "METHODS", "SLAO", "CLoRA", "IncLoRA", "Method", "OLoRA", "SeqLoRA", "check_method", "make_method"]
 
 
 def check_method(name: str) -> type[Method]:

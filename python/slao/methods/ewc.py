@@ -1,0 +1,132 @@
+"""EWC (arXiv 1612.00796) on the adapter: one LoRA, whose weights are held where earlier tasks' gradients were large."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Method
+
+
+class EWC(Method):
+    """One LoRA with λ/2 Σ F (θ − θ*)² in every step's loss: θ all entries of A and B, θ* those after the last task.
+
+    F is the diagonal empirical Fisher information: the mean, over a task's training batches, of the squared gradient
+    of the batch's mean loss, taken while training (no further pass over the data). At a task's end F <- decay · F + it:
+    decay = 1 sums over all tasks with one anchor θ* (arXiv 1801.10112's online EWC has decay < 1). The gradient of the
+    penalty, accumulation's factor and a loss scaler's are taken out of what is squared, so `penalty()` has to be in
+    the loss (`slao.train` sees to it). On several ranks each has the F of its own batches.
+
+    weight: λ; what is right depends on the loss and the batch size, 100 is a start. State: F and θ*, and while a task
+    runs the sum of its squares: three more A and B a layer, whatever the number of tasks.
+    Raises ValueError for a weight that is negative or not finite, or a decay outside [0, 1].
+    """
+
+    name = "ewc"
+
+    def __init__(self, model: nn.Module, weight: float = 100.0, decay: float = 1.0, adapter: str = "default") -> None:
+        super().__init__(model, adapter=adapter)
+        if not 0.0 <= weight < float("inf"):
+            raise ValueError(f"weight must be a finite number of at least 0, not {weight}")
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decay must lie in [0, 1], not {decay}")
+        self.weight, self.decay = float(weight), float(decay)
+        self._parameters = {
+            f"{pair.name}.{factor}": parameter
+            for pair in self.pairs
+            for factor, parameter in zip("AB", pair.parameters, strict=True)
+        }
+        self.fisher = {key: _wide_zeros(parameter) for key, parameter in self._parameters.items()}
+        self._anchor = {key: parameter.detach().clone() for key, parameter in self._parameters.items()}
+        self._squares: dict[str, Tensor] = {}
+        self._batches: dict[str, Tensor] = {}
+        # Of the running backward pass: the penalty's factor in the loss, and the gradient that it gave each parameter.
+        self._factor: Tensor | None = None
+        self._pulls: dict[str, Tensor] = {}
+        for key, parameter in self._parameters.items():
+            if parameter.requires_grad:
+                parameter.register_hook(_observer(weakref.ref(self), key))
+
+    def _begin(self, task: int) -> None:
+        for key, parameter in self._parameters.items():
+            self._squares[key] = _wide_zeros(parameter)
+            self._batches[key] = torch.zeros((), dtype=torch.int64)
+            if task == 1:
+                self._anchor[key].copy_(parameter.detach())
+
+    def penalty(self) -> Tensor | None:
+        # From the first task on, when F is zero: its backward pass tells how the step's loss is scaled.
+        self._factor, self._pulls = None, {}
+        terms = []
+        for key, parameter in self._parameters.items():
+            moved = parameter - self._anchor[key]
+            if moved.requires_grad:
+                moved.register_hook(lambda gradient, key=key: self._pulls.update({key: gradient}))
+            terms.append((self.fisher[key] * moved.square()).sum())
+        total: Tensor = 0.5 * self.weight * torch.stack(terms).sum()
+        if total.requires_grad:
+            total.register_hook(self._take_factor)
+        return total
+
+    def _take_factor(self, gradient: Tensor) -> None:
+        self._factor = gradient
+
+    def _observe(self, key: str, gradient: Tensor) -> None:
+        """The gradient of one backward pass in one parameter, before it is added to `.grad`."""
+        if not self.in_task:
+            return
+        pull = self._pulls.pop(key, None)
+        wide = gradient.to(self._squares[key].dtype)
+        of_loss = wide if pull is None or self._factor is None else (wide - pull.to(wide.dtype)) / self._factor
+        self._squares[key].add_(of_loss.square())
+        self._batches[key] += 1
+
+    def _end(self, task: int) -> float:
+        for key, parameter in self._parameters.items():
+            new = self._squares[key] / max(int(self._batches[key]), 1)
+            self.fisher[key].mul_(self.decay).add_(new)
+            self._anchor[key].copy_(parameter.detach())
+        self._squares, self._batches = {}, {}
+        return 1.0
+
+    def _options(self) -> dict[str, Any]:
+        return {"weight": self.weight, "decay": self.decay}
+
+    def _state(self) -> dict[str, Tensor]:
+        kinds = {"fisher": self.fisher, "anchor": self._anchor, "squares": self._squares, "batches": self._batches}
+        return {f"{key}_{kind}": tensor for kind, tensors in kinds.items() for key, tensor in tensors.items()}
+
+    def _load_state(self, tensors: dict[str, Tensor]) -> None:
+        for key, parameter in self._parameters.items():
+            for kind in ("fisher", "anchor", "squares"):
+                saved = tensors.get(f"{key}_{kind}")
+                if saved is None and kind == "squares":
+                    continue
+                if saved is None or saved.shape != parameter.shape:
+                    raise ValueError(f"the saved {kind} of {key} does not fit its {tuple(parameter.shape)}")
+
+        def taken(kind: str) -> dict[str, Tensor]:
+            found = {key: tensors.get(f"{key}_{kind}") for key in self._parameters}
+            return {key: t.to(self._parameters[key].device) for key, t in found.items() if t is not None}
+
+        self.fisher, self._anchor, self._squares = taken("fisher"), taken("anchor"), taken("squares")
+        self._batches = {key: tensor.cpu() for key, tensor in taken("batches").items()}
+
+
+def _wide_zeros(parameter: Tensor) -> Tensor:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format).detach()
+
+
+def _observer(method: weakref.ref[EWC], key: str) -> Any:
+    """A hook that a parameter can keep without keeping the method."""
+
+    def hook(gradient: Tensor) -> None:
+        alive = method()
+        if alive is not None:
+            alive._observe(key, gradient)
+
+    return hook
