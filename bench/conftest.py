@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--compile", action="store_true", help="PEFT under torch.compile too (slow to start)")
     parser.addoption("--rounds", default=None, type=int, help="at most so many rounds: figures are then worth little")
     parser.addoption("--peft-svd", default="", help="shapes, see bench/bench_weighted_merge.py (slow)")
-    parser.addoption("--merge-dtype", default="float32", help="of the adapters on the disk, see bench/bench_merge.py")
+    parser.addoption("--merge-dtype", default="float32", help="of the adapters on the disk, see bench/disk_merge.py")
     parser.addoption("--rivals", default="axolotl,unsloth", help="on a GPU, where installed; see bench/rivals.py")
 
 
