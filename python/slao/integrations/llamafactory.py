@@ -33,7 +33,8 @@ class LlamaFactoryCallback(SlaoCallback):
         **options: Any,
     ) -> None:
         check_method(method)
-        self.task, self.trainer, self.report = task, None, None
+        self.task, self.trainer = task, None
+        self.report: Any = None
         self._state, self._name, self._patch, self._options = state, method, patch, options
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
