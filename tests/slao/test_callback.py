@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import slao_kernels
 from slao import SLAO, CLoRA, SeqLoRA, SlaoCallback, checkpoint
-from slao.methods import Method
+from slao.methods import METHODS, Method
 from slao.methods.base import STATE_FILE
 
 TASKS = {"first": 1, "second": 2}
@@ -79,7 +79,7 @@ class StopAt(TrainerCallback):
             raise Stop
 
 
-@pytest.mark.parametrize("method", [SLAO, SeqLoRA, CLoRA])
+@pytest.mark.parametrize("method", [SLAO, SeqLoRA, CLoRA, METHODS["inclora"], METHODS["olora"]])
 def test_two_tasks_as_by_hand(tiny, tmp_path, method):
     ours, hand = Session(tiny, tmp_path / "ours", method), Session(tiny, tmp_path / "hand", method)
     losses = []
@@ -96,17 +96,17 @@ def test_two_tasks_as_by_hand(tiny, tmp_path, method):
             assert len(losses[-1]) == STEPS
     assert ours.method.names == ["first", "second"]
     assert not ours.method.in_task
-    if method is not CLoRA:  # whose penalty the plain Trainer above leaves out
+    if method.penalty is Method.penalty:  # which the plain Trainer above leaves out
         assert losses[:2] == losses[2:]
         assert tiny.differing(ours.state(tmp_path / "a"), hand.state(tmp_path / "b")) == []
     else:
-        assert losses[0] == losses[2], "the first task has no earlier core: its penalty is zero"
+        assert losses[0] == losses[2], "the first task has nothing before it: its penalty is zero"
         assert losses[1] != losses[3]
 
 
 @pytest.mark.parametrize("step", [3, 5])
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("method", [SLAO, CLoRA])
+@pytest.mark.parametrize("method", [SLAO, CLoRA, METHODS["olora"]])
 def test_a_resumed_run_is_identical(tiny, tmp_path, method, task, step):
     """Killed in a step, with dropout; the second process has the checkpoint folders only."""
     whole, first, second = (Session(tiny, tmp_path / name, method) for name in ("whole", "killed", "killed"))

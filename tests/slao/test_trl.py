@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import Any
 
@@ -11,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 import slao_kernels
 from slao import SLAO, CLoRA, SlaoCallback
+from slao.cli import main
 from slao.train import TrainConfig
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (pip install trl)")
@@ -144,3 +146,12 @@ def test_peft_config_is_refused(tiny, tmp_path):
         trl.SFTTrainer(
             session.model, args, train_dataset=data, processing_class=tiny.tokenizer(), peft_config=LoraConfig()
         )
+
+
+def test_from_the_command_line(saved_llama, stream_folder, tmp_path):
+    command = ["run", "--model", str(saved_llama), "--stream", "jsonl", "--stream-path", str(stream_folder)]
+    command += ["--runs", str(tmp_path), "--name", "trl", "--methods", "slao", "--seeds", "0", "--rank", "4"]
+    assert main([*command, "--epochs", "1", "--batch-size", "4", "--set", "train.trainer=trl"]) == 0
+    results = json.loads((tmp_path / "trl" / "results.json").read_text())
+    assert len(results["methods"]["slao"]["matrix"][0]) == 2
+    assert results["settings"]["train"]["trainer"] == "trl"

@@ -7,13 +7,10 @@ Neither loads LLaMA-Factory before it is used. LLaMA-Factory 0.9.5 asks for an o
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..callback import SlaoCallback
 from ..methods import check_method, make_method
-
-if TYPE_CHECKING:
-    from slao_kernels import PatchReport
 
 
 class LlamaFactoryCallback(SlaoCallback):
@@ -37,7 +34,7 @@ class LlamaFactoryCallback(SlaoCallback):
     ) -> None:
         check_method(method)
         self.task, self.trainer = task, None
-        self.report: PatchReport | None = None
+        self.report: Any = None
         self._state, self._name, self._patch, self._options = state, method, patch, options
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
