@@ -62,6 +62,8 @@ print(json.dumps([seconds, peak[0] - before[0], peak[1] - before[1], merged.lost
 @pytest.fixture(scope="module")
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Of the sizes that training leaves: A as PEFT draws it, B about a tenth of that."""
+    if request.config.getoption("--device") != "cpu":
+        pytest.skip("merges on the disk are computed on the CPU: choose --device cpu")
     geometry = GEOMETRIES[request.config.getoption("--model")]
     dtype = getattr(torch, request.config.getoption("--merge-dtype"))
     parent, made = tmp_path_factory.mktemp("adapters"), []
@@ -103,6 +105,7 @@ def peft_seconds(method: str, layers: list[tuple[int, int]]) -> tuple[float, lis
 def test_merge(
     benchmark: Any,
     method: str,
+    device: str,
     folders: list[Path],
     layers: list[tuple[int, int]],
     tmp_path: Path,

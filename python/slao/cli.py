@@ -170,7 +170,10 @@ def _merge(options: argparse.Namespace) -> int:
     with contextlib.suppress(ValueError):  # a name
         schedule = None if schedule is None else float(schedule)
     given = {"weights": weights, "rank": options.rank, "density": options.density, "schedule": schedule}
-    print(merge_adapters(options.adapters, options.out, options.method, **given, seed=options.seed, progress=True))
+    try:
+        print(merge_adapters(options.adapters, options.out, options.method, **given, seed=options.seed, progress=True))
+    except OSError as error:  # a full disk, a folder that is not ours
+        raise ValueError(f"cannot write {options.out}: {error}") from error
     return 0
 
 

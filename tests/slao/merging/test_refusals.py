@@ -112,3 +112,12 @@ def test_one_adapter_is_cut_by_svd_only(tiny, tmp_path, capsys):
     assert "slao merges two adapters or more; got 1" in capsys.readouterr().err
     assert main(["merge", str(a), "-o", str(tmp_path / "out"), "--method", "svd", "--rank", "2"]) == 0
     assert "rank 2, which leaves out" in capsys.readouterr().out
+
+
+def test_no_place_for_the_folder(tiny, tmp_path, capsys):
+    a, b = make(tiny, tmp_path / "a"), make(tiny, tmp_path / "b")
+    (tmp_path / "file").write_text("x")
+    assert main(["merge", str(a), str(b), "-o", str(tmp_path / "file" / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("slao: cannot write")
+    assert err.count("\n") == 1
