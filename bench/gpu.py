@@ -37,7 +37,7 @@ PARTS = {
     "steps": [["bench/bench_training_step.py"]],
     "rest": [
         [f"bench/bench_{name}.py"]
-        for name in ("orthogonal_init", "scaled_merge", "fold", "transition", "interference", "weighted_merge", "merge")
+        for name in ("orthogonal_init", "scaled_merge", "fold", "transition", "interference", "weighted_merge")
     ],
 }
 # What a part cannot do without, beside torch; hypothesis is what some of the tests are written with.
