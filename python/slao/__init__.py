@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .methods import EWC, SLAO, CLoRA, IncLoRA, Method, OLoRA, SeqLoRA, make_method
+from .methods import EWC, SLAO, CLoRA, IncLoRA, MagMax, Method, OLoRA, SDLoRA, SeqLoRA, make_method
 from .schedules import MergeStats, make_schedule
 
 if TYPE_CHECKING:
@@ -15,9 +15,11 @@ __all__ = [
     "SLAO",
     "CLoRA",
     "IncLoRA",
+    "MagMax",
     "MergeStats",
     "Method",
     "OLoRA",
+    "SDLoRA",
     "SeqLoRA",
     "SlaoCallback",
     "make_method",

@@ -10,14 +10,29 @@ from .base import Method
 from .clora import CLoRA
 from .ewc import EWC
 from .inclora import IncLoRA
+from .magmax import MagMax
 from .olora import OLoRA
+from .sdlora import SDLoRA
 from .seqlora import SeqLoRA
 from .slao import SLAO
 
-_ALL: tuple[type[Method], ...] = (SLAO, CLoRA, EWC, IncLoRA, OLoRA, SeqLoRA)
+_ALL: tuple[type[Method], ...] = (SLAO, CLoRA, EWC, IncLoRA, MagMax, OLoRA, SDLoRA, SeqLoRA)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
-__all__ = ["EWC", "METHODS", "SLAO", "CLoRA", "IncLoRA", "Method", "OLoRA", "SeqLoRA", "check_method", "make_method"]
+__all__ = [
+    "EWC",
+    "METHODS",
+    "SLAO",
+    "CLoRA",
+    "IncLoRA",
+    "MagMax",
+    "Method",
+    "OLoRA",
+    "SDLoRA",
+    "SeqLoRA",
+    "check_method",
+    "make_method",
+]
 
 
 def check_method(name: str) -> type[Method]:
