@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .methods import EWC, SLAO, CLoRA, IncLoRA, MagMax, Method, OLoRA, SDLoRA, SeqLoRA, make_method
+from .methods import EWC, SLAO, CLoRA, IncLoRA, Joint, MagMax, Method, OLoRA, SDLoRA, SeqLoRA, make_method
 from .schedules import MergeStats, make_schedule
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ __all__ = [
     "SLAO",
     "CLoRA",
     "IncLoRA",
+    "Joint",
     "MagMax",
     "MergeStats",
     "Method",

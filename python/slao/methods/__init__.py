@@ -10,13 +10,14 @@ from .base import Method
 from .clora import CLoRA
 from .ewc import EWC
 from .inclora import IncLoRA
+from .joint import Joint
 from .magmax import MagMax
 from .olora import OLoRA
 from .sdlora import SDLoRA
 from .seqlora import SeqLoRA
 from .slao import SLAO
 
-_ALL: tuple[type[Method], ...] = (SLAO, CLoRA, EWC, IncLoRA, MagMax, OLoRA, SDLoRA, SeqLoRA)
+_ALL: tuple[type[Method], ...] = (SLAO, CLoRA, EWC, IncLoRA, Joint, MagMax, OLoRA, SDLoRA, SeqLoRA)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "SLAO",
     "CLoRA",
     "IncLoRA",
+    "Joint",
     "MagMax",
     "Method",
     "OLoRA",

@@ -38,6 +38,8 @@ class Method:
     """
 
     name: ClassVar[str] = ""
+    # Whether `slao.train` makes one task of all rows (joint training).
+    together: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, *, adapter: str = "default") -> None:
         self.model = model
