@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .methods import EWC, SLAO, CLoRA, IncLoRA, Joint, MagMax, Method, OLoRA, SDLoRA, SeqLoRA, make_method
+from .methods import EWC, OPCM, SLAO, CLoRA, IncLoRA, Joint, MagMax, Method, OLoRA, SDLoRA, SeqLoRA, make_method
 from .schedules import MergeStats, make_schedule
 
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EWC",
+    "OPCM",
     "SLAO",
     "CLoRA",
     "IncLoRA",

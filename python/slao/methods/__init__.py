@@ -13,16 +13,18 @@ from .inclora import IncLoRA
 from .joint import Joint
 from .magmax import MagMax
 from .olora import OLoRA
+from .opcm import OPCM
 from .sdlora import SDLoRA
 from .seqlora import SeqLoRA
 from .slao import SLAO
 
-_ALL: tuple[type[Method], ...] = (SLAO, CLoRA, EWC, IncLoRA, Joint, MagMax, OLoRA, SDLoRA, SeqLoRA)
+_ALL: tuple[type[Method], ...] = (SLAO, CLoRA, EWC, IncLoRA, Joint, MagMax, OLoRA, OPCM, SDLoRA, SeqLoRA)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 __all__ = [
     "EWC",
     "METHODS",
+    "OPCM",
     "SLAO",
     "CLoRA",
     "IncLoRA",
