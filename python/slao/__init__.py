@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .methods import EWC, OPCM, SLAO, CLoRA, IncLoRA, Joint, MagMax, Method, OLoRA, SDLoRA, SeqLoRA, make_method
+from .methods import (
+    EWC,
+    OPCM,
+    SLAO,
+    CLoRA,
+    IncLoRA,
+    InfLoRA,
+    Joint,
+    MagMax,
+    Method,
+    OLoRA,
+    SDLoRA,
+    SeqLoRA,
+    make_method,
+)
 from .schedules import MergeStats, make_schedule
 
 if TYPE_CHECKING:
@@ -16,6 +30,7 @@ __all__ = [
     "SLAO",
     "CLoRA",
     "IncLoRA",
+    "InfLoRA",
     "Joint",
     "MagMax",
     "MergeStats",

@@ -18,6 +18,7 @@ from . import checkpoint, metrics
 from .methods import Method
 from .methods.base import STATE_FILE
 from .objectives import Objective
+from .objectives.base import Features, in_batches
 from .streams import Stream
 
 Score = float | None
@@ -89,7 +90,7 @@ class Result:
 
     zero_shot: scores before any training. losses: per task, as the Trainer logged them (every 10 steps).
     train_seconds: in training steps, evaluation and merging aside. tokens: real (not padding) ones that were trained
-    on. merge_seconds: in begin_task and end_task together. peak_memory_mb: see `peak_memory_mb`.
+    on. merge_seconds: in begin_task and end_task together (and observe). peak_memory_mb: see `peak_memory_mb`.
     """
 
     tasks: list[str]
@@ -159,10 +160,11 @@ def train(
     for index in range(len(stages) if result.finished else len(result.matrix), len(stages)):
         name, tasks = stages[index]
         seed_everything(seed * 10_007 + index)
+        features = [row for task in tasks for row in objective.features(task, task.train)]
         started = time.perf_counter()
+        _observe(model, method, objective, features, config)
         method.begin_task(name)
         result.merge_seconds += time.perf_counter() - started
-        features = [row for task in tasks for row in objective.features(task, task.train)]
         trainer = make_trainer(model, method, objective, config, features, seed * 10_007 + index, callbacks)
         started = time.perf_counter()
         with own_forward(model):
@@ -171,6 +173,7 @@ def train(
         result.tokens += trainer.tokens()
         result.losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         started = time.perf_counter()
+        _observe(model, method, objective, features, config)
         method.end_task()
         result.merge_seconds += time.perf_counter() - started
         result.lambdas = list(method.lambdas)
@@ -183,6 +186,12 @@ def train(
         if on_task is not None:
             on_task(index, result)
     return result
+
+
+def _observe(model: nn.Module, method: Method, objective: Objective, features: Features, config: TrainConfig) -> None:
+    if method.observes:
+        device = next(model.parameters()).device
+        method.observe(batch for _, batch in in_batches(features, config.eval_batch_size, objective.collate, device))
 
 
 def _scores(

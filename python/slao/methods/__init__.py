@@ -10,6 +10,7 @@ from .base import Method
 from .clora import CLoRA
 from .ewc import EWC
 from .inclora import IncLoRA
+from .inflora import InfLoRA
 from .joint import Joint
 from .magmax import MagMax
 from .olora import OLoRA
@@ -18,7 +19,7 @@ from .sdlora import SDLoRA
 from .seqlora import SeqLoRA
 from .slao import SLAO
 
-_ALL: tuple[type[Method], ...] = (SLAO, CLoRA, EWC, IncLoRA, Joint, MagMax, OLoRA, OPCM, SDLoRA, SeqLoRA)
+_ALL: tuple[type[Method], ...] = (SLAO, CLoRA, EWC, IncLoRA, InfLoRA, Joint, MagMax, OLoRA, OPCM, SDLoRA, SeqLoRA)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "SLAO",
     "CLoRA",
     "IncLoRA",
+    "InfLoRA",
     "Joint",
     "MagMax",
     "Method",

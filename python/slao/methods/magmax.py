@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Method
+from .base import Method, Weights
 
 
 class MagMax(Method):
@@ -41,7 +41,7 @@ class MagMax(Method):
             self._change[key] = torch.where(new.abs() >= old.abs(), new, old)
         return 1.0
 
-    def _merged_weights(self) -> list[tuple[Tensor | None, Tensor | None]]:
+    def _merged_weights(self) -> Weights:
         if not self._start:
             return super()._merged_weights()
         merged = {key: start + self.scale * self._change[key] for key, start in self._start.items()}

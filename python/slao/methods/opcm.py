@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Method
-from .extended import fresh
+from .base import Method, Weights
+from .extended import fresh, refuse_shards
 
 # Singular values below this part of the largest are what rounding left of zero: their vectors are arbitrary.
 _ROUNDING = 1e-6
@@ -41,6 +41,7 @@ class OPCM(Method):
         self._lambda, self._norms = 1.0, 0.0  # λ of the last task, and the sum of ‖τ‖ over the tasks
 
     def _begin(self, task: int) -> None:
+        refuse_shards(self)  # which have no room for the merge's rank
         if task > 1:
             for pair in self.pairs:
                 pair.A.copy_(fresh(pair.A, f"{self.seed}/{task}/{pair.name}"))
@@ -75,7 +76,7 @@ class OPCM(Method):
         ]
         return float(torch.stack(squares).sum().sqrt())
 
-    def _merged_weights(self) -> list[tuple[Tensor | None, Tensor | None]]:
+    def _merged_weights(self) -> Weights:
         return list(self._merged) or super()._merged_weights()
 
     def _stacked(self) -> int:

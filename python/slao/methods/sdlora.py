@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from .base import Weights
+from .extended import refuse_shards
 from .inclora import IncLoRA
 
 
@@ -38,6 +40,7 @@ class SDLoRA(IncLoRA):
             layer.slao_frozen_scale = nn.Parameter(new if old is None else torch.cat([old.detach(), new]))
 
     def _begin(self, task: int) -> None:
+        refuse_shards(self)  # the magnitudes would be no part of what is sharded
         super()._begin(task)
         self._before = [scale.detach().clone() for scale in self._scales()]
 
@@ -49,12 +52,12 @@ class SDLoRA(IncLoRA):
         return [layer.slao_frozen_scale for layer in self.layers if isinstance(layer.slao_frozen_scale, nn.Parameter)]
 
     @contextmanager
-    def _swapped_in(self, all_weights: list[tuple[Tensor | None, Tensor | None]]) -> Iterator[None]:
+    def _swapped_in(self, weights: Callable[[], Weights]) -> Iterator[None]:
         swapped = [(scale, scale.data) for scale in self._scales()] if self._before else []
         try:
             for (scale, _), before in zip(swapped, self._before, strict=True):
                 scale.data = before
-            with super()._swapped_in(all_weights):
+            with super()._swapped_in(weights):
                 yield
         finally:
             for scale, trained in swapped:
