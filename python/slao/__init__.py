@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .methods import EWC, SLAO, CLoRA, IncLoRA, Method, OLoRA, SeqLoRA, make_method
+from .methods import (
+    EWC,
+    OPCM,
+    SLAO,
+    CLoRA,
+    IncLoRA,
+    InfLoRA,
+    Joint,
+    MagMax,
+    Method,
+    OLoRA,
+    SDLoRA,
+    SeqLoRA,
+    make_method,
+)
 from .schedules import MergeStats, make_schedule
 
 if TYPE_CHECKING:
@@ -12,12 +26,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EWC",
+    "OPCM",
     "SLAO",
     "CLoRA",
     "IncLoRA",
+    "InfLoRA",
+    "Joint",
+    "MagMax",
     "MergeStats",
     "Method",
     "OLoRA",
+    "SDLoRA",
     "SeqLoRA",
     "SlaoCallback",
     "make_method",

@@ -137,7 +137,8 @@ class Run:
         stream = self._ordered(seed)
         ready = self._ready.pop((label, seed)) if (label, seed) in self._ready else self._build(label, seed)
         model, method, objective = ready
-        progress = RunProgress(f"{label} seed {seed}", [task.name for task in stream.tasks])
+        names = ["joint"] if method.together else [task.name for task in stream.tasks]
+        progress = RunProgress(f"{label} seed {seed}", names)
         try:
             state = self.folder / "state" / f"{label}-{seed}"
             result = train(
@@ -160,14 +161,14 @@ class Run:
                 "matrix": [run.matrix for run in runs],
                 "zero_shot": [run.zero_shot for run in runs],
                 **{key: [summary[key] for summary in summaries] for key in summaries[0]},
-                "lambdas": [run.lambdas for run in runs],
+                "lambdas": [[_layers_mean(lam) for lam in run.lambdas] for run in runs],
                 "losses": [run.losses for run in runs],
                 "tokens_per_second": [run.tokens_per_second for run in runs],
                 "train_seconds": [run.train_seconds for run in runs],
                 "merge_seconds": [run.merge_seconds for run in runs],
                 "peak_memory_mb": [run.peak_memory_mb for run in runs],
             }
-            if label == "seqlora":
+            if self.settings["methods"][label].get("method", label) != "slao":  # no running average
                 del methods[label]["lambdas"]
             throughput[label] = {
                 "tokens_per_second": fmean(run.tokens_per_second for run in runs),
@@ -185,6 +186,10 @@ class Run:
             "settings": {**self.settings, "objective": {"name": self.objective_name, **self.objective_options}},
             "versions": versions(),
         }
+
+
+def _layers_mean(lam: float | list[float]) -> float:
+    return fmean(lam) if isinstance(lam, list) else lam
 
 
 def _number(value: float | None) -> str:

@@ -61,7 +61,17 @@ def inverse(i: int, stats: MergeStats) -> float:
     return 1.0 / i
 
 
-SCHEDULES: dict[str, Schedule] = {"inv_sqrt": inv_sqrt, "inverse": inverse}
+def adaptive(i: int, stats: MergeStats) -> list[float]:
+    """i^(−(1 + c)/2), one a layer, c the cosine of the new task vector with the merge: in [1/i, 1] for every c.
+
+    A new vector that is orthogonal to the merge gets SLAO's own 1/√i; one that says the same again the plain average's
+    1/i (there the old merge has it already); the more it points against it, the nearer to 1, since an average of the
+    two would cancel what the task has just learned. Our own choice for the paper's open question, not a published one.
+    """
+    return [min(1.0, max(1.0 / i, i ** (-(1.0 + c) / 2.0))) for c in stats.cosine()]  # rounding may leave by one bit
+
+
+SCHEDULES: dict[str, Schedule] = {"inv_sqrt": inv_sqrt, "inverse": inverse, "adaptive": adaptive}
 
 
 def make_schedule(schedule: str | float | Schedule) -> Schedule:

@@ -6,7 +6,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from . import checkpoint, metrics
 from .methods import Method
 from .methods.base import STATE_FILE
 from .objectives import Objective
+from .objectives.base import Features, in_batches
 from .streams import Stream
 
 Score = float | None
@@ -84,11 +85,12 @@ _OURS = (
 
 @dataclass
 class Result:
-    """One method, one seed. matrix[t][i]: score on task i after task t, None where it was not taken.
+    """One method, one seed. matrix[t][i]: score on task i after task t, None where it was not taken (a method that
+    trains all tasks together has only the last row).
 
     zero_shot: scores before any training. losses: per task, as the Trainer logged them (every 10 steps).
     train_seconds: in training steps, evaluation and merging aside. tokens: real (not padding) ones that were trained
-    on. merge_seconds: in begin_task and end_task together. peak_memory_mb: see `peak_memory_mb`.
+    on. merge_seconds: in begin_task and end_task together (and observe). peak_memory_mb: see `peak_memory_mb`.
     """
 
     tasks: list[str]
@@ -152,13 +154,17 @@ def train(
     reset_peak_memory()
     if not result.zero_shot:
         result.zero_shot = _scores(model, method, objective, stream, len(stream.tasks), config)
-    for index in range(len(result.matrix), len(stream.tasks)):
-        task = stream.tasks[index]
+    stages = [("joint", stream.tasks)] if method.together else [(task.name, (task,)) for task in stream.tasks]
+    if method.together and config.max_steps > 0:
+        config = replace(config, max_steps=config.max_steps * len(stream.tasks))
+    for index in range(len(stages) if result.finished else len(result.matrix), len(stages)):
+        name, tasks = stages[index]
         seed_everything(seed * 10_007 + index)
+        features = [row for task in tasks for row in objective.features(task, task.train)]
         started = time.perf_counter()
-        method.begin_task(task.name)
+        _observe(model, method, objective, features, config)
+        method.begin_task(name)
         result.merge_seconds += time.perf_counter() - started
-        features = objective.features(task, task.train)
         trainer = make_trainer(model, method, objective, config, features, seed * 10_007 + index, callbacks)
         started = time.perf_counter()
         with own_forward(model):
@@ -167,10 +173,12 @@ def train(
         result.tokens += trainer.tokens()
         result.losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         started = time.perf_counter()
+        _observe(model, method, objective, features, config)
         method.end_task()
         result.merge_seconds += time.perf_counter() - started
         result.lambdas = list(method.lambdas)
-        seen = len(stream.tasks) if config.evaluate == "all" else index + 1
+        result.matrix += [[None] * len(stream.tasks) for _ in tasks[1:]]  # the scores that there never were
+        seen = len(stream.tasks) if config.evaluate == "all" else len(result.matrix) + 1
         result.matrix.append(_scores(model, method, objective, stream, seen, config))
         result.peak_memory_mb = max(result.peak_memory_mb, peak_memory_mb())
         if state_dir is not None:
@@ -178,6 +186,12 @@ def train(
         if on_task is not None:
             on_task(index, result)
     return result
+
+
+def _observe(model: nn.Module, method: Method, objective: Objective, features: Features, config: TrainConfig) -> None:
+    if method.observes:
+        device = next(model.parameters()).device
+        method.observe(batch for _, batch in in_batches(features, config.eval_batch_size, objective.collate, device))
 
 
 def _scores(

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 import slao_kernels
-from slao import SLAO
+from slao import EWC, OPCM, SLAO, InfLoRA, SDLoRA
 from slao.methods import Method
 from slao_kernels.adapters import find_pairs
 from slao_kernels.testing import tiny_model
@@ -217,7 +217,13 @@ def refusals(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
             lambda: slao_kernels.lora_linear(torch.ones(2, 32), torch.ones(8, 32), None, shards[0], torch.ones(8, 3), 1)
         ),
     }
-    return {**found, "untouched": not any(tensor.any() for tensor in whole)}
+    untouched = not any(tensor.any() for tensor in whole)
+    for kind in (EWC, OPCM, SDLoRA, InfLoRA):  # made before, sharded later
+        later = make()
+        method = kind(later)
+        in_blocks(later)
+        found[method.name] = message(lambda method=method: method.begin_task("a"))
+    return {**found, "untouched": untouched}
 
 
 def replicas(model: nn.Module) -> nn.Module:

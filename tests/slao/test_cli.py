@@ -14,7 +14,9 @@ from peft import PeftModel
 from transformers import AutoModel, AutoModelForCausalLM
 
 from slao import settings
+from slao.checkpoint import read_state
 from slao.cli import main, parser, settings_from
+from slao.methods import METHODS
 from slao.objectives import CausalLM, LabelMatching
 from slao.streams import make_stream
 from slao_kernels.layers import FusedLoraLinear
@@ -133,16 +135,31 @@ def test_a_causal_lm_run(saved_llama, stream_folder, tiny, tmp_path, capsys):
 
 
 def test_methods_of_one_run_do_not_meet(saved_bert, stream_folder, tmp_path, capsys):
-    """Those that extend the layers, in one run and each in one of its own: the same, though all are tried at first."""
-    names = ["slao", "clora", "inclora", "seqlora"]
-    for folder, methods in {"all": names, **{name: [name] for name in names}}.items():
+    """All in one run, and some in one of their own: the same, though all are tried on one model at first."""
+    names = ["slao", *sorted(METHODS.keys() - {"slao"})]
+    alone = ("slao", "clora", "inflora", "joint", "ewc")
+    for folder, methods in {"all": names, **{name: [name] for name in alone}}.items():
         arguments = command(saved_bert, stream_folder, tmp_path / folder, "--methods", ",".join(methods))
         ok([*arguments, "--seeds", "0", "--set", "train.arguments.logging_steps=1"], capsys)
     together = outcome(tmp_path / "all" / "tiny")
     assert list(together) == names
-    for name in names:
+    for name in alone:
         assert outcome(tmp_path / name / "tiny") == {name: together[name]}
     assert together["slao"]["losses"] != together["inclora"]["losses"]
+    assert together["joint"]["matrix"][0][0] == [None, None]
+    assert "lambdas" in together["slao"]
+    assert not any("lambdas" in together[name] for name in names[1:])
+
+
+def test_a_report_of_one_lambda_a_layer(saved_bert, stream_folder, tmp_path, capsys):
+    """It shows their mean; the state keeps them all."""
+    arguments = command(saved_bert, stream_folder, tmp_path, "--methods", "slao,joint", "--seeds", "0")
+    ok([*arguments, "--set", "methods.slao.schedule=adaptive"], capsys)
+    (lambdas,) = results(tmp_path / "tiny")["methods"]["slao"]["lambdas"]
+    state = read_state(tmp_path / "tiny" / "state" / "slao-0" / "slao_state.safetensors")[1]["lambdas"]
+    assert len(state[1]) == 13
+    assert lambdas == [1.0, pytest.approx(sum(state[1]) / 13)]
+    assert 0.5 <= lambdas[1] <= 1.0
 
 
 def test_resume_trains_only_what_is_missing(finished, saved_bert, stream_folder, tmp_path, capsys):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from slao.methods import SeqLoRA
+from slao.methods import Joint, SeqLoRA
 from slao.progress import RunProgress
 from slao.streams import Stream
-from slao.train import TrainConfig
-from slao.trainer import training_arguments
+from slao.train import TrainConfig, seed_everything
+from slao.trainer import make_trainer, training_arguments
 
 KINDS = ["bert", "llama"]  # LabelMatching, CausalLM
 
@@ -121,6 +121,34 @@ def test_bf16_trains_in_bf16_and_scores_in_the_models_own_precision(tiny, kind):
         again = [half.objective.score(half.model, task, task.test, 64) for task in half.stream.tasks]
     assert again == half.result.matrix[-1]
     assert all(parameter.dtype == torch.float32 for parameter in half.model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_joint_training_is_one_task_of_all_rows(tiny, kind, tmp_path):
+    """The same as SeqLoRA on a stream whose one task has all rows (and all labels as candidates of a row, if asked)."""
+    parts, config = tiny.stream(train=6), tiny.sgd(batch_size=3)
+    job = tiny.Job(kind, Joint, parts)
+    result = job.train(config, state_dir=tmp_path)
+    assert result.finished
+    assert result.matrix[:2] == [[None] * 3] * 2
+    assert all(score is not None for score in result.matrix[2])
+    assert [len(losses) for losses in result.losses] == [6]
+    assert (result.lambdas, job.method.names) == ([1.0], ["joint"])
+    summary = result.summary()
+    assert summary["AA"] == pytest.approx(sum(result.matrix[2]) / 3)
+    assert (summary["BWT"], summary["forgetting"], summary["FWT"]) == (None, None, None)
+    again = tiny.Job(kind, Joint, parts)
+    assert again.train(config, state_dir=tmp_path) == result  # finished: nothing is trained
+    assert tiny.differing(again.weights(), job.weights()) == []
+    by_hand = tiny.Job(kind, SeqLoRA, parts)
+    features = [row for task in parts.tasks for row in by_hand.objective.features(task, task.train)]
+    seed_everything(0)
+    by_hand.method.begin_task("all")
+    make_trainer(by_hand.model, by_hand.method, by_hand.objective, config, features, 0, ()).train()
+    by_hand.method.end_task()
+    assert tiny.differing(by_hand.weights(), job.weights()) == []
+    steps = tiny.Job(kind, Joint, parts).train(tiny.sgd(batch_size=3, max_steps=1)).losses
+    assert len(steps[0]) == 3  # one a task
 
 
 class Pull(SeqLoRA):

@@ -10,14 +10,35 @@ from .base import Method
 from .clora import CLoRA
 from .ewc import EWC
 from .inclora import IncLoRA
+from .inflora import InfLoRA
+from .joint import Joint
+from .magmax import MagMax
 from .olora import OLoRA
+from .opcm import OPCM
+from .sdlora import SDLoRA
 from .seqlora import SeqLoRA
 from .slao import SLAO
 
-_ALL: tuple[type[Method], ...] = (SLAO, CLoRA, EWC, IncLoRA, OLoRA, SeqLoRA)
+_ALL: tuple[type[Method], ...] = (SLAO, CLoRA, EWC, IncLoRA, InfLoRA, Joint, MagMax, OLoRA, OPCM, SDLoRA, SeqLoRA)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
-__all__ = ["EWC", "METHODS", "SLAO", "CLoRA", "IncLoRA", "Method", "OLoRA", "SeqLoRA", "check_method", "make_method"]
+__all__ = [
+    "EWC",
+    "METHODS",
+    "OPCM",
+    "SLAO",
+    "CLoRA",
+    "IncLoRA",
+    "InfLoRA",
+    "Joint",
+    "MagMax",
+    "Method",
+    "OLoRA",
+    "SDLoRA",
+    "SeqLoRA",
+    "check_method",
+    "make_method",
+]
 
 
 def check_method(name: str) -> type[Method]:

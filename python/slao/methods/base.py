@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,6 +38,10 @@ class Method:
     """
 
     name: ClassVar[str] = ""
+    # Whether `slao.train` makes one task of all rows (joint training).
+    together: ClassVar[bool] = False
+    # Whether `slao.train` calls `observe` with the task's training batches before begin_task and before end_task.
+    observes: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, *, adapter: str = "default") -> None:
         self.model = model
@@ -107,6 +111,9 @@ class Method:
             cosines = self._new_to_merged()
         self.lambdas.append(lam)
         self.cosines.append(cosines)
+
+    def observe(self, batches: Iterable[dict[str, Tensor]]) -> None:
+        """Look at a task's training batches (as the model takes them, on its device) without training on them."""
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss of every training step, or None.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Method
+from .extended import refuse_shards
 
 
 class EWC(Method):
@@ -51,6 +52,7 @@ class EWC(Method):
                 parameter.register_hook(_observer(weakref.ref(self), key))
 
     def _begin(self, task: int) -> None:
+        refuse_shards(self)  # hooks and anchors belong to whole parameters
         for key, parameter in self._parameters.items():
             self._squares[key] = _wide_zeros(parameter)
             self._batches[key] = torch.zeros((), dtype=torch.int64)

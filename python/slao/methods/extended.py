@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from slao_kernels import sharding
+
 from .base import Method
 
 if TYPE_CHECKING:
@@ -23,6 +25,17 @@ def extend_all(method: Method) -> list[ExtendedLoraLinear]:
     if bad:
         raise ValueError(f"{method.name} cannot treat {len(bad)} layers: {'; '.join(bad[:8])}")
     return [extension.extend(pair.layer, method.adapter) for pair in method.pairs]
+
+
+def refuse_shards(method: Method) -> None:
+    """ValueError where the adapter is sharded now, for methods that work on the model's own parameters."""
+    live = sharding.live_pairs(method.pairs, method.adapter)
+    sharded = [pair.name for pair in live if not all(map(sharding.is_plain, pair.parameters))]
+    if sharded:
+        raise ValueError(
+            f"{method.name}: A or B of {len(sharded)} layers is sharded ({', '.join(sharded[:4])}); use DDP or ZeRO-2, "
+            "or keep the adapter out of FSDP (ignored_params)"
+        )
 
 
 def fresh(like: Tensor, key: str) -> Tensor:

@@ -27,7 +27,8 @@ class SLAO(Method):
     the last fine-tuned B. After it: B_merge <- B_merge + λ(i) (B - B_merge), A_merge <- A. Answers come from
     B_merge · A_merge. The first task is ordinary LoRA.
 
-    schedule: "inv_sqrt" (1/√i, the paper's), "inverse", a constant in [0, 1], or f(i, MergeStats) -> λ or one a layer.
+    schedule: "inv_sqrt" (1/√i, the paper's), "inverse", "adaptive" (by the cosine of each layer), a constant in
+    [0, 1], or f(i, MergeStats) -> λ or one a layer.
     init: what a task starts from: "last_ft" (the paper's), "merged", or "random" (fresh A, B = 0).
     orthogonal: re-base A. merge: the factors that are averaged, "B" (the paper's), "A" or "AB"; the other is replaced.
     preserve: start from B Rᵀ instead of B, so that re-basing A leaves B A as it was. seed: of init="random".

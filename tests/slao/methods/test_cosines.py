@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from slao import SLAO, SeqLoRA
+from slao import SLAO, MergeStats, SeqLoRA, make_schedule
 from slao_kernels.testing import tiny_model
 
 
@@ -76,6 +76,23 @@ def test_a_schedule_that_asks_for_them_leaves_them_on_the_method():
     for lam, found, dense in zip(method.lambdas[1:], method.cosines[1:], expected, strict=True):
         assert found == pytest.approx(dense, abs=1e-12)
         assert lam == [0.5 if value > 0 else 0.25 for value in dense]
+
+
+def test_the_adaptive_schedule_is_its_formula():
+    method = SLAO(model(), schedule="adaptive")
+    expected = run(method, 4)
+    for i, (lam, cosines) in enumerate(zip(method.lambdas[1:], expected, strict=True), 2):
+        assert lam == pytest.approx([i ** (-(1 + c) / 2) for c in cosines], rel=1e-12)
+        assert all(1 / i <= value <= 1 for value in lam)
+        assert max(lam) - min(lam) > 0.01
+
+
+@pytest.mark.parametrize(("angle", "wanted"), [(1.0, 1 / 3), (0.0, 3**-0.5), (-1.0, 1.0), (0.5, 3**-0.75)])
+def test_the_adaptive_schedule_at_known_angles(angle, wanted):
+    """B = (cos, sin) against (1, 0), with one A."""
+    B, merged, A = torch.tensor([[angle], [(1 - angle**2) ** 0.5]]), torch.tensor([[1.0], [0.0]]), torch.ones(1, 3)
+    stats = MergeStats(3, "c", ["layer"], [A], [B], [A], [merged], [1.0, 0.7])
+    assert make_schedule("adaptive")(3, stats) == pytest.approx([wanted], rel=1e-6)  # fp32 inputs
 
 
 def test_survive_save_and_load(tmp_path):

@@ -64,8 +64,8 @@ def test_rank_above_the_width_is_refused_before_training():
 
 
 def test_unknown_names_and_options(model):
-    with pytest.raises(ValueError, match="unknown method 'ewc'; choose one of clora, (.+, )?seqlora, slao"):
-        make_method("ewc", model)
+    with pytest.raises(ValueError, match="unknown method 'lora2'; choose one of clora, (.+, )?seqlora, slao"):
+        make_method("lora2", model)
     with pytest.raises(ValueError, match="method 'slao'.*unexpected keyword argument 'lam'"):
         make_method("slao", model, lam=0.5)
 

@@ -1,0 +1,129 @@
+"""InfLoRA (arXiv 2404.00228): IncLoRA whose A looks only where earlier tasks' inputs do not; B alone is trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import dual_gpm
+from .extended import refuse_shards
+from .inclora import IncLoRA
+
+logger = logging.getLogger("slao")
+
+# Keys of a batch that are answers, not inputs: a bare encoder would not take them.
+_NO_INPUT = ("labels", "task")
+
+
+class InfLoRA(IncLoRA):
+    """IncLoRA with A = Uᵀ/√3 fixed, U the r main directions of the task's inputs off the space of earlier tasks.
+
+    With the inputs x of a layer over the task's training rows (padding aside), G = Σ x xᵀ and P the projection off the
+    inputs of the tasks before, U are the leading eigenvectors of P G P: the left singular vectors of the projected
+    inputs. So B A x = 0 for every x in the old space. At a task's end that space takes in, with the inputs of the
+    trained model, as few directions as hold `threshold` of their energy (DualGPM; the paper raises its threshold from
+    task to task, here it is one number).
+
+    It has to see the inputs: `observe(batches)` before `begin_task` and again before `end_task`, as `slao.train` does.
+    Where fewer than r directions are left, the rows of A that remain are zero, and a warning says so.
+    State: IncLoRA's, and at most n/2 vectors of length n a layer in fp64; while observing n² numbers a layer.
+    Raises ValueError for a threshold outside (0, 1], and for a task that was not observed.
+    """
+
+    name = "inflora"
+    observes = True
+
+    def __init__(self, model: nn.Module, threshold: float = 0.95, adapter: str = "default") -> None:
+        if not 0.0 < threshold <= 1.0:
+            raise ValueError(f"threshold must lie in (0, 1], not {threshold}")
+        super().__init__(model, adapter=adapter)
+        self.threshold = float(threshold)
+        self.bases = [dual_gpm.empty(pair.A.shape[1], pair.A.device) for pair in self.pairs]
+        self._grams: list[Tensor] = []
+
+    def observe(self, batches: Iterable[dict[str, Tensor]]) -> None:
+        """Sum x xᵀ of every layer over `batches` (on the model's device), without training. Weights are as they are."""
+        grams = [basis.vectors.new_zeros((basis.vectors.shape[0],) * 2) for basis in self.bases]
+        mask: Tensor | None = None
+
+        def hook(gram: Tensor) -> Any:
+            def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+                x = inputs[0]
+                # A layer that sees (rows, tokens, n) sees padding; one that sees something else (a pooler) does not.
+                rows = x[mask.bool()] if mask is not None and x.shape[:-1] == mask.shape else x.flatten(0, -2)
+                rows = rows.double()
+                gram.addmm_(rows.T, rows)
+
+            return add
+
+        training = self.model.training
+        handles = [
+            pair.layer.register_forward_pre_hook(hook(gram)) for pair, gram in zip(self.pairs, grams, strict=True)
+        ]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    mask = batch.get("attention_mask")
+                    self.model(**{key: value for key, value in batch.items() if key not in _NO_INPUT})
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.model.train(training)
+        self._grams = grams
+
+    def _observed(self, before: str) -> list[Tensor]:
+        if not self._grams:
+            raise ValueError(f"inflora needs the task's inputs: call observe(batches) before {before}()")
+        grams, self._grams = self._grams, []
+        return grams
+
+    def _begin(self, task: int) -> None:
+        refuse_shards(self)  # A has to stop training in the model itself
+        grams = self._observed("begin_task")
+        if task > 1:
+            self._freeze_last()
+        short = []
+        for pair, basis, gram in zip(self.pairs, self.bases, grams, strict=True):
+            r, n = pair.A.shape
+            values, vectors = dual_gpm.largest_first(basis.off(gram))
+            count = min(r, n, int((values > 1e-10 * gram.trace()).sum()))
+            pair.A.zero_()
+            pair.A[:count] = (vectors[:, :count].T / 3**0.5).to(pair.A.dtype)
+            pair.B.zero_()
+            pair.parameters[0].requires_grad_(False)
+            if count < r:
+                short.append(f"{pair.name} ({count} of {r})")
+        if short:
+            logger.warning("inputs off the old space have fewer directions than r in %s", ", ".join(short[:8]))
+
+    def _end(self, task: int) -> float:
+        grams = self._observed("end_task")
+        self.bases = [basis.extended(gram, self.threshold) for basis, gram in zip(self.bases, grams, strict=True)]
+        return 1.0
+
+    def _options(self) -> dict[str, Any]:
+        return {"threshold": self.threshold}
+
+    def _state(self) -> dict[str, Tensor]:
+        state = super()._state()
+        for pair, basis in zip(self.pairs, self.bases, strict=True):
+            state[f"{pair.name}.complement" if basis.complement else f"{pair.name}.space"] = basis.vectors
+        return state
+
+    def _load_state(self, tensors: dict[str, Tensor]) -> None:
+        bases = []
+        for pair in self.pairs:
+            kinds = [kind for kind in ("space", "complement") if f"{pair.name}.{kind}" in tensors]
+            vectors = tensors[f"{pair.name}.{kinds[0]}"] if kinds else None
+            if vectors is None or vectors.dim() != 2 or vectors.shape[0] != pair.A.shape[1]:
+                raise ValueError(f"the saved input space of {pair.name} does not fit its A {tuple(pair.A.shape)}")
+            bases.append(dual_gpm.Basis(vectors.to(pair.A.device), kinds[0] == "complement"))
+        super()._load_state(tensors)
+        self.bases = bases
+        for pair in self.pairs:
+            pair.parameters[0].requires_grad_(False)
