@@ -14,7 +14,7 @@ from slao_kernels.ops.checks import Problems
 from ..folders import FACTORS, read_config, scaling
 
 # A file is mapped, and what was read of it stays in memory until it is opened anew. Ten adapters of Llama-3-8B at
-# r = 16 (1.6 GB): at most 0.27 GB at a time, of which 0.11 GB is no file (bench/bench_merge.py), instead of all.
+# r = 16 (1.6 GB): at most 0.27 GB at a time, of which 0.11 GB is no file (bench/disk_merge.py), instead of all.
 _MAPPED_BYTES = 16 << 20
 
 # Settings under which the file's A and B are not, or not all of, what the adapter adds to its base.
