@@ -21,6 +21,7 @@ FLAGS = {
     "--eval-candidates": ("objective.eval_candidates", "labels a test row may get: own or all"),
     "--methods": ("methods", "comma-separated, such as seqlora,slao"),
     "--train-rows": ("train_rows", "at most so many training rows a task"),
+    "--test-rows": ("test_rows", "at most so many test rows a task"),
     "--train-fraction": ("train_fraction", "this fraction of each task's training rows"),
     "--rank": ("lora.r", "rank of the adapter"),
     "--alpha": ("lora.lora_alpha", "its alpha"),
@@ -34,6 +35,7 @@ FLAGS = {
     "--precision": ("precision", "of the LoRA branch: base or adapter"),
 }
 _LISTS = ("lora.target_modules",)
+_NUMBERS = ("seeds", "orders")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     for flag, (setting, text) in FLAGS.items():
         run.add_argument(flag, dest=setting, help=text, default=None)
     run.add_argument("--seeds", help="comma-separated, such as 0,1")
+    run.add_argument("--orders", help="task orders that every seed trains in, such as 0,1 (0: the stream's own)")
+    run.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time, in N processes")
     run.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, e.g. train.bf16=true"
     )
@@ -99,7 +103,7 @@ def settings_from(options: argparse.Namespace) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--set takes KEY=VALUE, such as train.bf16=true; got {pair!r}")
-        if key in changes or (key == "seeds" and options.seeds):
+        if key in changes or (key in _NUMBERS and getattr(options, key)):
             raise ValueError(f"{key} is set by a flag and by --set: drop one of them")
         changes[key] = value
     for key, value in changes.items():
@@ -112,11 +116,12 @@ def settings_from(options: argparse.Namespace) -> dict[str, Any]:
         if key.startswith("methods.") and "methods" in given:
             given["methods"] = settings.methods_section(given["methods"])
         settings.assign(given, key, parsed)
-    if options.seeds:
-        try:
-            given["seeds"] = [int(seed) for seed in options.seeds.split(",")]
-        except ValueError:
-            raise ValueError(f"--seeds takes whole numbers, such as 0,1; got {options.seeds!r}") from None
+    for key in _NUMBERS:
+        if text := getattr(options, key):
+            try:
+                given[key] = [int(number) for number in text.split(",")]
+            except ValueError:
+                raise ValueError(f"--{key} takes whole numbers, such as 0,1; got {text!r}") from None
     if options.no_patch:
         given["patch"] = False
     if options.no_shuffle:
@@ -136,27 +141,22 @@ def _default_name(options: argparse.Namespace, completed: dict[str, Any]) -> str
 
 def _run(options: argparse.Namespace) -> int:
     completed = settings_from(options)
-    from transformers.utils import logging as transformers_logging
-
     from .report import table, write_report
     from .run import Run
+    from .workers import quiet
 
-    transformers_logging.disable_progress_bar()  # one bar per run is enough; loading takes a second
     folder = Path(options.runs) / completed["name"]
-    # An objection is one line; what patch skipped is in the report that execute() prints.
-    loggers = [logging.getLogger(name) for name in ("transformers", "slao_kernels")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    noisy = quiet()  # an objection is one line; what patch skipped is in the report that execute() prints
     try:
-        run = Run(completed, folder, resume=options.resume, overwrite=options.overwrite)
+        run = Run(completed, folder, resume=options.resume, overwrite=options.overwrite, processes=options.jobs)
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        noisy()
     results = run.execute()
     print("\n" + table(results))
+    for title, reason in run.failed.items():
+        print(f"failed: {title}: {reason}", file=sys.stderr)
     print(f"\nreport: {write_report(folder)}")
-    return 0
+    return 1 if run.failed else 0
 
 
 def _merge(options: argparse.Namespace) -> int:

@@ -15,23 +15,33 @@ from . import metrics, plots, report_html
 # Result key, column title, and whether it is a score (printed in the score's own scale).
 COLUMNS = (
     ("AA", "AA", True),
+    ("inc_acc", "Inc-Acc", True),
     ("BWT", "BWT", True),
     ("forgetting", "forgetting", True),
     ("FWT", "FWT", True),
     ("zero_shot", "zero-shot", True),
+    ("MOPD", "MOPD", True),
+    ("AOPD", "AOPD", True),
     ("tokens_per_second", "tokens/s", False),
     ("train_seconds", "train s", False),
+    ("seconds_per_task", "s/task", False),
     ("peak_memory_mb", "peak MB", False),
 )
+# Worked out here; and what is one number over several runs, or only another form of one that is there.
+DERIVED = ("inc_acc", "zero_shot", "MOPD", "AOPD", "seconds_per_task")
+OVER_RUNS = ("MOPD", "AOPD")
 MISSING = "–"
 
 
 @dataclass(frozen=True)
 class Method:
-    """The checked results of one method over S seeds and T tasks; NaN where a number is missing.
+    """The checked results of one method over S runs (seeds × orders) and T tasks; NaN where a number is missing.
 
-    values: for each key of COLUMNS, (S,). matrices: (S, T, T), [s, t, i] = score on task i after task t.
-    tasks: S lists of T names in training order. lambdas: (S, T) for a method that merges, else None.
+    seeds: what the S runs are called, "seed/order" where orders were chosen apart from seeds.
+    values: for each key of COLUMNS, (S,); MOPD and AOPD one for each seed that ran in several orders.
+    matrices: (S, T, T), [s, t, i] = score on task i after task t. tasks: S lists of T names in training order.
+    lambdas: (S, T) for a method that merges, else None. state: (S, 2), MiB that the method keeps after the first and
+    the last task, or None.
     """
 
     name: str
@@ -40,6 +50,7 @@ class Method:
     matrices: np.ndarray
     tasks: list[list[str]]
     lambdas: np.ndarray | None
+    state: np.ndarray | None = None
 
     @property
     def same_order(self) -> bool:
@@ -100,14 +111,43 @@ def _method(name: str, entry: Any) -> Method:
     values = {
         key: metrics.as_vector(lists(key, optional=True), f"{where}.{key}")
         for key, _, _ in COLUMNS
-        if key != "zero_shot"
+        if key not in DERIVED
     }
+    values["inc_acc"] = metrics.as_vector([metrics.incremental_accuracy(m.tolist()) for m in matrices])
+    merging = metrics.as_vector(lists("merge_seconds")) if "merge_seconds" in entry else np.zeros(count)
+    values["seconds_per_task"] = (values["train_seconds"] + merging) / size
     values["zero_shot"] = vectors("zero_shot", optional=True).mean(axis=1)
     lambdas = vectors("lambdas") if entry.get("lambdas") is not None else None
     if lambdas is not None and not np.isfinite(lambdas).all():
         raise ValueError(f"{where}.lambdas must be finite numbers")
     tasks = [[str(task) for task in order] for order in entry["tasks"]]
-    return Method(name, list(seeds), values, np.stack(matrices), tasks, lambdas)
+    orders = lists("orders") if entry.get("orders") is not None else [None] * count
+    values |= _order_deviations(seeds, orders, tasks, matrices)
+    names = [seed if order is None else f"{seed}/{order}" for seed, order in zip(seeds, orders, strict=True)]
+    return Method(name, names, values, np.stack(matrices), tasks, lambdas, _state(lists, entry))
+
+
+def _order_deviations(
+    seeds: Sequence[Any], orders: Sequence[Any], tasks: list[list[str]], matrices: list[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """MOPD and AOPD of each seed that ran in more than one chosen order."""
+    finals: dict[Any, list[dict[str, float | None]]] = {}
+    for seed, order, names, matrix in zip(seeds, orders, tasks, matrices, strict=True):
+        if order is not None:
+            last = [None if np.isnan(score) else float(score) for score in matrix[-1]]
+            finals.setdefault(seed, []).append(dict(zip(names, last, strict=True)))
+    found = [metrics.order_deviation(runs) for runs in finals.values() if len(runs) > 1]
+    return {
+        "MOPD": metrics.as_vector([deviation.maximum for deviation in found]),
+        "AOPD": metrics.as_vector([deviation.mean for deviation in found]),
+    }
+
+
+def _state(lists: Any, entry: Mapping[str, Any]) -> np.ndarray | None:
+    if entry.get("state_mb") is None:
+        return None
+    kept = lists("state_mb")
+    return np.array([[own[0], own[-1]] for own in kept]) if all(kept) else None
 
 
 def parse(results: Any) -> list[Method]:
@@ -148,46 +188,63 @@ def _summary(method: Method, key: str, digits: int) -> str:
     text = _number(float(present.mean()), digits)
     if len(present) > 1:
         text += f" ± {_number(float(present.std(ddof=1)), digits)}"
-    return text if len(present) == len(values) else f"{text} ({len(present)} of {len(values)} seeds)"
+    return text if len(present) == len(values) else f"{text} ({len(present)} of {len(values)} runs)"
 
 
 def _headline(methods: Sequence[Method]) -> tuple[list[str], list[list[str]]]:
-    """Header and one row per method, as text."""
+    """Header and one row per method, as text; a column that no method has a value for is left out."""
     score = _digits(methods)
-    shown = [column for column in COLUMNS if column[0] != "train_seconds"]
+    shown = [
+        column
+        for column in COLUMNS
+        if column[0] != "train_seconds" and any(np.isfinite(m.values[column[0]]).any() for m in methods)
+    ]
+    kept = any(m.state is not None for m in methods)
     rows = [
         [m.name, str(len(m.seeds))]
         + [_summary(m, key, score if is_score else _plain_digits(m.values[key])) for key, _, is_score in shown]
+        + ([_kept(m)] if kept else [])
         for m in methods
     ]
-    return ["method", "seeds", *(title for _, title, _ in shown)], rows
+    return ["method", "runs", *(title for _, title, _ in shown), *(["kept MB"] if kept else [])], rows
+
+
+def _kept(method: Method) -> str:
+    """What the method keeps after the first task and, where that differs, after the last."""
+    if method.state is None:
+        return MISSING
+    first, last = (f"{value:.2f}" for value in method.state.mean(axis=0))
+    return first if first == last else f"{first} → {last}"
 
 
 def _per_seed(methods: Sequence[Method]) -> tuple[list[str], list[list[str]]]:
     score = _digits(methods)
+    shown = [column for column in COLUMNS if column[0] not in OVER_RUNS]
     rows = [
         [m.name, str(seed)]
         + [
             _number(float(m.values[key][s]), score if is_score else _plain_digits(m.values[key]))
-            for key, _, is_score in COLUMNS
+            for key, _, is_score in shown
         ]
         for m in methods
         for s, seed in enumerate(m.seeds)
     ]
-    return ["method", "seed", *(title for _, title, _ in COLUMNS)], rows
+    chosen = any("/" in str(seed) for m in methods for seed in m.seeds)
+    return ["method", "seed/order" if chosen else "seed", *(title for _, title, _ in shown)], rows
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results as plain text: one row per method with AA, BWT, forgetting, FWT, zero-shot, speed, memory.
+    """The results as plain text: one row per method with AA, BWT, forgetting, ..., speed, memory.
 
-    Scores and speeds are mean ± sample standard deviation over seeds, peak memory the maximum; "–" is a value
-    that no seed has. ValueError of one line for results that lack a key or do not fit together.
+    Scores and speeds are mean ± sample standard deviation over runs (seeds, or seeds × orders; MOPD and AOPD over
+    seeds), peak memory the maximum; "–" is a value that no run has. ValueError of one line for results that lack a
+    key or do not fit together.
     """
     header, rows = _headline(parse(results))
     widths = [max(len(row[c]) for row in [header, *rows]) for c in range(len(header))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
     lines.insert(1, "  ".join("-" * w for w in widths))
-    about = f"{results['stream']} · {results['model']} · {results['metric']} · mean ± std over seeds"
+    about = f"{results['stream']} · {results['model']} · {results['metric']} · mean ± std over runs"
     return "\n".join([about, "", *lines])
 
 

@@ -14,11 +14,14 @@ Table = tuple[Sequence[str], Iterable[Sequence[str]]]
 
 GLOSSARY = (
     ("AA", "mean score over all tasks after the last one; higher is better."),
+    ("Inc-Acc", "mean, over the tasks in turn, of the mean score over the tasks trained until then."),
     ("BWT", "mean change of a task's score from its own training to the end; negative means forgotten."),
     ("forgetting", "mean drop from a task's best earlier score to the end; lower is better."),
     ("FWT", "mean gain over zero-shot on a task just before it is trained."),
     ("zero-shot", "mean score over all tasks before any training."),
-    ("±", "sample standard deviation over seeds. Peak memory is the largest of the seeds."),
+    ("MOPD, AOPD", "largest and mean range of a task's final score over task orders, at one seed; lower is better."),
+    ("kept MB", "adapter and whatever else the method keeps, after the first and after the last task."),
+    ("±", "sample standard deviation over runs. Peak memory is that of the process, the largest of the runs."),
 )
 
 STYLE = """

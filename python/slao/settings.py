@@ -13,9 +13,11 @@ from typing import Any
 from .methods import METHODS, check_method
 from .objectives import OBJECTIVES, check_objective
 from .streams import STREAMS
+from .sweep import variants
 from .train import TrainConfig
 
-# Everything that can be set, with its default. The one open section is `methods`: a name -> its options.
+# Everything that can be set, with its default. The one open section is `methods`: a name -> its options, which are
+# those of the method, `method` (its kind, where the name is another) and `learning_rate` (else that of `train`).
 DEFAULTS: dict[str, Any] = {
     "name": "",
     "model": "minilm",
@@ -23,9 +25,12 @@ DEFAULTS: dict[str, Any] = {
     "shuffle_tasks": True,
     "train_rows": None,
     "train_fraction": None,
+    "test_rows": None,
     "objective": {"name": "auto"},
     "methods": {"seqlora": {}, "slao": {}},
     "seeds": [0, 1],
+    "orders": None,
+    "sweep": {},
     "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"},
     "patch": True,
     "backend": "auto",
@@ -42,6 +47,7 @@ _PLAIN = {
     "shuffle_tasks": "bool",
     "train_rows": "int | None",
     "train_fraction": "float | None",
+    "test_rows": "int | None",
     "lora.r": "int",
     "lora.lora_alpha": "float",
     "lora.lora_dropout": "float",
@@ -178,6 +184,8 @@ def _check(settings: dict[str, Any]) -> None:
     _check_types(settings)
     for label, options in settings["methods"].items():
         check_method(options.get("method", label))
+        if "learning_rate" in options:
+            options["learning_rate"] = _typed(f"methods.{label}.learning_rate", options["learning_rate"], "float")
     stream = settings["stream"].get("name")
     if stream not in STREAMS:
         raise ValueError(f"unknown stream {stream!r}; choose one of {', '.join(sorted(STREAMS))}")
@@ -193,12 +201,22 @@ def _check(settings: dict[str, Any]) -> None:
         raise ValueError("backend and precision choose the fused layers, which --no-patch turns off: drop one of them")
     if settings["train_rows"] is not None and settings["train_fraction"] is not None:
         raise ValueError("train_rows and train_fraction both limit the training rows: drop one of them")
-    seeds = settings["seeds"]
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
-        raise ValueError(f"seeds must be whole numbers from 0, such as 0,1; got {seeds!r}")
-    if len(set(seeds)) != len(seeds):
-        raise ValueError(f"a seed stands twice in {seeds}")
+    _check_numbers("seed", settings["seeds"])
+    if settings["orders"] is not None:
+        _check_numbers("order", settings["orders"])
+        if not settings["shuffle_tasks"]:
+            raise ValueError("orders choose task orders, which shuffle_tasks: false (--no-shuffle) forbids: drop one")
     train_config(settings)
+    _section("sweep", settings["sweep"])
+    if settings["sweep"]:
+        variants(settings)
+
+
+def _check_numbers(what: str, numbers: Any) -> None:
+    if not isinstance(numbers, list) or not numbers or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"{what}s must be whole numbers from 0, such as 0,1; got {numbers!r}")
+    if len(set(numbers)) != len(numbers):
+        raise ValueError(f"{'an' if what == 'order' else 'a'} {what} stands twice in {numbers}")
 
 
 def train_config(settings: dict[str, Any]) -> TrainConfig:

@@ -31,7 +31,8 @@ class TrainConfig:
     max_steps: optimiser steps a task, instead of epochs, when positive. batch_size: rows a step and device, before
     accumulation. group_by_length: batches of rows of similar length, so that less of them is padding (transformers
     does it where a task has at least eight batches). evaluate: "all" scores every task of the stream after each task
-    (forward transfer needs it), "seen" only those trained so far. trainer: "transformers", or "trl" for TRL's
+    (forward transfer needs it), "seen" only those trained so far. score_on: "test" rows, or "validation" rows to
+    choose settings by. trainer: "transformers", or "trl" for TRL's
     SFTTrainer (causal language models). arguments: anything else that transformers.TrainingArguments takes, or
     trl.SFTConfig.
     """
@@ -49,12 +50,15 @@ class TrainConfig:
     bf16: bool = False
     report_to: str = "none"
     evaluate: str = "all"
+    score_on: str = "test"
     trainer: str = "transformers"
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.evaluate not in ("all", "seen"):
             raise ValueError(f"unknown evaluate {self.evaluate!r}; choose all or seen")
+        if self.score_on not in ("test", "validation"):
+            raise ValueError(f"unknown score_on {self.score_on!r}; choose test or validation")
         if self.trainer not in ("transformers", "trl"):
             raise ValueError(f"unknown trainer {self.trainer!r}; choose transformers or trl")
         for name in ("batch_size", "eval_batch_size", "gradient_accumulation"):
@@ -91,6 +95,7 @@ class Result:
     zero_shot: scores before any training. losses: per task, as the Trainer logged them (every 10 steps).
     train_seconds: in training steps, evaluation and merging aside. tokens: real (not padding) ones that were trained
     on. merge_seconds: in begin_task and end_task together (and observe). peak_memory_mb: see `peak_memory_mb`.
+    state_mb: MiB of adapter and whatever else the method keeps, after each task.
     """
 
     tasks: list[str]
@@ -102,6 +107,7 @@ class Result:
     train_seconds: float = 0.0
     merge_seconds: float = 0.0
     peak_memory_mb: float = 0.0
+    state_mb: list[float] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -139,10 +145,12 @@ def train(
     seed: of the data order and of whatever draws random numbers; each task starts from (seed, its index) alone.
     state_dir: after every task the whole state is written there (atomically); a call that finds one continues after
     its last finished task and ends bit-identical to an uninterrupted run. callbacks: further TrainerCallbacks.
-    on_task(index, result) is called after each task. Scores use the merged weights, on the test rows.
+    on_task(index, result) is called after each task. Scores use the merged weights.
     Raises ValueError, with nothing changed, for a state of another stream or seed.
     """
     config = config or TrainConfig()
+    if empty := [task.name for task in stream.tasks if not getattr(task, config.score_on)]:
+        raise ValueError(f"task {empty[0]!r} has no {config.score_on} rows to score; set score_on to the other split")
     result = Result([task.name for task in stream.tasks])
     if state_dir is not None and (Path(state_dir) / STATE_FILE).exists():
         saved = checkpoint.read_state(Path(state_dir) / STATE_FILE)[1]["extra"]
@@ -180,6 +188,7 @@ def train(
         result.matrix += [[None] * len(stream.tasks) for _ in tasks[1:]]  # the scores that there never were
         seen = len(stream.tasks) if config.evaluate == "all" else len(result.matrix) + 1
         result.matrix.append(_scores(model, method, objective, stream, seen, config))
+        result.state_mb.append(method.state_bytes() / 2**20)
         result.peak_memory_mb = max(result.peak_memory_mb, peak_memory_mb())
         if state_dir is not None:
             method.save(state_dir, {"seed": seed, "result": vars(result)})
@@ -199,7 +208,7 @@ def _scores(
 ) -> list[Score]:
     with method.merged():
         return [
-            objective.score(model, task, task.test, config.eval_batch_size) if i < first else None
+            objective.score(model, task, getattr(task, config.score_on), config.eval_batch_size) if i < first else None
             for i, task in enumerate(stream.tasks)
         ]
 

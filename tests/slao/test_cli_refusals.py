@@ -64,7 +64,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "a seed twice": (["--seeds", "1,1"], ["a seed stands twice in [1, 1]"]),
     "train rows": (["--train-rows", "0"], ["rows must be at least 1, not 0"]),
     "train fraction": (["--train-fraction", "2"], ["fraction must lie in (0, 1], not 2"]),
-    "preset": (["--preset", "x"], ["unknown preset 'x'; choose one of demo"]),
+    "preset": (["--preset", "x"], ["unknown preset 'x'; choose one of "]),
     "flag": (["--leraning-rate", "1"], ["unrecognized arguments: --leraning-rate", "--help"]),
     # Contradictions.
     "resume and overwrite": (["--resume", "--overwrite"], ["--overwrite: not allowed with argument --resume"]),

@@ -102,24 +102,39 @@ def check_png(path):
 
 def test_the_table_has_a_row_for_each_method(results):
     lines = table(results).splitlines()
-    assert lines[0] == "python_docs · MiniLM · accuracy · mean ± std over seeds"
+    assert lines[0] == "python_docs · MiniLM · accuracy · mean ± std over runs"
     header, rule, slao, seqlora = lines[2:]
-    titles = ["method", "seeds", "AA", "BWT", "forgetting", "FWT", "zero-shot", "tokens/s", "peak MB"]
+    titles = [
+        "method",
+        "runs",
+        "AA",
+        "Inc-Acc",
+        "BWT",
+        "forgetting",
+        "FWT",
+        "zero-shot",
+        "tokens/s",
+        "s/task",
+        "peak MB",
+    ]
     assert re.split(r"  +", header) == titles
     assert set(rule) == {"-", " "}
     # AA of the second seed: (0.52 + 0.72 + 1.00) / 3.
     aa = [2.2 / 3, 2.24 / 3]
     cells = re.split(r"  +", slao)
     assert cells[:3] == ["slao", "2", f"{sum(aa) / 2:.3f} ± {(aa[1] - aa[0]) / math.sqrt(2):.3f}"]
-    assert cells[6:] == ["0.200 ± 0.000", "1,250 ± 71", "641"]
-    assert re.split(r"  +", seqlora)[3:5] == ["-0.500 ± 0.000", "0.500 ± 0.000"]
+    # Running averages .8, .75, 2.2/3 and .82, .77, 2.24/3; 3.25 s over three tasks.
+    inc = [(0.8 + 0.75 + 2.2 / 3) / 3, (0.82 + 0.77 + 2.24 / 3) / 3]
+    assert cells[3] == f"{sum(inc) / 2:.3f} ± {(inc[1] - inc[0]) / math.sqrt(2):.3f}"
+    assert cells[7:] == ["0.200 ± 0.000", "1,250 ± 71", "1.08 ± 0.00", "641"]
+    assert re.split(r"  +", seqlora)[4:6] == ["-0.500 ± 0.000", "0.500 ± 0.000"]
     assert not any(line.endswith(" ") for line in lines)
 
 
 def test_one_seed_has_no_deviation_and_percent_scores_one_decimal(results):
     percent = [[100 * v for v in row] for row in SLAO]
     results["methods"] = {"slao": entry([percent])}
-    assert re.split(r"  +", table(results).splitlines()[-1])[2:4] == ["73.3", "-25.0"]
+    assert re.split(r"  +", table(results).splitlines()[-1])[2:5] == ["73.3", "76.1", "-25.0"]
 
 
 def test_missing_values_are_dashes_and_partial_ones_are_counted(results):
@@ -127,9 +142,34 @@ def test_missing_values_are_dashes_and_partial_ones_are_counted(results):
     results["methods"]["seqlora"]["FWT"] = [0.125, None]
     results["methods"]["slao"]["peak_memory_mb"] = [None, None]
     slao, seqlora = (re.split(r"  +", line) for line in table(results).splitlines()[-2:])
-    assert slao[5] == "–"
-    assert slao[8] == "–"
-    assert seqlora[5] == "0.125 (1 of 2 seeds)"
+    assert slao[6] == "–"
+    assert slao[10] == "–"
+    assert seqlora[6] == "0.125 (1 of 2 runs)"
+
+
+def test_columns_that_no_method_has_are_left_out(results):
+    for method in results["methods"].values():
+        method["FWT"] = None
+    assert "FWT" not in table(results).splitlines()[2]
+
+
+def test_orders_give_mopd_and_what_is_kept_its_growth(results):
+    """Two seeds in two orders: the range of each task's final score over the orders of one seed."""
+    first = [[0.8, 0.3, 0.1], [0.6, 0.9, 0.2], [0.5, 0.7, 1.0]]  # agnews .5, yelp .7, dbpedia 1.0
+    turned = [[1.0, 0.3, 0.1], [0.6, 0.9, 0.2], [0.7, 0.6, 0.9]]  # dbpedia .7, agnews .6, yelp .9
+    other = [TASKS[2], TASKS[0], TASKS[1]]
+    method = entry([first, turned, first, first], tasks=[TASKS, other, TASKS, other])
+    # Seed 0: ranges .1, .2, .3. Seed 1, the same matrix: agnews .5/.7, yelp .7/1.0, dbpedia 1.0/.5.
+    method |= {"seeds": [0, 0, 1, 1], "orders": [0, 1, 0, 1], "state_mb": [[1.0, 1.5, 2.0]] * 4}
+    results["methods"] = {"slao": method, "seqlora": entry([SEQ]) | {"state_mb": [[1.0, 1.0, 1.0]]}}
+    lines = [re.split(r"  +", line) for line in table(results).splitlines()[2:]]
+    slao = dict(zip(lines[0], lines[2], strict=True))
+    assert slao["runs"] == "4"
+    assert slao["MOPD"] == f"0.400 ± {0.2 / math.sqrt(2):.3f}"
+    assert slao["AOPD"] == f"{(0.2 + 1 / 3) / 2:.3f} ± {(1 / 3 - 0.2) / math.sqrt(2):.3f}"
+    assert slao["kept MB"] == "1.00 → 2.00"
+    seqlora = dict(zip(lines[0], lines[3], strict=True))
+    assert (seqlora["MOPD"], seqlora["kept MB"]) == ("–", "1.00")
 
 
 def test_the_table_needs_no_matplotlib(results, monkeypatch):

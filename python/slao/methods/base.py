@@ -196,6 +196,11 @@ class Method:
             if sharding.is_first():
                 checkpoint.write_state(Path(folder) / STATE_FILE, tensors | self._state(), meta)
 
+    def state_bytes(self) -> int:
+        """Bytes of what `save` keeps: the adapter as trained and everything the method needs for the next task."""
+        with self._whole(write=False):
+            return sum(tensor.nbytes for tensor in (self._live_tensors() | self._state()).values())
+
     def load(self, folder: str | Path) -> dict[str, Any]:
         """Continue from `save`: everything is compared first, then written. Returns `extra`.
 

@@ -76,20 +76,27 @@ class Stream:
         random.Random(seed).shuffle(tasks)
         return replace(self, tasks=tuple(tasks))
 
-    def limited(self, rows: int | None = None, fraction: float | None = None, seed: int = 0) -> Stream:
-        """At most `rows` training rows a task, or a `fraction` of them, drawn from `seed`; tests stay whole."""
-        if rows is not None and rows < 1:
-            raise ValueError(f"rows must be at least 1, not {rows}")
+    def limited(
+        self, rows: int | None = None, fraction: float | None = None, seed: int = 0, test: int | None = None
+    ) -> Stream:
+        """At most `rows` training rows a task, or a `fraction` of them, and at most `test` test rows, from `seed`."""
+        for limit in (rows, test):
+            if limit is not None and limit < 1:
+                raise ValueError(f"rows must be at least 1, not {limit}")
         if fraction is not None and not 0 < fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1], not {fraction}")
+
+        def drawn(rows: tuple[Row, ...], count: int, name: str) -> tuple[Row, ...]:
+            if count >= len(rows):
+                return rows
+            picked = sorted(random.Random(f"{seed}/{name}").sample(range(len(rows)), count))
+            return tuple(rows[i] for i in picked)
 
         def keep(task: Task) -> Task:
             count = len(task.train) if fraction is None else max(1, round(fraction * len(task.train)))
             count = count if rows is None else min(count, rows)
-            if count >= len(task.train):
-                return task
-            picked = sorted(random.Random(f"{seed}/{task.name}").sample(range(len(task.train)), count))
-            return replace(task, train=tuple(task.train[i] for i in picked))
+            tested = task.test if test is None else drawn(task.test, test, f"test/{task.name}")
+            return replace(task, train=drawn(task.train, count, task.name), test=tested)
 
         return replace(self, tasks=tuple(keep(task) for task in self.tasks))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +54,32 @@ def clinc150(
     path: str | Path | None = None,
     seed: int = 0,
     fraction: float = 1.0,
+    domains: Sequence[str] | None = None,
+    parts: int = 1,
     load: Callable[..., Any] | None = None,
 ) -> Stream:
     """Ten tasks, the domains, in the order of the data set's table; the labels of a task are its 15 intents.
 
     path: a folder with data_full.json and domains.json of the data set; without it the rows come from the hub.
     fraction: share of each intent's training rows to keep, drawn from `seed`; validation and test stay whole.
+    domains: only these, in this order. parts: each domain's rows make so many tasks in a row that share its labels
+    ("banking 1", "banking 2"): the most related tasks there can be.
     load: stands in for `datasets.load_dataset`, say with a pinned revision; used only without `path`.
 
-    ValueError: a file is absent or malformed, an intent has no domain, or fraction is not in (0, 1].
+    ValueError: a file is absent or malformed, an intent has no domain, an unknown domain, or a number out of range.
     ImportError: no path and no `datasets`.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], not {fraction}")
-    domains, splits = _from_hub(load) if path is None else _from_folder(Path(path))
-    domain_of = {intent: domain for domain, intents in domains.items() for intent in intents}
+    if parts < 1:
+        raise ValueError(f"parts must be at least 1, not {parts}")
+    known, splits = _from_hub(load) if path is None else _from_folder(Path(path))
+    domain_of = {intent: domain for domain, intents in known.items() for intent in intents}
+    chosen = list(known) if domains is None else list(domains)
+    if unknown := [domain for domain in chosen if domain not in known]:
+        raise ValueError(f"clinc150 has no domain {unknown[0]!r}; its domains are {', '.join(known)}")
 
-    tasks = {domain: Splits() for domain in domains}
+    tasks = {domain: Splits() for domain in known}
     for split, examples in splits.items():
         for text, intent in examples:
             if intent not in domain_of:
@@ -81,8 +90,29 @@ def clinc150(
     if fraction < 1:
         for task in tasks.values():
             task.train = _share(task.train, fraction, seed)
-    built = (tasks[domain].task(domain, map(_label, domains[domain]), INSTRUCTION) for domain in domains)
+    built = [
+        _part(tasks[domain], part, parts).task(
+            f"{domain} {part + 1}" if parts > 1 else domain, map(_label, known[domain]), INSTRUCTION
+        )
+        for domain in chosen
+        for part in range(parts)
+    ]
     return Stream("clinc150", tuple(built))
+
+
+def _part(whole: Splits, part: int, parts: int) -> Splits:
+    """Every `parts`-th row of each label, from the `part`-th on."""
+
+    def own(rows: list[Row]) -> list[Row]:
+        counts: dict[str, int] = {}
+        kept = []
+        for row in rows:
+            place = counts[row.answer] = counts.get(row.answer, -1) + 1
+            if place % parts == part:
+                kept.append(row)
+        return kept
+
+    return Splits(own(whole.train), own(whole.validation), own(whole.test))
 
 
 def _label(intent: str) -> str:

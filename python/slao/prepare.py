@@ -1,0 +1,89 @@
+"""From settings to what `train` takes: the stream in an order, a fresh model with its adapter, method and objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .methods import Method, make_method
+from .models import default_objective, load_model, load_tokenizer, model_path
+from .objectives import make_objective
+from .settings import train_config
+from .streams import Stream, make_stream
+from .train import TrainConfig, seed_everything
+
+
+class Prepared:
+    """The data and tokenizer of one setting of everything, loaded once; models and methods are made from it.
+
+    settings: those of `settings.complete`, without a sweep. ValueError for what is wrong with them, data or model.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.config = train_config(settings)
+        from .trainer import training_arguments
+
+        training_arguments(self.config)  # raises what transformers objects to
+        options = dict(settings["stream"])
+        stream = make_stream(options.pop("name"), **options)
+        self.stream = stream.limited(settings["train_rows"], settings["train_fraction"], test=settings["test_rows"])
+        self.path = model_path(settings["model"])
+        options = dict(settings["objective"])
+        name = options.pop("name", "auto")
+        self.objective_name = default_objective(self.path) if name == "auto" else name
+        self.objective_options = options
+        self.tokenizer = load_tokenizer(self.path)
+        self.report = ""
+
+    def ordered(self, seed: int, order: int | None) -> Stream:
+        """The stream in order number `order` (0 is its own), or, with None, as the seed and `shuffle_tasks` say."""
+        if order is None:
+            return self.stream.shuffled(seed) if self.settings["shuffle_tasks"] else self.stream
+        return self.stream.shuffled(order) if order else self.stream
+
+    def method(self, label: str, model: nn.Module) -> Method:
+        """The method that stands under `label` in the settings."""
+        options = dict(self.settings["methods"][label])
+        options.pop("learning_rate", None)
+        return make_method(options.pop("method", label), model, **options)
+
+    def config_of(self, label: str) -> TrainConfig:
+        """How the method under `label` is trained: as all, but at a learning rate of its own where it has one."""
+        rate = self.settings["methods"][label].get("learning_rate")
+        return self.config if rate is None else replace(self.config, learning_rate=rate)
+
+    def build(
+        self, label: str, seed: int, order: int | None, others: Sequence[str] = ()
+    ) -> tuple[nn.Module, Method, Any]:
+        """A fresh model with its adapter, the method and the objective; the model is the same for all of a seed.
+
+        others: labels of methods that are tried on the model first, for what they object to in it.
+        """
+        from peft import LoraConfig
+
+        from slao_kernels import extension, patch, unpatch
+
+        settings = self.settings
+        seed_everything(seed)  # the adapter's first A is drawn here
+        model = load_model(self.path, self.objective_name, settings["dtype"], settings["device"])
+        try:
+            config = LoraConfig(**settings["lora"])
+        except TypeError as error:
+            raise ValueError(f"lora: {error}") from error
+        report = patch(model, config, backend=settings["backend"], precision=settings["precision"])
+        if not settings["patch"]:
+            unpatch(model)
+            self.report = "fused layers are off (--no-patch)"
+        else:
+            self.report = str(report)
+        for other in others:
+            for pair in self.method(other, model).pairs:
+                extension.retract(pair.layer)  # the next one finds the layers as they were
+        method = self.method(label, model)  # before the objective runs the model: it may have to refuse it
+        stream = self.ordered(seed, order)
+        objective = make_objective(self.objective_name, model, self.tokenizer, stream, **self.objective_options)
+        return model, method, objective
