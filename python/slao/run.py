@@ -179,7 +179,7 @@ class Run:
         return {
             "stream": self.stream.name,
             "model": self.settings["model"],
-            "metric": "accuracy",
+            "metric": self.stream.metric,
             "methods": methods,
             "throughput": throughput,
             "patch": self.report,
