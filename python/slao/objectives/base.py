@@ -19,7 +19,8 @@ Features = list[dict[str, Any]]
 class Objective(ABC):
     """What a model is trained to do, and how well it does it; see the subclasses.
 
-    metrics: what `score` can return for a task, each in [0, 1]; a task names one. own_loss: whether `loss` replaces the one the model returns itself.
+    metrics: what `score` can return, each in [0, 1]; a task names the one it wants. own_loss: whether `loss` replaces
+    the one the model returns itself.
     """
 
     name: ClassVar[str]

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-
 # What a task can be scored by, each in [0, 1] and averaged over the rows; see slao.objectives.text_scores.
 METRICS = ("accuracy", "exact_match", "rouge_l")
 
@@ -136,5 +135,6 @@ class Splits:
     test: list[Row] = field(default_factory=list)
 
     def task(self, name: str, labels: Iterable[str] = (), instruction: str = "", metric: str = "accuracy") -> Task:
-        rows = (tuple(part) for part in (self.train, self.validation, self.test))
-        return Task(name, *rows, tuple(labels), instruction, metric)
+        return Task(
+            name, tuple(self.train), tuple(self.validation), tuple(self.test), tuple(labels), instruction, metric
+        )
