@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
 
+from slao.cli import main
 from slao.methods import SeqLoRA
 from slao.objectives import CausalLM, LabelMatching, text_scores
 from slao.objectives.text_scores import text_score
@@ -123,8 +125,33 @@ def test_a_stream_says_its_metric():
         for name, metric in zip("xyz", ["rouge_l", "rouge_l", "exact_match"], strict=True)
     ]
     assert Stream("s", tuple(tasks[:2])).metric == "rouge_l"
-    assert Stream("s", tuple(tasks)).metric == "rouge_l (2), exact_match (1)"
+    assert Stream("s", tuple(tasks)).metric == "rouge_l, exact_match"
     with pytest.raises(
         ValueError, match="task 'x': unknown metric 'bleu'; choose one of accuracy, exact_match, rouge_l"
     ):
         Task("x", rows, (), rows, metric="bleu")
+
+
+def test_a_run_from_the_command_line_says_its_metric(saved_llama, stream_folder, tmp_path):
+    """Two labelled tasks, scored by what the model writes."""
+    arguments = ["run", "--model", str(saved_llama), "--stream", "jsonl", "--stream-path", str(stream_folder)]
+    training = [
+        "--methods",
+        "seqlora",
+        "--seeds",
+        "0",
+        "--epochs",
+        "20",
+        "--batch-size",
+        "8",
+        "--learning-rate",
+        "2e-2",
+    ]
+    settings = ["--no-shuffle", "--set", "stream.metric=exact_match", "--set", "objective.max_new_tokens=4"]
+    assert main([*arguments, *training, *settings, "--name", "tiny", "--runs", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "tiny" / "results.json").read_text())
+    assert results["metric"] == "exact_match"
+    assert results["methods"]["seqlora"]["zero_shot"] == [[0.0, 0.0]]  # the likelihoods of labels would give a third
+    ((first, _), _) = results["methods"]["seqlora"]["matrix"][0]
+    assert first == 1.0
+    assert "Score: exact_match." in (tmp_path / "tiny" / "report.html").read_text()

@@ -83,11 +83,8 @@ class Stream:
 
     @property
     def metric(self) -> str:
-        """The metric of its tasks; where they have several, each with its number of tasks."""
-        counts = Counter(task.metric for task in self.tasks)
-        if len(counts) == 1:
-            return next(iter(counts))
-        return ", ".join(f"{name} ({count})" for name, count in counts.most_common())
+        """The metric of its tasks; where they have several, the names of all, the most frequent one first."""
+        return ", ".join(name for name, _ in Counter(task.metric for task in self.tasks).most_common())
 
     def shuffled(self, seed: int) -> Stream:
         """The same tasks in an order drawn from `seed`."""

@@ -72,7 +72,7 @@ def test_orders_metrics_and_instructions(split_files):
     assert by_name(one) == by_name(two)
     exact = {task.name.partition("_")[0] for task in one.tasks if task.metric == "exact_match"}
     assert exact == {"task363", "task1687", "task875"}
-    assert one.metric == "rouge_l (12), exact_match (3)"
+    assert one.metric == "rouge_l, exact_match"
     assert {(task.instruction, task.labels) for task in one.tasks} == {("Say a word.", ())}
     assert set(ORDERS) == {"O1", "O2"}
 
