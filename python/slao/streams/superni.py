@@ -159,6 +159,9 @@ def _from_hub(name: str, load: Callable[..., Any]) -> Part:
     outputs: dict[str, list[str]] = {}
     inputs: dict[str, str] = {}
     for example in dataset:
+        missing = {"id", "definition", "inputs", "targets"} - set(example)
+        if missing:
+            raise ValueError(f"{HUB_ID}, {name}: no column {sorted(missing)[0]!r}, only {sorted(example)}")
         inputs[example["id"]] = example["inputs"]
         outputs.setdefault(example["id"], []).append(example["targets"])
         part.instruction = example["definition"]

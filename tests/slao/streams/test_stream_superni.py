@@ -128,6 +128,10 @@ def test_a_task_that_the_hub_lacks():
 
     with pytest.raises(ValueError, match="has no file of task1572_samsum_summary: give path, a folder with the tasks"):
         superni(load=load)
+    with pytest.raises(
+        ValueError, match=r"task1572_samsum_summary: no column 'targets', only \['definition', 'id', 'inputs"
+    ):
+        superni(load=lambda *_, **__: [{"id": "1", "definition": "", "inputs": ""}])
 
 
 @pytest.mark.parametrize(
