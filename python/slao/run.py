@@ -158,7 +158,7 @@ class Run:
         return {
             "stream": first.stream.name,
             "model": self.settings["model"],
-            "metric": "accuracy",
+            "metric": self.stream.metric,
             "methods": methods,
             "throughput": throughput,
             "failed": self.failed,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..streams import Row, Task
+from ..streams import Row, Stream, Task
 
 CANDIDATES = ("own", "all")
 Features = list[dict[str, Any]]
@@ -19,11 +19,12 @@ Features = list[dict[str, Any]]
 class Objective(ABC):
     """What a model is trained to do, and how well it does it; see the subclasses.
 
-    metric: what `score` returns, in [0, 1]. own_loss: whether `loss` replaces the one the model returns itself.
+    metrics: what `score` can return, each in [0, 1]; a task names the one it wants. own_loss: whether `loss` replaces
+    the one the model returns itself.
     """
 
     name: ClassVar[str]
-    metric: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
     own_loss: ClassVar[bool]
 
     @abstractmethod
@@ -40,7 +41,16 @@ class Objective(ABC):
 
     @abstractmethod
     def score(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
-        """The metric of the model on `rows` of `task`, without training it."""
+        """The task's metric of the model on `rows`, without training it."""
+
+    @classmethod
+    def check_metrics(cls, stream: Stream) -> None:
+        """ValueError naming the tasks whose metric this objective does not compute."""
+        other = [f"{task.name} ({task.metric})" for task in stream.tasks if task.metric not in cls.metrics]
+        if other:
+            raise ValueError(
+                f"{cls.name} scores {', '.join(cls.metrics)} only; tasks that want another: {', '.join(other)}"
+            )
 
 
 def check_candidates(**chosen: str) -> None:

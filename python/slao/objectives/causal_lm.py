@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..streams import Row, Stream, Task
+from ..streams.base import METRICS
 from .base import Features, Objective, check_candidates, evaluating, in_batches
+from .text_scores import text_score
 
 IGNORED = -100  # what torch's and transformers' losses leave out
 
@@ -20,13 +22,15 @@ class CausalLM(Objective):
 
     The lines that a task does not have are left out; the task's name never appears. A prompt that is too long loses
     the end of its text, never the answer.
-    score: for a task with labels, how often the right label has the highest log-likelihood among the candidates; for a
-    free-form task, how often the greedy continuation equals the answer (white space and case aside).
+    score: by the task's metric. "accuracy" is for a task with labels how often the right label has the highest
+    log-likelihood among the candidates, and for a free-form task how often the greedy continuation equals the answer
+    (white space and case aside). "exact_match" and "rouge_l" compare the greedy continuation, whether there are
+    labels or not. Of a row with several references the best one counts.
     train_candidates, eval_candidates: whose labels the Option line (and the scoring) lists: "own" or "all".
     """
 
     name = "causal_lm"
-    metric = "accuracy"
+    metrics = METRICS
     own_loss = False
 
     def __init__(
@@ -41,6 +45,8 @@ class CausalLM(Objective):
         max_new_tokens: int = 50,
     ) -> None:
         check_candidates(train_candidates=train_candidates, eval_candidates=eval_candidates)
+        for task in stream.tasks:
+            text_score(task.metric)  # raises here where its package is missing
         self.tokenizer, self.max_length, self.max_new_tokens = tokenizer, max_length, max_new_tokens
         self.train_candidates, self.eval_candidates = train_candidates, eval_candidates
         self.labels = stream.labels
@@ -63,7 +69,7 @@ class CausalLM(Objective):
         return loss
 
     def score(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
-        if task.labels:
+        if task.labels and task.metric == "accuracy":
             return self._score_labels(model, task, rows, batch_size)
         return self._score_generated(model, task, rows, batch_size)
 
@@ -85,7 +91,7 @@ class CausalLM(Objective):
 
     def _score_generated(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
         features = [{"input_ids": self._prompt(task, row.prompt, 0, self.eval_candidates)} for row in rows]
-        correct = 0
+        score, total = text_score(task.metric), 0.0
         with evaluating(model) as device:
             for indices, batch in in_batches(features, batch_size, lambda f: self._pad_batch(f, left=True), device):
                 generated = model.generate(
@@ -96,8 +102,9 @@ class CausalLM(Objective):
                     eos_token_id=self._eos,
                 )[:, batch["input_ids"].shape[1] :]
                 texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
-                correct += sum(_same(text, rows[i].answer) for i, text in zip(indices, texts, strict=True))
-        return correct / len(rows)
+                for i, text in zip(indices, texts, strict=True):
+                    total += max(score(text, right) for right in (rows[i].answer, *rows[i].references))
+        return total / len(rows)
 
     def _encode(self, task: Task, text: str, answer: str, candidates: str) -> dict[str, Any]:
         target = self._answer(answer)
@@ -158,7 +165,3 @@ class CausalLM(Objective):
 def _supervised(prompt: list[int], answer: list[int]) -> dict[str, Any]:
     """A row whose loss is on the answer only."""
     return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
-
-
-def _same(text: str, answer: str) -> bool:
-    return " ".join(text.split()).lower() == " ".join(answer.split()).lower()

@@ -19,11 +19,11 @@ class LabelMatching(Objective):
     Text and label are the encoder's mean-pooled, normalised last hidden states. The label side is computed once, here,
     by the model as it is (so build the objective before training), and stays frozen.
     train_candidates, eval_candidates: "own" (the task's labels) or "all" (the stream's: class-incremental).
-    Raises ValueError for a stream without labels or an unknown choice.
+    Raises ValueError for a stream without labels or scored otherwise than by accuracy, and for an unknown choice.
     """
 
     name = "label_matching"
-    metric = "accuracy"
+    metrics = ("accuracy",)
     own_loss = True
 
     def __init__(
@@ -41,6 +41,7 @@ class LabelMatching(Objective):
         unlabelled = [task.name for task in stream.tasks if not task.labels]
         if unlabelled:
             raise ValueError(f"label_matching needs labels; tasks without: {', '.join(unlabelled)} (use causal_lm)")
+        self.check_metrics(stream)
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, not {temperature}")
         self.tokenizer, self.max_length, self.temperature = tokenizer, max_length, temperature

@@ -1,6 +1,6 @@
 """Streams: named sequences of text tasks to train on one after another.
 
-`make_stream("python_docs")` needs no network; "clinc150" and "jsonl" read a folder; "hub" downloads.
+`make_stream("python_docs")` needs no network; "jsonl" reads a folder; the others read one or download.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 # The modules import the standard library only; what is heavy loads when a stream is built.
-from slao.streams import clinc150, hub, jsonl, python_docs
+from slao.streams import clinc150, jsonl, python_docs, standard_cl, superni
 from slao.streams.base import Row, Stream, Task
 
 __all__ = ["STREAMS", "Row", "Stream", "Task", "make_stream"]
@@ -19,7 +19,10 @@ STREAMS: dict[str, Callable[..., Stream]] = {
     "python_docs": python_docs.python_docs,
     "clinc150": clinc150.clinc150,
     "jsonl": jsonl.jsonl,
-    "hub": hub.standard_cl,
+    "standard_cl": standard_cl.standard_cl,
+    "long_sequence": standard_cl.long_sequence,
+    "superni": superni.superni,
+    "hub": standard_cl.standard_cl,  # its older name
 }
 
 

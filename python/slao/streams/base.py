@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+
+# What a task can be scored by, each in [0, 1] and averaged over the rows; see slao.objectives.text_scores.
+METRICS = ("accuracy", "exact_match", "rouge_l")
 
 
 @dataclass(frozen=True)
@@ -12,10 +16,12 @@ class Row:
     """One example.
 
     prompt: what the model reads. answer: what it should say; for a classification task the text of its label.
+    references: further texts that count as right. Training uses the answer alone, scoring the best of all.
     """
 
     prompt: str
     answer: str
+    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,8 @@ class Task:
 
     labels: the texts that an answer can be, in a fixed order; empty for free-form tasks.
     instruction: a line that a causal LM sees before the prompt; it must not leak the task's name.
+    metric: "accuracy" (the right label ranks first; free-form: the answer is given), "exact_match" (of the generated
+    text, case and punctuation aside) or "rouge_l" (F1 of the generated text).
     """
 
     name: str
@@ -32,8 +40,11 @@ class Task:
     test: tuple[Row, ...]
     labels: tuple[str, ...] = ()
     instruction: str = ""
+    metric: str = "accuracy"
 
     def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"task {self.name!r}: unknown metric {self.metric!r}; choose one of {', '.join(METRICS)}")
         for split in ("train", "test"):
             if not getattr(self, split):
                 raise ValueError(f"task {self.name!r} has no {split} rows; add some or leave the task out")
@@ -69,6 +80,11 @@ class Stream:
     def labels(self) -> tuple[str, ...]:
         """Every label of every task, each once, in order of first appearance."""
         return tuple(dict.fromkeys(label for task in self.tasks for label in task.labels))
+
+    @property
+    def metric(self) -> str:
+        """The metric of its tasks; where they have several, the names of all, the most frequent one first."""
+        return ", ".join(name for name, _ in Counter(task.metric for task in self.tasks).most_common())
 
     def shuffled(self, seed: int) -> Stream:
         """The same tasks in an order drawn from `seed`."""
@@ -122,5 +138,7 @@ class Splits:
     validation: list[Row] = field(default_factory=list)
     test: list[Row] = field(default_factory=list)
 
-    def task(self, name: str, labels: Iterable[str] = (), instruction: str = "") -> Task:
-        return Task(name, tuple(self.train), tuple(self.validation), tuple(self.test), tuple(labels), instruction)
+    def task(self, name: str, labels: Iterable[str] = (), instruction: str = "", metric: str = "accuracy") -> Task:
+        return Task(
+            name, tuple(self.train), tuple(self.validation), tuple(self.test), tuple(labels), instruction, metric
+        )

@@ -8,7 +8,7 @@ A file is JSON lines (`.jsonl`) or one JSON list (`.json`); where both stand the
 Task folders may also lie one level deeper. So the published 15-task suite of O-LoRA
 (https://github.com/cmnfriend/O-LoRA, folder CL_Benchmark: `<group>/<task>/{train,dev,test,labels}.json`) is read
 as it is, and so are SuperNI files, {"Definition": [...], "Instances": [{"input", "output"}]}: the first definition
-becomes the instruction, and where an output is a list its first entry the answer.
+becomes the instruction, and where an output is a list its first entry the answer and the others its references.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ def jsonl(
     order: Sequence[str] | None = None,
     validation_fraction: float = 0.1,
     seed: int = 0,
+    metric: str = "accuracy",
 ) -> Stream:
     """The tasks under `path`, in `order`.
 
     order: names of the tasks to take (a task is named as its folder); by default all of them, sorted.
-    validation_fraction: share of train that becomes validation, drawn from `seed`, in tasks without a
-    validation file. The test file is required and only ever becomes the test split.
+    validation_fraction: share of train that becomes validation, drawn from `seed`, in tasks without a validation file
+    or with one that repeats the test file (as O-LoRA's do). The test file is required and only ever becomes the test
+    split.
+    metric: what every task is scored by: accuracy, exact_match or rouge_l.
 
     The labels of a task come from labels.json (a list of texts); without it, from the "label"s of its training
     file, sorted; a task whose rows have no labels is free-form. The instruction is the text of instruction.txt.
@@ -44,15 +47,17 @@ def jsonl(
     ValueError: names the folder, file or line that is absent, empty or malformed, or a label out of the set.
     """
     root = Path(path)
-    folders = _task_folders(root)
+    folders = task_folders(root)
     names = sorted(folders) if order is None else list(order)
     for name in names:
         if name not in folders:
             raise ValueError(f"order names the task {name!r}, but {root} holds {sorted(folders)}")
-    return Stream(root.resolve().name, tuple(_task(name, folders[name], validation_fraction, seed) for name in names))
+    return Stream(
+        root.resolve().name, tuple(_task(name, folders[name], validation_fraction, seed, metric) for name in names)
+    )
 
 
-def _task_folders(root: Path) -> dict[str, Path]:
+def task_folders(root: Path) -> dict[str, Path]:
     """Task name -> folder, for each folder one or two levels down that holds a training file."""
     if not root.is_dir():
         raise ValueError(f"no folder {root}; path must be a folder with a sub-folder for each task")
@@ -67,23 +72,23 @@ def _task_folders(root: Path) -> dict[str, Path]:
     return folders
 
 
-def _task(name: str, folder: Path, validation_fraction: float, seed: int) -> Task:
-    train, test, validation = (_read_split(folder, *stems) for stems in (("train",), ("test",), _VALIDATION))
+def _task(name: str, folder: Path, validation_fraction: float, seed: int, metric: str) -> Task:
+    train, test, validation = (read_split(folder, *stems) for stems in (("train",), ("test",), _VALIDATION))
     if train is None or test is None:
         raise ValueError(f"{folder} has no test.jsonl or test.json; every task needs one")
     labels = _label_set(folder, train)
-    if validation is None:
+    if validation is None or validation.rows == test.rows:
         train.rows, held = map(list, carve_validation(train.rows, validation_fraction, seed))
-        validation = _Part(held)
+        validation = Part(held)
     instruction_file = folder / "instruction.txt"
     instruction = train.instruction
     if instruction_file.is_file():
         instruction = _text(instruction_file).strip()
-    return Splits(train.rows, validation.rows, test.rows).task(name, labels, instruction)
+    return Splits(train.rows, validation.rows, test.rows).task(name, labels, instruction, metric)
 
 
 @dataclass
-class _Part:
+class Part:
     """One file's rows, whether they came as labels, and the definition that it carries."""
 
     rows: list[Row] = field(default_factory=list)
@@ -91,24 +96,34 @@ class _Part:
     instruction: str = ""
 
 
-def _label_set(folder: Path, train: _Part) -> list[str]:
+def _label_set(folder: Path, train: Part) -> list[str]:
+    labels = read_labels(folder)
+    if labels is not None:
+        return labels
+    # Only from the training file: a label that appears in the test file alone is then an error, not a class.
+    return sorted({row.answer for row in train.rows}) if train.labelled else []
+
+
+def read_labels(folder: Path) -> list[str] | None:
+    """The list in labels.json; None where there is no such file."""
     file = folder / "labels.json"
     if not file.is_file():
-        # Only from the training file: a label that appears in the test file alone is then an error, not a class.
-        return sorted({row.answer for row in train.rows}) if train.labelled else []
+        return None
     labels = _parse(_text(file), file)
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{file}: must be a JSON list of label texts")
     return labels
 
 
-def _read_split(folder: Path, *stems: str) -> _Part | None:
+def read_split(folder: Path, *stems: str) -> Part | None:
     """The rows of the first file of these names that stands in `folder`; None where there is none."""
     files = (folder / f"{stem}{suffix}" for stem in stems for suffix in _SUFFIXES)
     file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        return None
-    part = _Part()
+    return None if file is None else read_file(file)
+
+
+def read_file(file: Path) -> Part:
+    part = Part()
     for where, item in _items(file, part):
         row, labelled = _row(item, where)
         part.rows.append(row)
@@ -118,7 +133,7 @@ def _read_split(folder: Path, *stems: str) -> _Part | None:
     return part
 
 
-def _items(file: Path, part: _Part) -> Iterator[tuple[str, Any]]:
+def _items(file: Path, part: Part) -> Iterator[tuple[str, Any]]:
     """(place for messages, object) of each row of a file; sets the part's instruction from a definition."""
     text = _text(file)
     if file.suffix == ".jsonl":
@@ -151,12 +166,11 @@ def _row(item: Any, where: str) -> tuple[Row, bool]:
             f'{where}: a row needs "prompt" and "answer", or "text" and "label"; this one has {sorted(item)}'
         )
     prompt, answer = (item[key] for key in keys)
-    if keys == ("input", "output") and isinstance(answer, list) and answer:
-        answer = answer[0]
-    for key, value in zip(keys, (prompt, answer), strict=True):
+    answers = answer if keys == ("input", "output") and isinstance(answer, list) and answer else [answer]
+    for key, value in ((keys[0], prompt), *((keys[1], each) for each in answers)):
         if not isinstance(value, str):
             raise ValueError(f"{where}: {key!r} must be a text, not {json.dumps(value)[:60]}")
-    return Row(prompt, answer), keys[1] == "label"
+    return Row(prompt, answers[0], tuple(answers[1:])), keys[1] == "label"
 
 
 def _text(file: Path) -> str:

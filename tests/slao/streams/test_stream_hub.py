@@ -1,4 +1,4 @@
-"""Standard CL from small in-memory data sets with the columns of the published ones."""
+"""Standard CL and the long sequence from small in-memory data sets with the columns of the published ones."""
 
 import sys
 from collections import Counter
@@ -6,17 +6,20 @@ from collections import Counter
 import pytest
 
 from slao.streams import make_stream
-from slao.streams.hub import ORDERS, SOURCES, standard_cl
+from slao.streams.sources import SOURCES
+from slao.streams.standard_cl import ORDERS, long_sequence, standard_cl
 
-PER_LABEL = {"train": 12, "test": 6}
 
-
-def load(hub_id, *, split):
-    """A data set of 12 train or 6 test rows a label; the text names its split, its label value and its number."""
+def load(hub_id, config=None, *, split):
+    """A data set of 20 train or 6 test rows a label; the text names its split, its label value and its number."""
     datasets = pytest.importorskip("datasets")
-    source = next(source for source in SOURCES.values() if source.hub_id == hub_id)
-    values = [source.first_label + value for value in range(len(source.labels)) for _ in range(PER_LABEL[split])]
-    columns = {column: [f"{split} {column} {value} {i} " for i, value in enumerate(values)] for column in source.text}
+    source = next(source for source in SOURCES.values() if (source.hub_id, source.config) == (hub_id, config))
+    assert split in ("train", source.test)
+    count, split = (20, "train") if split == "train" else (6, "test")
+    values = [source.first_label + value for value in range(len(source.labels)) for _ in range(count)]
+    columns = {
+        column: [f"{split} {column} {value} {i} " for i, value in enumerate(values)] for column in source.columns
+    }
     return datasets.Dataset.from_dict({**columns, source.label: values, "unused": values})
 
 
@@ -25,9 +28,10 @@ def small(**options):
     return standard_cl(**{**defaults, **options})
 
 
-@pytest.mark.parametrize("order", list(ORDERS))
-def test_sizes_labels_and_order(order):
-    stream = make_stream("hub", order=order, rows=20, validation_per_label=2, test_per_label=3, load=load)
+@pytest.mark.parametrize("order", ["O1", "O2", "O3"])
+@pytest.mark.parametrize("name", ["hub", "standard_cl"])
+def test_sizes_labels_and_order(name, order):
+    stream = make_stream(name, order=order, rows=20, validation_per_label=2, test_per_label=3, load=load)
     assert tuple(task.name for task in stream.tasks) == ORDERS[order]
     sizes = {
         task.name: (len(task.labels), len(task.train), len(task.validation), len(task.test)) for task in stream.tasks
@@ -43,6 +47,28 @@ def test_sizes_labels_and_order(order):
         assert set(Counter(row.answer for row in task.test).values()) == {3}
 
 
+def test_the_long_sequence():
+    """Every column of every source, in the papers' wording; GLUE and SuperGLUE are tested on validation rows."""
+    stream = make_stream("long_sequence", order="O6", rows=20, load=load)
+    assert (stream.name, stream.metric) == ("long_sequence_O6", "accuracy")
+    assert tuple(task.name for task in stream.tasks) == ORDERS["O6"]
+    found = {task.name: task for task in stream.tasks}
+    for name, task in found.items():
+        per_label = len(SOURCES[name].labels)
+        assert (len(task.train), len(task.validation), len(task.test)) == (20, 2 * per_label, 6 * per_label)
+        assert all(row.prompt.count("train") == 0 for row in task.test)
+    assert found["RTE"].test[0].prompt == "sentence 1: test sentence1 0 0\nsentence 2: test sentence2 0 0"
+    assert found["RTE"].test[-1].answer == "contradiction"
+    assert found["COPA"].instruction == ""
+    first = next(row for row in found["COPA"].test if row.answer == "B")
+    assert first.prompt == (
+        'Which sentence is the test question 1 6 of "test premise 1 6"? Choose one between A and B.\n'
+        "A: test choice1 1 6\nB: test choice2 1 6"
+    )
+    assert found["WiC"].test[0].prompt.startswith("word: test word 0 0\ntest sentence1 0 0")
+    assert (found["SST-2"].test[0].answer, found["SST-2"].test[-1].answer) == ("Bad", "Good")
+
+
 def test_the_orders_hold_the_same_rows():
     one, three = small(order="O1"), small(order="O3")
     assert {task.name: task for task in one.tasks} == {task.name: task for task in three.tasks}
@@ -51,6 +77,7 @@ def test_the_orders_hold_the_same_rows():
 def test_answers_are_those_of_the_label_column():
     for task in small(rows=None).tasks:
         source = SOURCES[task.name]
+        assert task.labels == source.labels
         for row in task.train + task.validation + task.test:
             value = int(row.prompt.split()[2])  # "<split> <column> <value> <number>"
             assert row.answer == source.labels[value - source.first_label]
@@ -61,12 +88,12 @@ def test_test_rows_come_from_test_only_and_splits_are_disjoint():
         assert all(row.prompt.startswith("test") for row in task.test)
         assert all(row.prompt.startswith("train") for row in task.train + task.validation)
         rows = task.train + task.validation + task.test
-        assert len({row.prompt for row in rows}) == len(rows) == 18 * len(task.labels)
+        assert len({row.prompt for row in rows}) == len(rows) == 26 * len(task.labels)
 
 
-def test_validation_takes_half_of_a_label_at_most():
+def test_validation_takes_a_tenth_of_a_label_at_most():
     for task in small(rows=None, validation_per_label=500).tasks:
-        assert len(task.validation) == len(task.train) == 6 * len(task.labels)
+        assert (len(task.validation), len(task.train)) == (2 * len(task.labels), 18 * len(task.labels))
 
 
 def test_columns_are_joined_and_empty_ones_left_out():
@@ -94,7 +121,7 @@ def test_seeds():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"order": "O4"}, "no order 'O4'; the published ones are O1, O2, O3"),
+        ({"order": "O4"}, "no order 'O4'; those of standard_cl are O1, O2, O3"),
         ({"rows": 0}, "rows must be at least 1, not 0"),
         ({"validation_per_label": -1}, "validation_per_label must be at least 0"),
         ({"test_per_label": 0}, "test_per_label must be at least 1"),
@@ -103,6 +130,11 @@ def test_seeds():
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+def test_the_long_sequence_has_orders_of_its_own():
+    with pytest.raises(ValueError, match="no order 'O1'; those of long_sequence are O4, O5, O6"):
+        long_sequence(order="O1", load=load)
 
 
 def test_a_changed_layout_is_named():

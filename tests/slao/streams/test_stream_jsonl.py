@@ -91,7 +91,9 @@ def test_superni_files(tmp_path):
         as_json(tmp_path / "task002" / f"{split}.json", content)
     task = jsonl(tmp_path).tasks[0]
     assert (task.instruction, task.labels) == ("Answer the question.", ())
-    assert task.test == (Row("why", "because"), Row("who", "me"))
+    assert task.test == (Row("why", "because", ("so",)), Row("who", "me"))
+    assert task.metric == "accuracy"
+    assert jsonl(tmp_path, metric="rouge_l").tasks[0].metric == "rouge_l"
 
 
 def test_blank_lines_a_byte_order_mark_and_odd_line_ends_inside_strings(root):
