@@ -158,7 +158,7 @@ class Run:
         return {
             "stream": first.stream.name,
             "model": self.settings["model"],
-            "metric": self.stream.metric,
+            "metric": first.stream.metric,
             "methods": methods,
             "throughput": throughput,
             "failed": self.failed,

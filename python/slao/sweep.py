@@ -53,7 +53,8 @@ def variants(settings: dict[str, Any]) -> list[Variant]:
     """Every combination of the values under `sweep`, each checked and without a sweep of its own.
 
     sweep: a mapping of a setting, such as train.learning_rate, to the list of its values, or to a mapping of names
-    to values. ValueError for anything else.
+    to values. A mapping for a whole section, such as stream, changes what it names and leaves the rest, unless it has
+    a name of its own. ValueError for anything else.
     """
     from .settings import assign, complete
 
@@ -63,7 +64,11 @@ def variants(settings: dict[str, Any]) -> list[Variant]:
     for combination in itertools.product(*choices):
         changed = {**copy.deepcopy(settings), "sweep": {}}
         for key, _, value in combination:
-            assign(changed, key, copy.deepcopy(value))
+            section = changed.get(key)
+            if isinstance(section, dict) and isinstance(value, dict) and "name" not in value:
+                section.update(copy.deepcopy(value))
+            else:
+                assign(changed, key, copy.deepcopy(value))
         found.append(Variant(", ".join(name for _, name, _ in combination), complete(changed)))
     return found
 

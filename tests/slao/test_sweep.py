@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from slao.cli import main
 from slao.settings import complete
 from slao.streams import make_stream
 from slao.sweep import jobs, variants
-from slao.train import TrainConfig
+from slao.train import TrainConfig, train
 
 MEASURED = ("tokens_per_second", "train_seconds", "merge_seconds", "peak_memory_mb")
 
@@ -34,6 +35,11 @@ def test_every_combination_is_a_variant_with_a_name():
     assert [variant.settings["stream"]["name"] for variant in found] == ["python_docs", "jsonl"] * 2
     assert all(variant.settings["sweep"] == {} for variant in found)
     assert found[2].label("slao") == "slao (learning_rate=1e-3, docs)"
+    # A part of a section changes that part.
+    mixed = {"stream": {"few": {"tasks": 2}, "mine": {"name": "jsonl"}}}
+    few, mine = variants(settings(stream={"name": "python_docs", "seed": 3}, sweep=mixed))
+    assert few.settings["stream"] == {"name": "python_docs", "seed": 3, "tasks": 2}
+    assert mine.settings["stream"] == {"name": "jsonl"}
     (alone,) = variants(settings())
     assert (alone.name, alone.label("slao")) == ("", "slao")
 
@@ -163,8 +169,22 @@ def test_nothing_but_failures_is_an_error(saved_bert, stream_folder, tmp_path, c
     assert not (tmp_path / "runs" / "study" / "results.json").exists()
 
 
-def test_scores_on_validation_rows(saved_bert, stream_folder, tmp_path):
+def test_scores_on_validation_rows(tiny):
+    """Validation rows that are another run's test rows give its scores; a task without any is refused."""
     with pytest.raises(ValueError, match="unknown score_on 'train'; choose test or validation"):
         TrainConfig(score_on="train")
-    command = study(tmp_path, saved_bert, stream_folder, methods=["seqlora"])
-    assert main([*command, "--set", "train.score_on=validation"]) in (0, 2)
+    whole = tiny.stream(tasks=2)
+    matrices = []
+    for split in ("test", "validation"):
+        tasks = [
+            replace(task, **{split: task.test, ("test" if split != "test" else "validation"): task.train[:1]})
+            for task in whole.tasks
+        ]
+        job = tiny.Job(tasks=replace(whole, tasks=tuple(tasks)))
+        config = TrainConfig(max_steps=1, batch_size=4, score_on=split)
+        matrices.append(train(job.model, job.method, job.stream, job.objective, config).matrix)
+    assert matrices[0] == matrices[1]
+    bare = replace(whole, tasks=tuple(replace(task, validation=()) for task in whole.tasks))
+    job = tiny.Job(tasks=bare)
+    with pytest.raises(ValueError, match="has no validation rows to score"):
+        train(job.model, job.method, job.stream, job.objective, config)

@@ -16,7 +16,7 @@ from .extended import fresh
 
 logger = logging.getLogger("slao")
 
-INITS = ("last_ft", "merged", "random")
+INITS = ("last_ft", "merged", "random", "random_A")
 MERGES = ("B", "A", "AB")
 
 
@@ -29,9 +29,10 @@ class SLAO(Method):
 
     schedule: "inv_sqrt" (1/√i, the paper's), "inverse", "adaptive" (by the cosine of each layer), a constant in
     [0, 1], or f(i, MergeStats) -> λ or one a layer.
-    init: what a task starts from: "last_ft" (the paper's), "merged", or "random" (fresh A, B = 0).
+    init: what a task starts from: "last_ft" (the paper's), "merged", "random" (fresh A, B = 0: ordinary LoRA's
+    start), or "random_A" (fresh A, last fine-tuned B).
     orthogonal: re-base A. merge: the factors that are averaged, "B" (the paper's), "A" or "AB"; the other is replaced.
-    preserve: start from B Rᵀ instead of B, so that re-basing A leaves B A as it was. seed: of init="random".
+    preserve: start from B Rᵀ instead of B, so that re-basing A leaves B A as it was. seed: of a fresh A.
     keep_cosines: fill `cosines` at the end of every task from the second on, before it is merged; without it only where
     the schedule asked for `MergeStats.cosine()` anyway.
     State: besides the live A and B one further A and B a layer, whatever the number of tasks.
@@ -96,10 +97,11 @@ class SLAO(Method):
                 scaled_merge_(copies, self._live(factor), 1.0)
         if self.init == "merged":
             scaled_merge_(As + Bs, self._merged_or_live("A") + self._merged_or_live("B"), 1.0)
-        elif self.init == "random":
+        elif self.init != "last_ft":
             for pair, A, B in zip(self.pairs, As, Bs, strict=True):
                 A.copy_(fresh(A, f"{self.seed}/{task}/{pair.name}"))
-                B.zero_()
+                if self.init == "random":
+                    B.zero_()
         if self.orthogonal:
             self._rebase(As, Bs, in_passing)
         self._merged |= kept

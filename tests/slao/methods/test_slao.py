@@ -139,6 +139,8 @@ INITS = [
     ("merged", False),
     ("random", True),
     ("random", False),
+    ("random_A", True),
+    ("random_A", False),
 ]
 
 
@@ -152,9 +154,10 @@ def test_every_ablation_against_numpy(model, init, orthogonal, merge):
         method.begin_task(str(i))
         start = live(method)
         for name in start if i else ():
-            A, B = previous[name] if init == "last_ft" else merged[name]
-            if init == "random":
-                assert not start[name][1].any()
+            A, B = merged[name] if init == "merged" else previous[name]
+            if init.startswith("random"):
+                last_B = previous[name][1]
+                assert np.array_equal(start[name][1], 0 * last_B if init == "random" else last_B)
                 assert np.linalg.matrix_rank(start[name][0]) == 6
                 assert np.abs(start[name][0] - previous[name][0]).max() > 0.01
             else:
@@ -162,7 +165,7 @@ def test_every_ablation_against_numpy(model, init, orthogonal, merge):
                 assert np.abs(start[name][0] - (numpy_qr(A)[0] if orthogonal else A)).max() <= 1e-5
             if orthogonal:
                 assert np.abs(start[name][0] @ start[name][0].T - np.eye(6)).max() <= 2e-6
-            elif init == "random":
+            elif init.startswith("random"):
                 assert np.abs(start[name][0]).max() <= start[name][0].shape[1] ** -0.5
         pretend_training(method, i)
         previous = live(method)
