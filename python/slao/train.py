@@ -118,9 +118,10 @@ class Result:
         return self.tokens / self.train_seconds if self.train_seconds else 0.0
 
     def summary(self) -> dict[str, Score]:
-        """AA, BWT, forgetting and FWT of a finished run; None where T is too small or entries are missing."""
+        """AA, BWT, ... of a finished run; None where T is too small or entries are missing."""
         return {
             "AA": metrics.average_accuracy(self.matrix),
+            "Inc-Acc": metrics.incremental_accuracy(self.matrix),
             "BWT": metrics.backward_transfer(self.matrix),
             "forgetting": metrics.forgetting(self.matrix),
             "FWT": metrics.forward_transfer(self.matrix, self.zero_shot),
@@ -160,13 +161,17 @@ def train(
     from .trainer import make_trainer, own_forward
 
     reset_peak_memory()
+    names = tuple(result.tasks)
+    objective.running = objective.seen = ()
     if not result.zero_shot:
-        result.zero_shot = _scores(model, method, objective, stream, len(stream.tasks), config)
+        result.zero_shot = _scores(model, method, objective, stream, 0, config)
     stages = [("joint", stream.tasks)] if method.together else [(task.name, (task,)) for task in stream.tasks]
     if method.together and config.max_steps > 0:
         config = replace(config, max_steps=config.max_steps * len(stream.tasks))
     for index in range(len(stages) if result.finished else len(result.matrix), len(stages)):
         name, tasks = stages[index]
+        objective.running = tuple(task.name for task in tasks)
+        objective.seen = names if method.together else names[: index + 1]
         seed_everything(seed * 10_007 + index)
         features = [row for task in tasks for row in objective.features(task, task.train)]
         started = time.perf_counter()
@@ -186,8 +191,7 @@ def train(
         result.merge_seconds += time.perf_counter() - started
         result.lambdas = list(method.lambdas)
         result.matrix += [[None] * len(stream.tasks) for _ in tasks[1:]]  # the scores that there never were
-        seen = len(stream.tasks) if config.evaluate == "all" else len(result.matrix) + 1
-        result.matrix.append(_scores(model, method, objective, stream, seen, config))
+        result.matrix.append(_scores(model, method, objective, stream, len(result.matrix) + 1, config))
         result.state_mb.append(method.state_bytes() / 2**20)
         result.peak_memory_mb = max(result.peak_memory_mb, peak_memory_mb())
         if state_dir is not None:
@@ -204,11 +208,13 @@ def _observe(model: nn.Module, method: Method, objective: Objective, features: F
 
 
 def _scores(
-    model: nn.Module, method: Method, objective: Objective, stream: Stream, first: int, config: TrainConfig
+    model: nn.Module, method: Method, objective: Objective, stream: Stream, trained: int, config: TrainConfig
 ) -> list[Score]:
+    """After the first `trained` tasks; the zero-shot row, after none, is whole."""
+    scored = trained if trained and config.evaluate == "seen" else len(stream.tasks)
     with method.merged():
         return [
-            objective.score(model, task, getattr(task, config.score_on), config.eval_batch_size) if i < first else None
+            objective.score(model, task, getattr(task, config.score_on), config.eval_batch_size) if i < scored else None
             for i, task in enumerate(stream.tasks)
         ]
 

@@ -64,7 +64,7 @@ class WithObjective(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        count = inputs["attention_mask"].sum()  # stays on the device: no sync in a step
+        count = self.objective.tokens(inputs)  # stays on the device: no sync in a step
         self._tokens = count if self._tokens is None else self._tokens + count
         if self.objective.own_loss:
             return self.objective.loss(model, inputs)
@@ -88,6 +88,8 @@ def make_trainer(
     callbacks: Sequence[Any],
 ) -> TaskTrainer:
     """A Trainer over `features`, with a fresh optimiser and schedule."""
+    if "input_ids" not in features[0]:
+        config = replace(config, group_by_length=False)  # images are of one length
     args = training_arguments(config, seed, next(model.parameters()).device.type)
     if config.trainer == "trl":
         from .integrations.trl import make_sft_trainer

@@ -131,11 +131,26 @@ def test_label_matching_refuses_what_it_cannot_do(tiny, encoder):
 
 
 def test_objectives_are_found_by_name():
-    assert sorted(OBJECTIVES) == ["causal_lm", "label_matching"]
-    with pytest.raises(ValueError, match="unknown objective 'mlm'; choose one of causal_lm, label_matching"):
+    assert sorted(OBJECTIVES) == ["causal_lm", "image_matching", "label_matching"]
+    with pytest.raises(
+        ValueError, match="unknown objective 'mlm'; choose one of causal_lm, image_matching, label_matching"
+    ):
         check_objective("mlm", {})
     with pytest.raises(ValueError, match="no option 'lenght'; its options are temperature, train_candidates"):
         check_objective("label_matching", {"lenght": 3})
+
+
+def test_candidates_seen_so_far(tiny, encoder):
+    """With two of three tasks seen, a row of the third can be one of theirs or of its own; before the first, any."""
+    stream, tokenizer = mixed(tiny), tiny.tokenizer("bert")
+    objective = LabelMatching(encoder, tokenizer, stream, eval_candidates="seen")
+    whole = LabelMatching(encoder, tokenizer, stream, eval_candidates="all")
+    assert objective._allowed("seen").all()
+    objective.seen = ("first", "second")
+    expected = torch.tensor([[True] * 6 + [False] * 3] * 2 + [[True] * 9])
+    assert torch.equal(objective._allowed("seen"), expected)
+    third = stream.tasks[2]
+    assert objective.score(encoder, third, third.test, 4) == whole.score(encoder, third, third.test, 4)
 
 
 # CausalLM

@@ -35,6 +35,8 @@ def test_matrix_and_zero_shot(tiny, kind):
     assert result.lambdas == [1.0, pytest.approx(2**-0.5), pytest.approx(3**-0.5)]
     summary, last = result.summary(), result.matrix[-1]
     assert summary["AA"] == pytest.approx(sum(last) / 3)
+    so_far = [sum(row[: t + 1]) / (t + 1) for t, row in enumerate(result.matrix)]
+    assert summary["Inc-Acc"] == pytest.approx(sum(so_far) / 3)
     assert summary["BWT"] == pytest.approx(sum(last[i] - result.matrix[i][i] for i in range(2)) / 2)
     assert summary["FWT"] == pytest.approx(sum(result.matrix[i - 1][i] - result.zero_shot[i] for i in range(1, 3)) / 2)
     assert result.train_seconds > 0

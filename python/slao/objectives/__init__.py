@@ -10,11 +10,20 @@ from torch import nn
 from ..streams import Stream
 from .base import Objective
 from .causal_lm import CausalLM
+from .image_matching import ImageMatching
 from .label_matching import LabelMatching
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (LabelMatching, CausalLM)}
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (LabelMatching, CausalLM, ImageMatching)}
 
-__all__ = ["OBJECTIVES", "CausalLM", "LabelMatching", "Objective", "check_objective", "make_objective"]
+__all__ = [
+    "OBJECTIVES",
+    "CausalLM",
+    "ImageMatching",
+    "LabelMatching",
+    "Objective",
+    "check_objective",
+    "make_objective",
+]
 
 
 def check_objective(name: str, options: dict[str, Any]) -> type[Objective]:

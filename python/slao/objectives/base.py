@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..streams import Row, Stream, Task
+from ..streams import ImageRow, Row, Stream, Task
 
-CANDIDATES = ("own", "all")
+CANDIDATES: tuple[str, ...] = ("own", "all")
 Features = list[dict[str, Any]]
 
 
@@ -21,11 +21,15 @@ class Objective(ABC):
 
     metrics: what `score` can return, each in [0, 1]; a task names the one it wants. own_loss: whether `loss` replaces
     the one the model returns itself.
+    running, seen: names of the tasks being trained (joint training has them all), and of those trained so far, these
+    included; `slao.train` keeps them.
     """
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
     own_loss: ClassVar[bool]
+    running: tuple[str, ...] = ()
+    seen: tuple[str, ...] = ()
 
     @abstractmethod
     def features(self, task: Task, rows: Sequence[Row]) -> Features:
@@ -52,12 +56,25 @@ class Objective(ABC):
                 f"{cls.name} scores {', '.join(cls.metrics)} only; tasks that want another: {', '.join(other)}"
             )
 
+    def tokens(self, batch: dict[str, Tensor]) -> Tensor:
+        """How many real tokens a batch has; stays on its device."""
+        return batch["attention_mask"].sum()
 
-def check_candidates(**chosen: str) -> None:
-    """ValueError unless every one is "own" (the task's labels) or "all" (those of the whole stream)."""
+
+def check_candidates(further: str = "", **chosen: str) -> None:
+    """ValueError unless each is "own" (the task's labels), "all" (those of the whole stream) or `further`."""
+    valid = (*CANDIDATES, further) if further else CANDIDATES
     for name, value in chosen.items():
-        if value not in CANDIDATES:
-            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(CANDIDATES)}")
+        if value not in valid:
+            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(valid)}")
+
+
+def check_rows(objective: str, stream: Stream, images: bool) -> None:
+    """ValueError unless the stream's rows are images, or texts: what the objective reads."""
+    for task in stream.tasks:
+        if any(isinstance(row, ImageRow) != images for row in (*task.train, *task.validation, *task.test)):
+            what, other = ("images", "texts") if images else ("texts", "images (use image_matching)")
+            raise ValueError(f"{objective} reads {what}; task {task.name!r} has {other}")
 
 
 @contextmanager
@@ -76,7 +93,7 @@ def in_batches(
     features: Features, size: int, collate: Callable[[Features], dict[str, Tensor]], device: torch.device
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """(indices into `features`, batch on `device`), longest rows first: little padding, and memory peaks early."""
-    order = sorted(range(len(features)), key=lambda i: -len(features[i]["input_ids"]))
+    order = sorted(range(len(features)), key=lambda i: -len(features[i].get("input_ids", ())))  # images: as they are
     for start in range(0, len(order), size):
         indices = order[start : start + size]
         batch = collate([features[i] for i in indices])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..streams import Row, Stream, Task
 from ..streams.base import METRICS
-from .base import Features, Objective, check_candidates, evaluating, in_batches
+from .base import Features, Objective, check_candidates, check_rows, evaluating, in_batches
 from .text_scores import text_score
 
 IGNORED = -100  # what torch's and transformers' losses leave out
@@ -45,6 +45,7 @@ class CausalLM(Objective):
         max_new_tokens: int = 50,
     ) -> None:
         check_candidates(train_candidates=train_candidates, eval_candidates=eval_candidates)
+        check_rows(self.name, stream, images=False)
         for task in stream.tasks:
             text_score(task.metric)  # raises here where its package is missing
         self.tokenizer, self.max_length, self.max_new_tokens = tokenizer, max_length, max_new_tokens

@@ -1,6 +1,6 @@
-"""Streams: named sequences of text tasks to train on one after another.
+"""Streams: named sequences of tasks (texts, or images) to train on one after another.
 
-`make_stream("python_docs")` needs no network; "jsonl" reads a folder; the others read one or download.
+`make_stream("python_docs")` and "digits" need no network; "jsonl" reads a folder; the others read one or download.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 # The modules import the standard library only; what is heavy loads when a stream is built.
-from slao.streams import clinc150, jsonl, python_docs, standard_cl, superni
-from slao.streams.base import Row, Stream, Task
+from slao.streams import clinc150, digits, jsonl, python_docs, standard_cl, superni
+from slao.streams.base import ImageRow, Row, Stream, Task
 
-__all__ = ["STREAMS", "Row", "Stream", "Task", "make_stream"]
+__all__ = ["STREAMS", "ImageRow", "Row", "Stream", "Task", "make_stream"]
 
 STREAMS: dict[str, Callable[..., Stream]] = {
     "python_docs": python_docs.python_docs,
     "clinc150": clinc150.clinc150,
     "jsonl": jsonl.jsonl,
+    "digits": digits.digits,
     "standard_cl": standard_cl.standard_cl,
     "long_sequence": standard_cl.long_sequence,
     "superni": superni.superni,

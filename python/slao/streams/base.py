@@ -1,4 +1,5 @@
-"""A stream is a named sequence of tasks; a task is rows of text with their answers. Nothing here knows models."""
+"""A stream is a named sequence of tasks; a task is rows of text, or images, with their answers. Nothing here knows
+models."""
 
 from __future__ import annotations
 
@@ -22,6 +23,22 @@ class Row:
     prompt: str
     answer: str
     references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageRow(Row):
+    """One image; its prompt is empty.
+
+    pixels: levels from 0 to 255, row after row, channel after channel. shape: (channels, height, width).
+    """
+
+    pixels: bytes = b""
+    shape: tuple[int, int, int] = (1, 0, 0)
+
+    def __post_init__(self) -> None:
+        channels, height, width = self.shape
+        if not self.pixels or channels * height * width != len(self.pixels):
+            raise ValueError(f"an image of shape {self.shape} cannot have {len(self.pixels)} pixels")
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,22 @@ from slao.streams import STREAMS, make_stream
 
 
 def test_the_streams():
-    assert sorted(STREAMS) == ["clinc150", "hub", "jsonl", "long_sequence", "python_docs", "standard_cl", "superni"]
+    assert sorted(STREAMS) == [
+        "clinc150",
+        "digits",
+        "hub",
+        "jsonl",
+        "long_sequence",
+        "python_docs",
+        "standard_cl",
+        "superni",
+    ]
 
 
 def test_an_unknown_stream_lists_the_valid_ones():
-    with pytest.raises(ValueError, match="no stream 'nope'; the streams are clinc150, hub, jsonl, long_sequence, "):
+    with pytest.raises(
+        ValueError, match="no stream 'nope'; the streams are clinc150, digits, hub, jsonl, long_sequence, "
+    ):
         make_stream("nope")
 
 
