@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import metrics, plots, report_html
+from .plots_similarity import draw_similarity
 
 # Result key, column title, and whether it is a score (printed in the score's own scale).
 COLUMNS = (
@@ -275,6 +276,8 @@ def write_report(run_dir: str | Path) -> Path:
     except ValueError as error:
         raise ValueError(f"{run_dir / 'results.json'}: {error}; write it again with `slao run`") from None
     figures = plots.draw(methods, str(results["metric"]), run_dir / "report")
+    tables = {name: entry["similarity"] for name, entry in results["methods"].items() if entry.get("similarity")}
+    figures += draw_similarity(tables, run_dir / "report")
     page = run_dir / "report.html"
     orders = [[m.name, str(seed), " → ".join(m.tasks[s])] for m in methods for s, seed in enumerate(m.seeds)]
     page.write_text(

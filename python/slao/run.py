@@ -15,7 +15,7 @@ from . import checkpoint
 from .prepare import Prepared
 from .sweep import Job, jobs, variants
 from .train import Result
-from .workers import Outcome, finished, in_processes, train_job
+from .workers import Outcome, finished, in_processes, similarity_of, train_job
 
 Say = Callable[[str], None]
 
@@ -145,6 +145,8 @@ class Run:
                 "peak_memory_mb": [run.peak_memory_mb for run in runs],
                 "state_mb": [run.state_mb for run in runs],
             }
+            if self.settings["similarity"]:
+                methods[label]["similarity"] = [similarity_of(job, self.folder) for job in own]
             options = self.settings["methods"][own[0].method]
             if options.get("method", own[0].method) != "slao":  # no running average
                 del methods[label]["lambdas"]

@@ -19,6 +19,7 @@ from .methods import Method
 from .methods.base import STATE_FILE
 from .objectives import Objective
 from .objectives.base import Features, in_batches
+from .similarity import Similarity
 from .streams import Stream
 
 Score = float | None
@@ -139,6 +140,7 @@ def train(
     state_dir: str | Path | None = None,
     callbacks: Sequence[Any] = (),
     on_task: Callable[[int, Result], None] | None = None,
+    similarity: Similarity | None = None,
 ) -> Result:
     """Train `model` on every task of `stream` in order, with `method` around each, and score it after each.
 
@@ -147,17 +149,24 @@ def train(
     state_dir: after every task the whole state is written there (atomically); a call that finds one continues after
     its last finished task and ends bit-identical to an uninterrupted run. callbacks: further TrainerCallbacks.
     on_task(index, result) is called after each task. Scores use the merged weights.
-    Raises ValueError, with nothing changed, for a state of another stream or seed.
+    similarity: a new `Similarity`, which records what each task trained, and beside the state too.
+    Raises ValueError, with nothing changed, for a state of another stream or seed, or of a run without similarity, and
+    for a task without rows to score.
     """
     config = config or TrainConfig()
     if empty := [task.name for task in stream.tasks if not getattr(task, config.score_on)]:
         raise ValueError(f"task {empty[0]!r} has no {config.score_on} rows to score; set score_on to the other split")
     result = Result([task.name for task in stream.tasks])
+    if similarity is not None and similarity.tasks:
+        raise ValueError(f"this Similarity holds {len(similarity.tasks)} tasks of another run; give a new one")
     if state_dir is not None and (Path(state_dir) / STATE_FILE).exists():
         saved = checkpoint.read_state(Path(state_dir) / STATE_FILE)[1]["extra"]
         if saved.get("seed") != seed or saved.get("result", {}).get("tasks") != result.tasks:
             raise ValueError(f"the state in {state_dir} belongs to another stream or seed; choose another folder")
+        recorded = None if similarity is None else Similarity.read(state_dir, saved.get("similarity"))
         result = Result(**method.load(state_dir)["result"])
+        if similarity is not None and recorded is not None:
+            similarity.take(recorded)
     from .trainer import make_trainer, own_forward
 
     reset_peak_memory()
@@ -185,6 +194,8 @@ def train(
         result.train_seconds += time.perf_counter() - started
         result.tokens += trainer.tokens()
         result.losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        if similarity is not None:
+            similarity.record(method)
         started = time.perf_counter()
         _observe(model, method, objective, features, config)
         method.end_task()
@@ -195,7 +206,10 @@ def train(
         result.state_mb.append(method.state_bytes() / 2**20)
         result.peak_memory_mb = max(result.peak_memory_mb, peak_memory_mb())
         if state_dir is not None:
-            method.save(state_dir, {"seed": seed, "result": vars(result)})
+            extra: dict[str, Any] = {"seed": seed, "result": vars(result)}
+            if similarity is not None:
+                extra["similarity"] = similarity.save(state_dir)
+            method.save(state_dir, extra)
         if on_task is not None:
             on_task(index, result)
     return result

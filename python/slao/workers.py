@@ -16,6 +16,7 @@ import torch
 from .checkpoint import read_state
 from .methods.base import STATE_FILE
 from .prepare import Prepared
+from .similarity import Similarity
 from .sweep import Job, Variant
 from .train import Result, train
 
@@ -42,6 +43,7 @@ def train_job(prepared: Prepared, job: Job, folder: Path, ready: Any = None) -> 
             seed=job.seed,
             state_dir=folder / "state" / job.folder,
             callbacks=[progress],
+            similarity=Similarity() if prepared.settings["similarity"] else None,
         )
     except ValueError as error:
         return error
@@ -59,6 +61,12 @@ def finished(job: Job, folder: Path) -> Result | None:
     saved: dict[str, Any] = read_state(state)[1]["extra"]["result"]
     result = Result(**saved)
     return result if result.finished else None
+
+
+def similarity_of(job: Job, folder: Path) -> dict[str, Any]:
+    """The table of what the finished job recorded (setting `similarity`)."""
+    place = folder / "state" / job.folder
+    return Similarity.read(place, read_state(place / STATE_FILE)[1]["extra"].get("similarity")).table()
 
 
 def in_processes(variants: list[Variant], jobs: list[Job], folder: Path, count: int) -> Iterator[tuple[Job, Outcome]]:

@@ -106,7 +106,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def test_a_sweep_over_two_orders_in_two_processes(saved_bert, stream_folder, tmp_path, capsys):
     """The same numbers as one after another in one process, and as a run without a sweep; resumed where it stopped."""
-    changes = {"sweep": {"lora.r": [2, 3]}, "orders": [0, 1]}
+    changes = {"sweep": {"lora.r": [2, 3]}, "orders": [0, 1], "similarity": True}
     command = study(tmp_path, saved_bert, stream_folder, **changes)
     assert main([*command, "--jobs", "2", "--name", "two"]) == 0
     assert main([*command, "--name", "one"]) == 0
@@ -116,6 +116,9 @@ def test_a_sweep_over_two_orders_in_two_processes(saved_bert, stream_folder, tmp
     for method in one.values():
         assert (method["seeds"], method["orders"]) == ([0, 0], [0, 1])
         assert method["tasks"] == [["first", "second"], [*make_order(stream_folder)]]
+    for table in one["fast (r=3)"]["similarity"]:
+        assert (len(table["tasks"]), table["shapes"]["A"][0][0]) == (2, 3)
+    assert (tmp_path / "runs" / "one" / "report" / "similarity_fast_r_2_.png").is_file()
     assert one["fast (r=2)"]["losses"] != one["fast (r=3)"]["losses"]
     # All that SeqLoRA keeps is A and B.
     assert one["seqlora (r=3)"]["state_mb"][0][0] == pytest.approx(1.5 * one["seqlora (r=2)"]["state_mb"][0][0])
