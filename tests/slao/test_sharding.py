@@ -1,13 +1,14 @@
-"""SLAO with two processes against one: DDP, FSDP2, FSDP1. The processes run tests/slao/ranks.py, all cases at once."""
+"""SLAO with two processes against one: DDP, FSDP2, FSDP1. The processes run tests/slao/ranks, all cases at once."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -32,16 +33,20 @@ FALLBACK = {
     "fsdp1_flat": UNIT.format("FullyShardedDataParallel"),
     "zero3": "lora_A's weight is partitioned by DeepSpeed ZeRO-3",
 }
-SCRIPT = Path(__file__).with_name("ranks.py")
+PACKAGE = Path(__file__).with_name("ranks")
 
 
 def start(folder: Path, cases: list[str], python: str = sys.executable, seconds: int = 150) -> None:
     """Run the cases in RANKS processes; their output is shown if one fails or takes too long."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([*sys.path, str(PACKAGE.parent)]),
+    }
     started = []
     for rank in range(RANKS):
         with open(folder / f"log.{rank}", "w") as log:
-            command = [python, str(SCRIPT), str(rank), str(RANKS), str(folder), *cases]
+            command = [python, "-m", "ranks", str(rank), str(RANKS), str(folder), *cases]
             started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
     try:
         codes = [process.wait(timeout=seconds) for process in started]
@@ -56,13 +61,15 @@ def start(folder: Path, cases: list[str], python: str = sys.executable, seconds:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("slao_tests_ranks", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def ranks() -> SimpleNamespace:
+    """The names in tests/slao/ranks (test folders are no packages, so they cannot be imported by name)."""
+    before = list(sys.path)
+    sys.path.append(str(PACKAGE.parent))
+    try:
+        parts = [importlib.import_module(f"ranks.{name}") for name in ("lab", "wraps", "cases", "zero")]
+    finally:
+        sys.path[:] = before
+    return SimpleNamespace(**{name: value for part in parts for name, value in vars(part).items()})
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +92,7 @@ def results(folder: Path, case: str) -> list[dict[str, Any]]:
     return found
 
 
-def check_as_one(found: list[dict[str, Any]], one: dict[str, Any], ranks: ModuleType) -> None:
+def check_as_one(found: list[dict[str, Any]], one: dict[str, Any], ranks: SimpleNamespace) -> None:
     """Adapters and merge as in one process, bitwise alike on all ranks; merged() leaves no trace."""
     for each in found:
         assert each["weights"].keys() == one["weights"].keys()
