@@ -11,6 +11,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from slao_kernels import masters
+
 from . import checkpoint
 from .methods import Method
 from .methods.base import STATE_FILE
@@ -67,6 +69,7 @@ class SlaoCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._check(args, state, model)
+        masters.refuse_unreachable(kwargs.get("optimizer"))
         if state.global_step > 0:
             self._resume(args, state)
             return

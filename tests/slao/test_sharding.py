@@ -126,7 +126,7 @@ def check_fallbacks(found: dict[str, Any], one: dict[str, Any], reason: str | No
         assert found["operators"] == {}
 
 
-@pytest.mark.parametrize("case", [*WRAPS, "patched_late", "trainer"])
+@pytest.mark.parametrize("case", [*WRAPS, "patched_late", "trainer", "callback"])
 def test_two_tasks(case, folder, one, ranks):
     found = results(folder, case)
     check_as_one(found, one, ranks)
@@ -136,22 +136,57 @@ def test_two_tasks(case, folder, one, ranks):
 
 
 def test_the_trainer_wraps(folder):
-    for found in results(folder, "trainer"):
+    for found in [*results(folder, "trainer"), *results(folder, "callback")]:
         assert "DistributedDataParallel" in found["wrapped"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-def test_deepspeed(one, ranks, tmp_path):
-    start(tmp_path, list(ranks.MORE))
-    for case in ranks.MORE:
-        found = results(tmp_path, case)
-        check_as_one(found, one, ranks)
-        for each in found:
-            check_fallbacks(each, one, FALLBACK.get(case))
+@pytest.fixture(scope="module")
+def deepspeed_folder(ranks, tmp_path_factory) -> Path:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    made = tmp_path_factory.mktemp("deepspeed")
+    start(made, list(ranks.MORE))
+    return made
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("case", ["zero", "kept", "trainer"])
+def test_deepspeed(case, stage, deepspeed_folder, one, ranks):
+    """An engine a task, one engine for all, and transformers' Trainer, whose engine is older than the task."""
+    found = results(deepspeed_folder, f"{case}{stage}")
+    check_as_one(found, one, ranks)
+    for each in found:
+        check_fallbacks(each, one, FALLBACK.get(f"zero{stage}"))
+        assert "DeepSpeedEngine" in each.get("wrapped", ["DeepSpeedEngine"])
+    if case == "zero":
         alone = SLAO(ranks.make())
-        alone.load(tmp_path / f"{case} of rank 0")
+        alone.load(deepspeed_folder / f"zero{stage} of rank 0")
         assert ranks.equal(ranks.weights(alone), found[0]["weights"])
-        assert not (tmp_path / f"{case} of rank 1").exists()
+        assert not (deepspeed_folder / f"zero{stage} of rank 1").exists()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeeds_fp32_copies_follow_what_a_task_writes_and_keep_their_digits(stage, deepspeed_folder):
+    for found in results(deepspeed_folder, f"sixteen_bits{stage}"):
+        assert len(found["trained"]) == 6
+        for trained, loaded, begun, now in zip(
+            *(found[key] for key in ("trained", "loaded", "begun", "now")), strict=True
+        ):
+            assert torch.equal(loaded[0], trained[0])
+            assert torch.equal(loaded[1], trained[1])
+            assert error_ratio(begun[0], trained[0]) > 1e-1
+            assert torch.equal(begun[0], now[0])
+            assert torch.equal(begun[1], trained[1])
+            assert not torch.equal(begun[1], now[1])  # B has digits that bf16 has no room for
+
+
+def test_deepspeeds_optimizer_of_16_bit_models_without_zero_is_refused(deepspeed_folder):
+    """Its copies cannot be found from the parameters."""
+    for found in results(deepspeed_folder, "without_zero"):
+        assert found.pop("task") == 0
+        for message in found.values():
+            assert message.startswith("ValueError: DeepSpeed's FP16_UnfusedOptimizer (a 16-bit model without ZeRO)")
+            assert "stage to 1 or higher, or make the method on the bare model and a new engine" in message
 
 
 def test_the_operations_refuse_shards(folder):

@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import slao_kernels
-from slao import EWC, OPCM, SLAO, InfLoRA, SDLoRA
+from slao import EWC, OPCM, SLAO, InfLoRA, SDLoRA, SlaoCallback
+from slao.methods import Method
 from slao_kernels.adapters import find_pairs
 
 from .lab import BATCH, RATE, STEPS, TASKS, batch, equal, learn, make, message, outcome, run, weights
@@ -116,21 +117,29 @@ def trained(rank: int, ranks: int, folder: Path, wrap: Callable[[nn.Module], nn.
     return outcome(method, wrapped)
 
 
-def with_trainer(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
-    """transformers' Trainer, a new one for each task, which wraps the model through accelerate."""
+def with_trainer(
+    rank: int, ranks: int, folder: Path, callback: bool = False, kind: type[Method] = SLAO, **more: Any
+) -> dict[str, Any]:
+    """transformers' Trainer, a new one for each task, which wraps the model through accelerate.
+
+    callback: the task begins and ends in SlaoCallback, so when the model is wrapped already."""
     model = make()
-    method = SLAO(model)
+    method = kind(model)
     arguments: dict[str, Any] = {"use_cpu": True, "optim": "sgd", "learning_rate": RATE, "max_grad_norm": 0.0}
     arguments |= {"lr_scheduler_type": "constant", "max_steps": STEPS, "report_to": "none", "save_strategy": "no"}
     arguments |= {"per_device_train_batch_size": BATCH // ranks, "train_sampling_strategy": "sequential"}
-    arguments |= {"disable_tqdm": True, "dataloader_pin_memory": False}
+    arguments |= {"disable_tqdm": True, "dataloader_pin_memory": False, **more}
     wrapped: nn.Module = model
     for task in range(TASKS):
         rows = [{"input_ids": ids, "labels": ids} for step in range(STEPS) for ids in batch(task, step, 0, 1)]
-        method.begin_task(str(task))
         trainer = Trainer(model, TrainingArguments(str(folder / "trainer"), **arguments), None, rows)
-        trainer.train()
-        method.end_task()
+        if callback:
+            SlaoCallback(method, str(task)).attach(trainer)
+            trainer.train()
+        else:
+            method.begin_task(str(task))
+            trainer.train()
+            method.end_task()
         wrapped = trainer.model_wrapped
     return {**outcome(method, model), "wrapped": [cls.__name__ for cls in type(wrapped).__mro__]}
 
@@ -142,4 +151,5 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
     **{name: functools.partial(trained, wrap=wrap) for name, wrap in WRAPS.items()},
     **{f"{name}_on_disk": functools.partial(on_disk, wrap=wrap) for name, wrap in WRAPS.items()},
     "trainer": with_trainer,
+    "callback": functools.partial(with_trainer, callback=True),
 }
