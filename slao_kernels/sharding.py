@@ -74,6 +74,13 @@ def on_first(function: Callable[[], Result]) -> Result:
     return told[0]
 
 
+def add_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Each tensor becomes its sum over the ranks, in place, alike on all. Every rank brings the same shapes."""
+    if ranks() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DDP, FSDP1, DeepSpeed's engine and torch.compile: the one with PEFT's attributes."""
     while True:

@@ -38,10 +38,10 @@ class Method:
     """
 
     name: ClassVar[str] = ""
-    # Whether `slao.train` makes one task of all rows (joint training).
-    together: ClassVar[bool] = False
-    # Whether `slao.train` calls `observe` with the task's training batches before begin_task and before end_task.
+    together: ClassVar[bool] = False  # whether `slao.train` makes one task of all rows (joint training)
+    # Whether `slao.train` and `SlaoCallback` call `observe` with the task's batches before begin_task and end_task.
     observes: ClassVar[bool] = False
+    adds_parameters: ClassVar[bool] = False  # whether begin_task makes some, which an older optimizer leaves out
 
     def __init__(self, model: nn.Module, *, adapter: str = "default") -> None:
         self.model = model
@@ -116,7 +116,7 @@ class Method:
         self.cosines.append(cosines)
 
     def observe(self, batches: Iterable[dict[str, Tensor]]) -> None:
-        """Look at a task's training batches (as the model takes them, on its device) without training on them."""
+        """Look at the task's batches (as the model takes them, on its device; on several ranks each its own)."""
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss of every training step, or None.

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 import slao_kernels
 from slao import EWC, OPCM, SLAO, InfLoRA, SDLoRA, SlaoCallback
-from slao.methods import Method
+from slao.methods import METHODS, Method
 from slao_kernels.adapters import find_pairs
 
 from .lab import BATCH, RATE, STEPS, TASKS, batch, equal, learn, make, message, outcome, run, weights
@@ -117,12 +117,18 @@ def trained(rank: int, ranks: int, folder: Path, wrap: Callable[[nn.Module], nn.
     return outcome(method, wrapped)
 
 
-def with_trainer(
-    rank: int, ranks: int, folder: Path, callback: bool = False, kind: type[Method] = SLAO, **more: Any
-) -> dict[str, Any]:
+def with_trainer(rank: int, ranks: int, folder: Path, **options: Any) -> dict[str, Any]:
+    method, wrapped = by_trainers(ranks, folder, **options)
+    return {**outcome(method, method.model), "wrapped": [cls.__name__ for cls in type(wrapped).__mro__]}
+
+
+def by_trainers(
+    ranks: int, folder: Path, callback: bool = False, kind: type[Method] = SLAO, **more: Any
+) -> tuple[Method, nn.Module]:
     """transformers' Trainer, a new one for each task, which wraps the model through accelerate.
 
-    callback: the task begins and ends in SlaoCallback, so when the model is wrapped already."""
+    callback: the task begins and ends in SlaoCallback, so when the model is wrapped already.
+    """
     model = make()
     method = kind(model)
     arguments: dict[str, Any] = {"use_cpu": True, "optim": "sgd", "learning_rate": RATE, "max_grad_norm": 0.0}
@@ -141,7 +147,43 @@ def with_trainer(
             trainer.train()
             method.end_task()
         wrapped = trainer.model_wrapped
-    return {**outcome(method, model), "wrapped": [cls.__name__ for cls in type(wrapped).__mro__]}
+    return method, wrapped
+
+
+# On several ranks as in one process. SD-LoRA's new parameters keep it out of the callback; EWC squares the gradients of
+# a rank's own batches.
+KINDS = [kind for name, kind in METHODS.items() if name not in ("ewc", "sdlora")]
+
+
+def every_method(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
+    """Each in transformers' Trainer, which wraps the model in DDP before the callback begins the task."""
+    found = {}
+    for kind in KINDS:
+        method, _ = by_trainers(ranks, folder, callback=True, kind=kind)
+        found[kind.name] = {key: value.clone() for key, value in (method._live_tensors() | method._state()).items()}
+    return found
+
+
+def sdlora(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
+    """Its magnitudes are parameters that DDP has to see."""
+    model = make()
+    method = SDLoRA(model)
+    for task in range(TASKS):
+        method.begin_task(str(task))
+        learn(DistributedDataParallel(model) if ranks > 1 else model, task, rank, ranks)
+        method.end_task()
+    return method._live_tensors() | method._state()
+
+
+def fisher(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
+    """EWC's information, and what this rank would have without the others."""
+    model = make()
+    method = EWC(model)
+    method.begin_task("0")
+    learn(DistributedDataParallel(model), 0, rank, ranks)
+    mine = {key: method._squares[key] / method._batches[key] for key in method.fisher}
+    method.end_task()
+    return {"mine": mine, "all": method.fisher}
 
 
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
@@ -151,5 +193,8 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
     **{name: functools.partial(trained, wrap=wrap) for name, wrap in WRAPS.items()},
     **{f"{name}_on_disk": functools.partial(on_disk, wrap=wrap) for name, wrap in WRAPS.items()},
     "trainer": with_trainer,
+    "every_method": every_method,
+    "sdlora": sdlora,
+    "fisher": fisher,
     "callback": functools.partial(with_trainer, callback=True),
 }
