@@ -26,9 +26,14 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """The number of this process among `ranks()`, from 0."""
+    return dist.get_rank() if ranks() > 1 else 0
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes files."""
-    return ranks() == 1 or dist.get_rank() == 0
+    return rank() == 0
 
 
 def agree(error: Exception | None) -> None:

@@ -138,6 +138,8 @@ def _run(options: argparse.Namespace) -> int:
     completed = settings_from(options)
     from transformers.utils import logging as transformers_logging
 
+    from slao_kernels import sharding
+
     from .report import table, write_report
     from .run import Run
 
@@ -154,6 +156,8 @@ def _run(options: argparse.Namespace) -> int:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
     results = run.execute()
+    if not sharding.is_first():
+        return 0
     print("\n" + table(results))
     print(f"\nreport: {write_report(folder)}")
     return 0
@@ -186,7 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(argv)
         if options.command == "run":
-            return _run(options)
+            from . import ranks
+
+            with ranks.joined():
+                return _run(options)
         if options.command == "report":
             from .report import write_report
 

@@ -28,8 +28,7 @@ def batches(loader: Any, size: int, device: torch.device) -> Iterator[dict[str, 
             "once: use a data set with a length, or call observe, begin_task and end_task by hand"
         )
     starts = range(0, len(rows), size)
-    first = torch.distributed.get_rank() if sharding.ranks() > 1 else 0
-    for start in starts[first :: sharding.ranks()]:
+    for start in starts[sharding.rank() :: sharding.ranks()]:
         with _same_generators():
             batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
         yield {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}

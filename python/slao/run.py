@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from . import checkpoint
+from slao_kernels import sharding
+
+from . import checkpoint, ranks
 from .methods import Method, make_method
 from .models import default_objective, load_model, load_tokenizer, model_path
 from .objectives import make_objective
@@ -31,12 +33,12 @@ class Run:
     def __init__(
         self, settings: dict[str, Any], folder: Path, *, resume: bool = False, overwrite: bool = False, say: Say = print
     ) -> None:
-        self.settings, self.folder, self.say = settings, folder, say
+        self.settings, self.folder, self.say = settings, folder, say if sharding.is_first() else ranks.silent
         self.config = train_config(settings)
         from .trainer import training_arguments
 
         training_arguments(self.config)  # raises what transformers objects to
-        occupied = folder.exists() and any(folder.iterdir())
+        occupied = sharding.on_first(lambda: folder.exists() and any(folder.iterdir()))
         if occupied and not (resume or overwrite):
             raise ValueError(f"{folder} is not empty: pass --resume to continue it, or --overwrite to start afresh")
         if overwrite and occupied and not (folder / "settings.json").is_file():
@@ -115,10 +117,7 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Train everything; returns what results.json holds."""
-        if self._overwrite and self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(self.folder / "settings.json", self.settings)
+        sharding.on_first(self._prepare_folder)
         self.say(self.report)
         results: dict[str, list[Result]] = {label: [] for label in self.settings["methods"]}
         for seed in self.settings["seeds"]:
@@ -128,8 +127,14 @@ class Run:
                 scores = ", ".join(f"{key} {_number(value)}" for key, value in result.summary().items())
                 self.say(f"{label} seed {seed}: {scores}")
         content = self._results(results)
-        checkpoint.write_json(self.folder / "results.json", content)
+        sharding.on_first(lambda: checkpoint.write_json(self.folder / "results.json", content))
         return content
+
+    def _prepare_folder(self) -> None:
+        if self._overwrite and self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(self.folder / "settings.json", self.settings)
 
     def _one(self, label: str, seed: int) -> Result:
         from .progress import RunProgress
