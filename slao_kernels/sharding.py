@@ -26,9 +26,14 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """The number of this process among `ranks()`, from 0."""
+    return dist.get_rank() if ranks() > 1 else 0
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes files."""
-    return ranks() == 1 or dist.get_rank() == 0
+    return rank() == 0
 
 
 def agree(error: Exception | None) -> None:
@@ -72,6 +77,13 @@ def on_first(function: Callable[[], Result]) -> Result:
     told = [result]
     dist.broadcast_object_list(told, src=0)
     return told[0]
+
+
+def add_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Each tensor becomes its sum over the ranks, in place, alike on all. Every rank brings the same shapes."""
+    if ranks() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -11,7 +11,9 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from . import checkpoint
+from slao_kernels import masters
+
+from . import checkpoint, observing
 from .methods import Method
 from .methods.base import STATE_FILE
 
@@ -27,12 +29,14 @@ class SlaoCallback(TrainerCallback):
     from it: bit-identical to an uninterrupted run, in a fresh process too. (The Trainer itself loads the
     checkpoints of a PeftModel only, not of a bare model with an adapter in it.) When the task has ended the state is in
     `output_dir` itself, for `method.load`. Nothing is written under save_strategy="no".
+    A method that observes gets all rows of the Trainer's data set before and after training (InfLoRA).
     Metrics, all named "slao/...": the task, LoRA layers and how many are patched, at the beginning; λ (a mean where
     each layer has its own), the mean cosine of the new task vector with the merge so far where the method kept it
     (`SLAO(keep_cosines=True)`), and patched layers that fell back, at the end. They go through `trainer.log` after
     `attach(trainer)`, otherwise into the Trainer's log_history and the logger "slao" alone.
     While training raises ValueError: for a task that is still running, a Trainer of another model, a method with a
-    penalty but no `attach`, auto_find_batch_size, and a checkpoint without the state that belongs to it.
+    penalty but no `attach`, or with new parameters for each task (SD-LoRA), auto_find_batch_size, and a checkpoint
+    without the state that belongs to it.
     """
 
     def __init__(self, method: Method, task: str | None = None) -> None:
@@ -67,9 +71,11 @@ class SlaoCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._check(args, state, model)
+        masters.refuse_unreachable(kwargs.get("optimizer"))
         if state.global_step > 0:
             self._resume(args, state)
             return
+        self._observe(args, kwargs)
         self.method.begin_task(self.task or f"task{self.method.task + 1}")
         layers = [pair.layer for pair in self.method.pairs]
         if args.save_strategy != "no" and _bare(model):
@@ -84,6 +90,7 @@ class SlaoCallback(TrainerCallback):
         self.method.save(_folder(args, state), {"step": state.global_step})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._observe(args, kwargs)
         self.method.end_task()
         lam, cosines = self.method.lambdas[-1], self.method.cosines[-1]
         metrics: dict[str, float] = {"task": self.method.task, "fallbacks": len(self.fallbacks())}
@@ -93,6 +100,11 @@ class SlaoCallback(TrainerCallback):
         self._log(state, metrics)
         if args.save_strategy != "no":
             self.method.save(args.output_dir, {"step": state.global_step})
+
+    def _observe(self, args: Any, given: dict[str, Any]) -> None:
+        if self.method.observes:
+            device = self.method.pairs[0].A.device
+            self.method.observe(observing.batches(given["train_dataloader"], args.per_device_train_batch_size, device))
 
     def _log(self, state: Any, metrics: dict[str, float]) -> None:
         named = {f"slao/{key}": value for key, value in metrics.items()}
@@ -109,6 +121,12 @@ class SlaoCallback(TrainerCallback):
     def _check(self, args: Any, state: Any, model: Any) -> None:
         if args.auto_find_batch_size:
             raise ValueError("auto_find_batch_size starts the training anew within a task: set a batch size instead")
+        if self.method.adds_parameters:
+            raise ValueError(
+                f"{self.method.name} begins a task with new parameters, which the Trainer's optimizer, made before, "
+                "would not train: call begin_task() before the Trainer is made and end_task() after train(), without "
+                "this callback (slao.train does)"
+            )
         if _has_penalty(self.method) and not self._attached(state):
             raise ValueError(
                 f"{self.method.name} adds a penalty to the loss: call attach(trainer) on this callback before train()"

@@ -141,6 +141,8 @@ def _default_name(options: argparse.Namespace, completed: dict[str, Any]) -> str
 
 def _run(options: argparse.Namespace) -> int:
     completed = settings_from(options)
+    from slao_kernels import sharding
+
     from .report import table, write_report
     from .run import Run
     from .workers import quiet
@@ -152,6 +154,8 @@ def _run(options: argparse.Namespace) -> int:
     finally:
         noisy()
     results = run.execute()
+    if not sharding.is_first():
+        return 0
     print("\n" + table(results))
     for title, reason in run.failed.items():
         print(f"failed: {title}: {reason}", file=sys.stderr)
@@ -186,7 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(argv)
         if options.command == "run":
-            return _run(options)
+            from . import ranks
+
+            with ranks.joined():
+                return _run(options)
         if options.command == "report":
             from .report import write_report
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from . import checkpoint
+from slao_kernels import sharding
+
+from . import checkpoint, ranks
 from .prepare import Prepared
 from .sweep import Job, jobs, variants
 from .train import Result
@@ -38,10 +41,13 @@ class Run:
         processes: int = 1,
         say: Say = print,
     ) -> None:
-        self.settings, self.folder, self.processes, self.say = settings, folder, processes, say
+        self.settings, self.folder, self.processes = settings, folder, processes
+        self.say = say if sharding.is_first() else ranks.silent
         if processes < 1:
             raise ValueError(f"the number of processes must be at least 1, not {processes}")
-        occupied = folder.exists() and any(folder.iterdir())
+        if processes > 1 and sharding.ranks() > 1:
+            raise ValueError("a launcher's processes train each task together: run without --jobs under torchrun")
+        occupied = sharding.on_first(lambda: folder.exists() and any(folder.iterdir()))
         if occupied and not (resume or overwrite):
             raise ValueError(f"{folder} is not empty: pass --resume to continue it, or --overwrite to start afresh")
         if overwrite and occupied and not (folder / "settings.json").is_file():
@@ -83,10 +89,7 @@ class Run:
         A training that ends with a ValueError (it diverged) does not stop the others: it is reported, and left out
         of the results. ValueError when there is no result at all.
         """
-        if self._overwrite and self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(self.folder / "settings.json", self.settings)
+        sharding.on_first(self._prepare_folder)
         self.say(self.report)
         results: dict[Job, Result] = {}
         for number, (job, outcome) in enumerate(self._outcomes(), start=1):
@@ -101,13 +104,19 @@ class Run:
         if not results:
             raise ValueError(next(iter(self.failed.values())))
         content = self._results({job: results[job] for job in self.jobs if job in results})
-        checkpoint.write_json(self.folder / "results.json", content)
+        sharding.on_first(lambda: checkpoint.write_json(self.folder / "results.json", content))
         return content
+
+    def _prepare_folder(self) -> None:
+        if self._overwrite and self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(self.folder / "settings.json", self.settings)
 
     def _outcomes(self) -> Iterator[tuple[Job, Outcome]]:
         missing = []
         for job in self.jobs:
-            if (result := finished(job, self.folder)) is not None:
+            if (result := sharding.on_first(partial(finished, job, self.folder))) is not None:
                 yield job, result
             else:
                 missing.append(job)

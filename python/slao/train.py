@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from slao_kernels import sharding
+
 from . import checkpoint, metrics
 from .methods import Method
 from .methods.base import STATE_FILE
@@ -148,6 +150,7 @@ def train(
     seed: of the data order and of whatever draws random numbers; each task starts from (seed, its index) alone.
     state_dir: after every task the whole state is written there (atomically); a call that finds one continues after
     its last finished task and ends bit-identical to an uninterrupted run. callbacks: further TrainerCallbacks.
+    With several processes each trains on batch_size rows of its own a step, and scores all rows; rank 0 writes.
     on_task(index, result) is called after each task. Scores use the merged weights.
     similarity: a new `Similarity`, which records what each task trained, and beside the state too.
     Raises ValueError, with nothing changed, for a state of another stream or seed, or of a run without similarity, and
@@ -159,11 +162,13 @@ def train(
     result = Result([task.name for task in stream.tasks])
     if similarity is not None and similarity.tasks:
         raise ValueError(f"this Similarity holds {len(similarity.tasks)} tasks of another run; give a new one")
-    if state_dir is not None and (Path(state_dir) / STATE_FILE).exists():
-        saved = checkpoint.read_state(Path(state_dir) / STATE_FILE)[1]["extra"]
+    saved = None if state_dir is None else sharding.on_first(lambda: _saved(Path(state_dir) / STATE_FILE))
+    if state_dir is not None and saved is not None:
         if saved.get("seed") != seed or saved.get("result", {}).get("tasks") != result.tasks:
             raise ValueError(f"the state in {state_dir} belongs to another stream or seed; choose another folder")
-        recorded = None if similarity is None else Similarity.read(state_dir, saved.get("similarity"))
+        recorded = None
+        if similarity is not None:
+            recorded = sharding.on_first(lambda: Similarity.read(state_dir, saved.get("similarity")))
         result = Result(**method.load(state_dir)["result"])
         if similarity is not None and recorded is not None:
             similarity.take(recorded)
@@ -192,7 +197,7 @@ def train(
         with own_forward(model):
             trainer.train()
         result.train_seconds += time.perf_counter() - started
-        result.tokens += trainer.tokens()
+        result.tokens += _over_ranks(trainer.tokens(), model)
         result.losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         if similarity is not None:
             similarity.record(method)
@@ -215,9 +220,21 @@ def train(
     return result
 
 
+def _saved(path: Path) -> dict[str, Any] | None:
+    """What was saved beside the method's state; None where there is none."""
+    return dict(checkpoint.read_state(path)[1]["extra"]) if path.exists() else None
+
+
+def _over_ranks(count: int, model: nn.Module) -> int:
+    total = torch.tensor(count, device=next(model.parameters()).device)
+    sharding.add_over_ranks([total])
+    return int(total)
+
+
 def _observe(model: nn.Module, method: Method, objective: Objective, features: Features, config: TrainConfig) -> None:
     if method.observes:
         device = next(model.parameters()).device
+        features = features[sharding.rank() :: sharding.ranks()]
         method.observe(batch for _, batch in in_batches(features, config.eval_batch_size, objective.collate, device))
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slao_kernels import sharding
+from slao_kernels import masters, sharding
 from slao_kernels.adapters import LoraPair
 from slao_kernels.ops.checks import not_finite
 
@@ -38,10 +38,10 @@ class Method:
     """
 
     name: ClassVar[str] = ""
-    # Whether `slao.train` makes one task of all rows (joint training).
-    together: ClassVar[bool] = False
-    # Whether `slao.train` calls `observe` with the task's training batches before begin_task and before end_task.
+    together: ClassVar[bool] = False  # whether `slao.train` makes one task of all rows (joint training)
+    # Whether `slao.train` and `SlaoCallback` call `observe` with the task's batches before begin_task and end_task.
     observes: ClassVar[bool] = False
+    adds_parameters: ClassVar[bool] = False  # whether begin_task makes some, which an older optimizer leaves out
 
     def __init__(self, model: nn.Module, *, adapter: str = "default") -> None:
         self.model = model
@@ -72,6 +72,8 @@ class Method:
             self.pairs = before
             raise
         self.pairs = sharding.live_pairs(pairs, self.adapter)
+        if write:
+            masters.write_through(parameter for pair in self.pairs for parameter in pair.layer.parameters())
 
     @property
     def task(self) -> int:
@@ -90,6 +92,7 @@ class Method:
                     f"task {self.names[-1]!r} is still running; call end_task() before begin_task({name!r})"
                 )
             self._refuse_while_swapped("begin_task")
+            masters.refuse_unreachable(self.model)
         with self._whole():
             if self.names and sharding.ranks() > 1:
                 # A rank that refuses on its own would leave the others with an adapter that is re-based already.
@@ -113,7 +116,7 @@ class Method:
         self.cosines.append(cosines)
 
     def observe(self, batches: Iterable[dict[str, Tensor]]) -> None:
-        """Look at a task's training batches (as the model takes them, on its device) without training on them."""
+        """Look at the task's batches (as the model takes them, on its device; on several ranks each its own)."""
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss of every training step, or None.
@@ -210,6 +213,7 @@ class Method:
         path = Path(folder) / STATE_FILE
         with sharding.together():
             self._refuse_while_swapped("load")
+            masters.refuse_unreachable(self.model)
         tensors, meta = sharding.on_first(lambda: checkpoint.read_state(path))
         with self._whole():
             live = self._live_tensors()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slao_kernels import sharding
+
 from .base import Method
 from .extended import refuse_shards
 
@@ -19,7 +21,8 @@ class EWC(Method):
     of the batch's mean loss, taken while training (no further pass over the data). At a task's end F <- decay · F + it:
     decay = 1 sums over all tasks with one anchor θ* (arXiv 1801.10112's online EWC has decay < 1). The gradient of the
     penalty, accumulation's factor and a loss scaler's are taken out of what is squared, so `penalty()` has to be in
-    the loss (`slao.train` sees to it). On several ranks each has the F of its own batches.
+    the loss (`slao.train` sees to it). On several ranks F is the mean of theirs; a task that is resumed in its middle
+    has the squares of rank 0 up to there.
 
     weight: λ; what is right depends on the loss and the batch size, 100 is a start. State: F and θ*, and while a task
     runs the sum of its squares: three more A and B a layer, whatever the number of tasks.
@@ -87,9 +90,10 @@ class EWC(Method):
         self._batches[key] += 1
 
     def _end(self, task: int) -> float:
+        new = {key: self._squares[key] / max(int(self._batches[key]), 1) for key in self._parameters}
+        sharding.add_over_ranks(list(new.values()))
         for key, parameter in self._parameters.items():
-            new = self._squares[key] / max(int(self._batches[key]), 1)
-            self.fisher[key].mul_(self.decay).add_(new)
+            self.fisher[key].mul_(self.decay).add_(new[key] / sharding.ranks())
             self._anchor[key].copy_(parameter.detach())
         self._squares, self._batches = {}, {}
         return 1.0

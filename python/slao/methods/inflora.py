@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from slao_kernels import sharding
 
 from . import dual_gpm
 from .extended import refuse_shards
@@ -28,7 +31,8 @@ class InfLoRA(IncLoRA):
     trained model, as few directions as hold `threshold` of their energy (DualGPM; the paper raises its threshold from
     task to task, here it is one number).
 
-    It has to see the inputs: `observe(batches)` before `begin_task` and again before `end_task`, as `slao.train` does.
+    It has to see the inputs: `observe(batches)` before `begin_task` and again before `end_task`, as `slao.train` and
+    `SlaoCallback` do. On several ranks G is the sum over their batches.
     Where fewer than r directions are left, the rows of A that remain are zero, and a warning says so.
     State: IncLoRA's, and at most n/2 vectors of length n a layer in fp64; while observing n² numbers a layer.
     Raises ValueError for a threshold outside (0, 1], and for a task that was not observed.
@@ -47,6 +51,13 @@ class InfLoRA(IncLoRA):
 
     def observe(self, batches: Iterable[dict[str, Tensor]]) -> None:
         """Sum x xᵀ of every layer over `batches` (on the model's device), without training. Weights are as they are."""
+        refuse_shards(self)
+        with sharding.together():
+            grams = self._sums(batches)
+        sharding.add_over_ranks(grams)
+        self._grams = grams
+
+    def _sums(self, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
         grams = [basis.vectors.new_zeros((basis.vectors.shape[0],) * 2) for basis in self.bases]
         mask: Tensor | None = None
 
@@ -74,7 +85,7 @@ class InfLoRA(IncLoRA):
             for handle in handles:
                 handle.remove()
             self.model.train(training)
-        self._grams = grams
+        return grams
 
     def _observed(self, before: str) -> list[Tensor]:
         if not self._grams:
@@ -95,16 +106,28 @@ class InfLoRA(IncLoRA):
             pair.A.zero_()
             pair.A[:count] = (vectors[:, :count].T / 3**0.5).to(pair.A.dtype)
             pair.B.zero_()
-            pair.parameters[0].requires_grad_(False)
             if count < r:
                 short.append(f"{pair.name} ({count} of {r})")
+        self._train_A(False)
         if short:
             logger.warning("inputs off the old space have fewer directions than r in %s", ", ".join(short[:8]))
 
     def _end(self, task: int) -> float:
         grams = self._observed("end_task")
         self.bases = [basis.extended(gram, self.threshold) for basis, gram in zip(self.bases, grams, strict=True)]
+        self._train_A(True)
         return 1.0
+
+    def load(self, folder: str | Path) -> dict[str, Any]:
+        extra = super().load(folder)
+        self._train_A(not self.in_task)
+        return extra
+
+    def _train_A(self, on: bool) -> None:
+        """A is frozen within a task. Between tasks it is not, so that the optimizers that Trainers make there, in this
+        process or one that resumes, hold the same parameters."""
+        for pair in self.pairs:
+            pair.parameters[0].requires_grad_(on)
 
     def _options(self) -> dict[str, Any]:
         return {"threshold": self.threshold}
@@ -125,5 +148,3 @@ class InfLoRA(IncLoRA):
             bases.append(dual_gpm.Basis(vectors.to(pair.A.device), kinds[0] == "complement"))
         super()._load_state(tensors)
         self.bases = bases
-        for pair in self.pairs:
-            pair.parameters[0].requires_grad_(False)

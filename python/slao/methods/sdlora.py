@@ -23,6 +23,7 @@ class SDLoRA(IncLoRA):
     """
 
     name = "sdlora"
+    adds_parameters = True
 
     def __init__(self, model: nn.Module, adapter: str = "default", seed: int = 0) -> None:
         super().__init__(model, adapter=adapter, seed=seed)

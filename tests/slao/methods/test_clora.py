@@ -4,69 +4,43 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 
-import slao_kernels
 from slao import CLoRA, SeqLoRA
 from slao_kernels.testing import error_ratio, tiny_model
 
-IDS = torch.arange(3, 19)[None]
 
-
-def make(dtype: torch.dtype = torch.float64, patched: bool = True, **options) -> CLoRA:
-    torch.manual_seed(0)
-    model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).to(dtype)
-    if patched:
-        slao_kernels.patch(model)
-    return CLoRA(model, **options)
-
-
-def train(method: CLoRA, steps: int = 4, lr: float = 0.02) -> None:
-    optimizer = torch.optim.Adam([p for p in method.model.parameters() if p.requires_grad], lr)
-    for _ in range(steps):
-        loss = method.model(IDS, labels=IDS).loss
-        penalty = method.penalty()
-        (loss if penalty is None else loss + penalty).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def logits(method: CLoRA) -> torch.Tensor:
-    with torch.no_grad():
-        return method.model(IDS).logits
-
-
-def test_a_task_starts_where_the_last_one_ended_and_its_delta_alone_gets_the_first_gradient():
-    method = make(orthogonality_weight=0.0)
-    before = logits(method)
+def test_a_task_starts_where_the_last_one_ended_and_its_delta_alone_gets_the_first_gradient(lab):
+    method = lab.make(CLoRA, orthogonality_weight=0.0)
+    before = lab.logits(method)
     for name in ("a", "b"):
         method.begin_task(name)
-        assert torch.equal(logits(method), before)
-        method.model(IDS, labels=IDS).loss.backward()
+        assert torch.equal(lab.logits(method), before)
+        method.model(lab.IDS, labels=lab.IDS).loss.backward()
         for pair, layer in zip(method.pairs, method.layers, strict=True):
             assert not pair.parameters[0].grad.any()
             assert not pair.parameters[1].grad.any()
             assert layer.slao_core_delta.grad.abs().max() > 0
         method.model.zero_grad()
-        train(method)
-        trained = logits(method)
+        lab.train(method)
+        trained = lab.logits(method)
         assert error_ratio(trained, before) > 1e-4
         method.end_task()
-        assert error_ratio(logits(method), trained) <= 1e-12  # R_old + R_δ is the same sum, added before
+        assert error_ratio(lab.logits(method), trained) <= 1e-12  # R_old + R_δ is the same sum, added before
         assert all(not layer.slao_core_delta.any() for layer in method.layers)
-        before = logits(method)
+        before = lab.logits(method)
     assert method.lambdas == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("patched", [True, False])
-def test_gradients_in_the_model_are_autograds_of_the_stop_gradient_formula(patched):
+def test_gradients_in_the_model_are_autograds_of_the_stop_gradient_formula(lab, patched):
     """Both ways through the whole model, in fp64: agreement to 1e-10 leaves room for the order of sums only."""
-    method = make(patched=patched, delta_std=0.1)
+    method = lab.make(CLoRA, patched=patched, delta_std=0.1)
     method.begin_task("a")
     for layer in method.layers:
         layer.slao_core.normal_(generator=torch.Generator().manual_seed(5))
     wanted = [p for p in method.model.parameters() if p.requires_grad]
-    got = torch.autograd.grad(method.model(IDS, labels=IDS).loss, wanted)
+    got = torch.autograd.grad(method.model(lab.IDS, labels=lab.IDS).loss, wanted)
 
     def formula(layer):
         def forward(x):
@@ -80,17 +54,17 @@ def test_gradients_in_the_model_are_autograds_of_the_stop_gradient_formula(patch
 
     for layer in method.layers:
         layer.forward = formula(layer)
-    want = torch.autograd.grad(method.model(IDS, labels=IDS).loss, wanted)
+    want = torch.autograd.grad(method.model(lab.IDS, labels=lab.IDS).loss, wanted)
     assert len(got) == 3 * len(method.pairs)
     for mine, theirs in zip(got, want, strict=True):
         assert error_ratio(mine, theirs) <= 1e-10
 
 
-def test_penalties_are_their_formulas():
+def test_penalties_are_their_formulas(lab):
     for orthogonality in ("core", "up"):
-        method = make(orthogonality=orthogonality, orthogonality_weight=0.3, delta_std=0.1)
+        method = lab.make(CLoRA, orthogonality=orthogonality, orthogonality_weight=0.3, delta_std=0.1)
         method.begin_task("a")
-        train(method)
+        lab.train(method)
         method.end_task()
         method.begin_task("b")
         penalty = method.penalty()
@@ -102,49 +76,49 @@ def test_penalties_are_their_formulas():
         got, want = (torch.autograd.grad(value, deltas) for value in (penalty, expected))
         assert float(penalty) == pytest.approx(float(expected), rel=1e-6)  # summed in fp32
         assert max(error_ratio(a, b) for a, b in zip(got, want, strict=True)) <= 1e-6
-    assert make(orthogonality_weight=0.0).penalty() is None
+    assert lab.make(CLoRA, orthogonality_weight=0.0).penalty() is None
 
 
-def test_export_is_a_plain_adapter_that_equals_the_module(tmp_path):
-    method = make(torch.float32)
+def test_export_is_a_plain_adapter_that_equals_the_module(lab, tmp_path):
+    method = lab.make(CLoRA, torch.float32)
     for name in ("a", "b"):
         method.begin_task(name)
-        train(method)
+        lab.train(method)
         method.end_task()
-    expected = logits(method)
+    expected = lab.logits(method)
     method.save_pretrained(tmp_path)
-    assert torch.equal(logits(method), expected)  # nothing of it stayed in the model
+    assert torch.equal(lab.logits(method), expected)  # nothing of it stayed in the model
     plain = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path))
     with torch.no_grad():
         # B R is rounded once to fp32; logits of a few units then move by some 1e-7.
-        assert error_ratio(plain(IDS).logits, expected) <= 2e-6
+        assert error_ratio(plain(lab.IDS).logits, expected) <= 2e-6
         with plain.disable_adapter():
-            assert error_ratio(plain(IDS).logits, expected) > 1e-3
+            assert error_ratio(plain(lab.IDS).logits, expected) > 1e-3
 
 
-def test_a_loaded_state_goes_on_bit_identically(tmp_path):
-    method = make(torch.float32, delta_std=0.01)
+def test_a_loaded_state_goes_on_bit_identically(lab, tmp_path):
+    method = lab.make(CLoRA, torch.float32, delta_std=0.01)
     method.begin_task("a")
-    train(method)
+    lab.train(method)
     method.end_task()
     method.begin_task("b")
-    train(method)
+    lab.train(method)
     method.save(tmp_path)
-    other = make(torch.float32, delta_std=0.01)
+    other = lab.make(CLoRA, torch.float32, delta_std=0.01)
     other.load(tmp_path)
     for each in (method, other):
-        train(each)
+        lab.train(each)
         each.end_task()
         each.begin_task("c")
-        train(each)
+        lab.train(each)
         each.end_task()
-    assert torch.equal(logits(method), logits(other))
+    assert torch.equal(lab.logits(method), lab.logits(other))
     with pytest.raises(ValueError, match="was saved with options"):
-        make(torch.float32).load(tmp_path)
+        lab.make(CLoRA, torch.float32).load(tmp_path)
 
 
-def test_nothing_grows_with_the_number_of_tasks():
-    method = make(torch.float32)
+def test_nothing_grows_with_the_number_of_tasks(lab):
+    method = lab.make(CLoRA, torch.float32)
 
     def held() -> int:
         return sum(t.numel() for t in [*method.model.parameters(), *method.model.buffers()])
@@ -152,14 +126,14 @@ def test_nothing_grows_with_the_number_of_tasks():
     sizes = []
     for index in range(50):
         method.begin_task(str(index))
-        train(method, steps=1)
+        lab.train(method, steps=1)
         method.end_task()
         sizes.append(held() + sum(t.numel() for t in method._state().values()))
     assert sizes[1] == sizes[-1]
 
 
-def test_refusals():
-    method = make()
+def test_refusals(lab):
+    method = lab.make(CLoRA)
     with pytest.raises(ValueError, match="another method has extended it already"):
         CLoRA(method.model)
     for options, message in (
@@ -168,7 +142,7 @@ def test_refusals():
         ({"orthogonality_weight": float("nan")}, "orthogonality_weight must be"),
     ):
         with pytest.raises(ValueError, match=message):
-            make(**options)
+            lab.make(CLoRA, **options)
     method.begin_task("a")
     with torch.no_grad():
         method.layers[1].slao_core_delta[0, 0] = float("nan")
@@ -177,4 +151,4 @@ def test_refusals():
     ):
         method.end_task()
     with pytest.raises(ValueError, match="was saved with method|no saved state"):
-        SeqLoRA(make().model).load("/nowhere")
+        SeqLoRA(lab.make(CLoRA).model).load("/nowhere")

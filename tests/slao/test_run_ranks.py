@@ -1,0 +1,105 @@
+"""`slao run` under torchrun with two processes against one: the same results, written and told by the first alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from slao.cli import main
+from slao_kernels.testing import error_ratio
+
+pytestmark = pytest.mark.slow
+METHODS = ("slao", "inflora", "sdlora")
+# fp32, gradients summed in two halves; see test_sharding.py, whose bounds these are (InfLoRA's A are eigenvectors).
+TOLERANCE = {"inflora": 1e-4}
+
+
+def command(model: Path, stream: Path, runs: Path, batch: int, *more: str) -> list[str]:
+    """Plain gradient descent: what differs in the gradient differs as much in the weights."""
+    sgd = {"optim": "sgd", "max_grad_norm": 0.0, "logging_steps": 1}
+    settings = {"train.group_by_length": "false", "train.arguments": json.dumps(sgd), "device": "cpu"}
+    fixed = ["run", "--model", str(model), "--stream", "jsonl", "--stream-path", str(stream), "--runs", str(runs)]
+    small = ["--epochs", "1", "--batch-size", str(batch), "--learning-rate", "0.1", "--rank", "3", "--name", "tiny"]
+    pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return [*fixed, *small, *pairs, "--methods", ",".join(METHODS), *more]
+
+
+def torchrun(arguments: list[str], logs: Path) -> tuple[int, list[dict[str, str]]]:
+    """The launcher's exit code, and what each process printed on stdout and stderr."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--redirects", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, *launcher, "--log-dir", str(logs), "-m", "slao.cli", *arguments],
+        env=environment,
+        timeout=150,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = [
+        {name: next(logs.glob(f"*/attempt_0/{rank}/{name}.log")).read_text() for name in ("stdout", "stderr")}
+        for rank in range(2)
+    ]
+    return done.returncode, told
+
+
+@pytest.fixture(scope="module")
+def both(saved_llama, stream_folder, tmp_path_factory) -> tuple[Path, Path, list[dict[str, str]], list[str]]:
+    """The folders of one process and of two, what the two said, and their arguments."""
+    runs = tmp_path_factory.mktemp("ranks")
+    assert main(command(saved_llama, stream_folder, runs / "one", 4)) == 0
+    arguments = command(saved_llama, stream_folder, runs / "two", 2)
+    code, told = torchrun(arguments, runs / "logs")
+    assert code == 0, told
+    return runs / "one" / "tiny", runs / "two" / "tiny", told, arguments
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_results_are_those_of_one_process(both):
+    one, two = (results(folder)["methods"] for folder in both[:2])
+    assert list(one) == list(two) == list(METHODS)
+    for label in METHODS:
+        for key in ("tasks", "matrix", "zero_shot", "seeds"):
+            assert two[label][key] == one[label][key], (label, key)
+        for ours, theirs in zip(two[label]["losses"][0], one[label]["losses"][0], strict=True):
+            assert len(theirs) == 2
+            assert ours == pytest.approx(theirs, rel=1e-3)  # logged with four digits
+        mine, other = (
+            load_file(folder / "adapters" / f"{label}-0" / "adapter_model.safetensors") for folder in both[:2]
+        )
+        assert mine.keys() == other.keys()
+        bound = TOLERANCE.get(label, 1e-5)
+        assert max(error_ratio(mine[key], value) for key, value in other.items()) <= bound, label
+
+
+def test_the_first_process_alone_writes_and_prints(both):
+    one, two, told, _ = both
+    files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (one, two)]
+    assert files[1] == files[0]
+    assert "report: " in told[0]["stdout"]
+    for label in METHODS:
+        assert f"{label} seed 0: AA" in told[0]["stdout"]
+    assert told[1]["stdout"] == ""
+
+
+def test_a_run_is_resumed_and_refused_by_all(both, tmp_path):
+    _, folder, _, arguments = both
+    before = results(folder)["methods"]
+    code, told = torchrun([*arguments, "--resume"], tmp_path / "resume")
+    assert code == 0, told
+    assert {label: each["matrix"] for label, each in results(folder)["methods"].items()} == {
+        label: each["matrix"] for label, each in before.items()
+    }
+    code, told = torchrun([*arguments, "--seeds", "0,1", "--resume"], tmp_path / "other")
+    assert code == 1  # the launcher's
+    assert any("has other settings (seeds)" in each["stderr"] for each in told)  # it ends one when the other has ended
