@@ -30,7 +30,12 @@ class CLoRA(Method):
     new routing off the directions that the old one leads to; "up" ‖B R_δ‖²_F, which keeps the change small where B is
     large (B is taken as a constant). orthogonality_weight: its factor, 0.01 in the paper; 0 turns it off.
     delta_std: standard deviation of R_δ's start. With 0 a task starts exactly where the last one ended.
-    seed: of B and R_δ. A zero B (PEFT's start) would leave every gradient zero, so it is drawn as PEFT draws A.
+    b_std: standard deviation of B's start (uniform), our choice; a zero B (PEFT's) would leave every gradient zero.
+    None: √m / r, with which a step of Adam on R_δ lowers the loss about as much as one on B does in ordinary LoRA at
+    the same learning rate: there are r² gradients instead of m r, each √m · b_std = m / r times as large. With a B as
+    narrow as PEFT draws A, 1 / √(3 r), MiniLM needed three to ten times the rate to learn its first task, and forgot
+    more of it at that. The wider B, the smaller R, and the less "core" acts.
+    seed: of B and R_δ.
     Raises ValueError for unknown options, and for layers that cannot take a core.
     """
 
@@ -42,6 +47,7 @@ class CLoRA(Method):
         orthogonality: str = "core",
         orthogonality_weight: float = 0.01,
         delta_std: float = 0.0,
+        b_std: float | None = None,
         adapter: str = "default",
         seed: int = 0,
     ) -> None:
@@ -52,7 +58,9 @@ class CLoRA(Method):
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"{what} must be a finite number of at least 0, not {value}")
         self.orthogonality, self.orthogonality_weight = orthogonality, float(orthogonality_weight)
-        self.delta_std, self.seed = float(delta_std), seed
+        if b_std is not None and not 0.0 < b_std < float("inf"):
+            raise ValueError(f"b_std must be a finite number above 0, or None, not {b_std}")
+        self.delta_std, self.b_std, self.seed = float(delta_std), b_std, seed
         self.layers: list[ExtendedLoraLinear] = extend_all(self)
         for pair, layer in zip(self.pairs, self.layers, strict=True):
             r = pair.A.shape[0]
@@ -74,8 +82,9 @@ class CLoRA(Method):
             assert delta is not None
             with torch.no_grad():
                 if task == 1 and not pair.B.any():
-                    # As wide as nn.Linear would be: with entries of 1/√r a step in R moves W as far as one in B does.
-                    pair.B.copy_(fresh(pair.B, f"{self.seed}/B/{pair.name}"))
+                    m, r = pair.B.shape
+                    std = m**0.5 / r if self.b_std is None else self.b_std
+                    pair.B.copy_(fresh(pair.B, f"{self.seed}/B/{pair.name}") * (std * (3 * r) ** 0.5))
                 if self.delta_std > 0.0:
                     r = delta.shape[0]
                     noise = fresh(delta, f"{self.seed}/{task}/{pair.name}")  # uniform in ±1/√r
@@ -122,6 +131,7 @@ class CLoRA(Method):
             "orthogonality": self.orthogonality,
             "orthogonality_weight": self.orthogonality_weight,
             "delta_std": self.delta_std,
+            "b_std": self.b_std,
             "seed": self.seed,
         }
 

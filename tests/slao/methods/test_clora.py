@@ -60,7 +60,32 @@ def test_gradients_in_the_model_are_autograds_of_the_stop_gradient_formula(lab, 
         assert error_ratio(mine, theirs) <= 1e-10
 
 
+<<<<<<< HEAD
 def test_penalties_are_their_formulas(lab):
+=======
+def test_a_first_step_of_adam_lowers_the_loss_as_ordinary_loras_does():
+    """To first order a step of Adam gains lr · Σ|gradient|; with B as narrow as A is drawn it would be a twentieth."""
+    model = tiny_model("llama", hidden_size=512, num_key_value_heads=4)
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).double()
+    model(IDS, labels=IDS).loss.backward()
+    ordinary = [pair.parameters[1].grad.abs().sum() for pair in SeqLoRA(model).pairs]
+    model.zero_grad()
+    method = CLoRA(model)
+    method.begin_task("a")
+    model(IDS, labels=IDS).loss.backward()
+    for pair, layer, wanted in zip(method.pairs, method.layers, ordinary, strict=True):
+        assert float(pair.B.std()) == pytest.approx(512**0.5 / 4, rel=0.05)  # 2048 draws
+        assert float(pair.B.abs().max()) <= 512**0.5 / 4 * 3**0.5
+        assert 0.5 <= float(layer.slao_core_delta.grad.abs().sum() / wanted) <= 2.0
+    for std in (0.25, 3.0):
+        narrow = make(b_std=std)
+        narrow.begin_task("a")
+        assert all(float(pair.B.std()) == pytest.approx(std, rel=0.15) for pair in narrow.pairs)
+
+
+def test_penalties_are_their_formulas():
+>>>>>>> similar7
     for orthogonality in ("core", "up"):
         method = lab.make(CLoRA, orthogonality=orthogonality, orthogonality_weight=0.3, delta_std=0.1)
         method.begin_task("a")
@@ -139,6 +164,7 @@ def test_refusals(lab):
     for options, message in (
         ({"orthogonality": "down"}, "unknown orthogonality 'down'; choose one of core, up"),
         ({"delta_std": -1.0}, "delta_std must be a finite number of at least 0, not -1.0"),
+        ({"b_std": 0.0}, "b_std must be a finite number above 0, or None, not 0.0"),
         ({"orthogonality_weight": float("nan")}, "orthogonality_weight must be"),
     ):
         with pytest.raises(ValueError, match=message):
