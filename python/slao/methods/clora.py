@@ -30,11 +30,11 @@ class CLoRA(Method):
     new routing off the directions that the old one leads to; "up" ‖B R_δ‖²_F, which keeps the change small where B is
     large (B is taken as a constant). orthogonality_weight: its factor, 0.01 in the paper; 0 turns it off.
     delta_std: standard deviation of R_δ's start. With 0 a task starts exactly where the last one ended.
-    b_std: standard deviation of B's start (uniform), our choice; a zero B (PEFT's) would leave every gradient zero.
-    None: √m / r, with which a step of Adam on R_δ lowers the loss about as much as one on B does in ordinary LoRA at
-    the same learning rate: there are r² gradients instead of m r, each √m · b_std = m / r times as large. With a B as
-    narrow as PEFT draws A, 1 / √(3 r), MiniLM needed three to ten times the rate to learn its first task, and forgot
-    more of it at that. The wider B, the smaller R, and the less "core" acts.
+    b_std: standard deviation of B's start (uniform); a zero B (PEFT's) would leave every gradient zero. None: 1/√(3 r),
+    as PEFT draws A. At √m / r a step of Adam on R_δ lowers the loss about as much as one on B does in ordinary LoRA
+    (r² gradients instead of m r, each m / r times as large). MiniLM then learned its first task at a third to a tenth
+    of the learning rate, but over four tasks no better, and forgot more; the wider B, the smaller R, and the less
+    "core" acts.
     seed: of B and R_δ.
     Raises ValueError for unknown options, and for layers that cannot take a core.
     """
@@ -82,8 +82,8 @@ class CLoRA(Method):
             assert delta is not None
             with torch.no_grad():
                 if task == 1 and not pair.B.any():
-                    m, r = pair.B.shape
-                    std = m**0.5 / r if self.b_std is None else self.b_std
+                    r = pair.B.shape[1]
+                    std = (3 * r) ** -0.5 if self.b_std is None else self.b_std
                     pair.B.copy_(fresh(pair.B, f"{self.seed}/B/{pair.name}") * (std * (3 * r) ** 0.5))
                 if self.delta_std > 0.0:
                     r = delta.shape[0]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from slao import CLoRA, SeqLoRA
+from slao_kernels import extension
 from slao_kernels.testing import error_ratio, tiny_model
 
 
@@ -60,32 +61,35 @@ def test_gradients_in_the_model_are_autograds_of_the_stop_gradient_formula(lab, 
         assert error_ratio(mine, theirs) <= 1e-10
 
 
-<<<<<<< HEAD
-def test_penalties_are_their_formulas(lab):
-=======
-def test_a_first_step_of_adam_lowers_the_loss_as_ordinary_loras_does():
-    """To first order a step of Adam gains lr · Σ|gradient|; with B as narrow as A is drawn it would be a twentieth."""
+def test_b_std_is_that_of_its_start(lab):
+    """Without it B is as wide as PEFT draws A; with the one that the docstring names, to first order a step of Adam
+    (lr · Σ|gradient|) gains what it does in ordinary LoRA."""
+    for std in (0.25, 3.0):
+        method = lab.make(CLoRA, b_std=std)
+        method.begin_task("a")
+        assert all(float(pair.B.std()) == pytest.approx(std, rel=0.15) for pair in method.pairs)
     model = tiny_model("llama", hidden_size=512, num_key_value_heads=4)
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).double()
-    model(IDS, labels=IDS).loss.backward()
+    ids = torch.arange(32).view(2, 16)
+    model(ids, labels=ids).loss.backward()
     ordinary = [pair.parameters[1].grad.abs().sum() for pair in SeqLoRA(model).pairs]
-    model.zero_grad()
-    method = CLoRA(model)
-    method.begin_task("a")
-    model(IDS, labels=IDS).loss.backward()
-    for pair, layer, wanted in zip(method.pairs, method.layers, ordinary, strict=True):
-        assert float(pair.B.std()) == pytest.approx(512**0.5 / 4, rel=0.05)  # 2048 draws
-        assert float(pair.B.abs().max()) <= 512**0.5 / 4 * 3**0.5
-        assert 0.5 <= float(layer.slao_core_delta.grad.abs().sum() / wanted) <= 2.0
-    for std in (0.25, 3.0):
-        narrow = make(b_std=std)
-        narrow.begin_task("a")
-        assert all(float(pair.B.std()) == pytest.approx(std, rel=0.15) for pair in narrow.pairs)
+    for std, low, high in ((512**0.5 / 4, 0.5, 2.0), (None, 0.02, 0.1)):
+        model.zero_grad()
+        method = CLoRA(model, b_std=std)
+        for pair in method.pairs:
+            torch.nn.init.zeros_(pair.parameters[1])
+        method.begin_task("a")
+        model(ids, labels=ids).loss.backward()
+        for pair, layer, wanted in zip(method.pairs, method.layers, ordinary, strict=True):
+            expected = std or 12**-0.5
+            assert float(pair.B.std()) == pytest.approx(expected, rel=0.05)  # 2048 draws
+            assert float(pair.B.abs().max()) <= expected * 3**0.5
+            assert low <= float(layer.slao_core_delta.grad.abs().sum() / wanted) <= high
+            extension.retract(pair.layer)
 
 
-def test_penalties_are_their_formulas():
->>>>>>> similar7
+def test_penalties_are_their_formulas(lab):
     for orthogonality in ("core", "up"):
         method = lab.make(CLoRA, orthogonality=orthogonality, orthogonality_weight=0.3, delta_std=0.1)
         method.begin_task("a")
