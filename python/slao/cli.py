@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--overwrite", action="store_true", help="start afresh in its folder")
     report = commands.add_parser("report", help="write report.html and its pictures from a run's results.json")
     report.add_argument("run_dir", type=Path)
+    report.add_argument("--markdown", action="store_true", help="print the table as Markdown instead")
     cosines = commands.add_parser("interference", help="cosines of the task vectors of saved PEFT adapters")
     cosines.add_argument("adapters", nargs="+", metavar="FOLDER", help="as save_pretrained writes it")
     merge = commands.add_parser("merge", help="merge saved PEFT adapters, oldest first, into one PEFT folder")
@@ -195,9 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             with ranks.joined():
                 return _run(options)
         if options.command == "report":
-            from .report import write_report
+            from .report import load, markdown, write_report
 
-            print(f"report: {write_report(options.run_dir)}")
+            print(markdown(load(options.run_dir)) if options.markdown else f"report: {write_report(options.run_dir)}")
             return 0
         if options.command == "interference":
             from .folders import interference_table

@@ -249,7 +249,14 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join([about, "", *lines])
 
 
-def _load(run_dir: Path) -> Any:
+def markdown(results: Mapping[str, Any]) -> str:
+    """The rows and columns of `table` as a Markdown table."""
+    header, rows = _headline(parse(results))
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def load(run_dir: Path) -> Any:
     """The object in run_dir/results.json."""
     path = run_dir / "results.json"
     if not run_dir.is_dir():
@@ -270,7 +277,7 @@ def write_report(run_dir: str | Path) -> Path:
     results, or they lack a key; ImportError if matplotlib is not installed.
     """
     run_dir = Path(run_dir)
-    results = _load(run_dir)
+    results = load(run_dir)
     try:
         methods = parse(results)
     except ValueError as error:

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from slao import metrics
-from slao.report import table, write_report
+from slao.report import markdown, table, write_report
 
 SLAO = [[0.80, 0.30, 0.10], [0.60, 0.90, 0.20], [0.50, 0.70, 1.00]]
 SEQ = [[0.80, 0.25, 0.10], [0.40, 0.90, 0.15], [0.20, 0.50, 1.00]]
@@ -145,6 +145,16 @@ def test_missing_values_are_dashes_and_partial_ones_are_counted(results):
     assert slao[6] == "–"
     assert slao[10] == "–"
     assert seqlora[6] == "0.125 (1 of 2 runs)"
+
+
+def test_markdown_has_the_cells_of_the_table(results):
+    results["methods"]["a|b"] = results["methods"].pop("slao")
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in markdown(results).splitlines()]
+    plain = [re.split(r"  +", line) for line in table(results).splitlines()[2:]]
+    assert [[cell.strip().replace("\\|", "|") for cell in line] for line in lines[:1] + lines[2:]] == plain[:1] + plain[
+        2:
+    ]
+    assert [cell.strip() for cell in lines[1]] == ["---"] + ["---:"] * 10
 
 
 def test_columns_that_no_method_has_are_left_out(results):
