@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 
 # flag -> setting; the value is parsed as YAML, so 3, 0.5, true and [a, b] mean what they say.
 FLAGS = {
-    "--model": ("model", "folder, hub name, or minilm"),
+    "--model": ("model", "folder, hub name, minilm or digits-vit"),
     "--stream": ("stream.name", "stream of tasks"),
     "--stream-path": ("stream.path", "folder of the stream's data"),
-    "--objective": ("objective.name", "causal_lm or label_matching"),
-    "--train-candidates": ("objective.train_candidates", "labels a training row may get: own or all"),
-    "--eval-candidates": ("objective.eval_candidates", "labels a test row may get: own or all"),
+    "--objective": ("objective.name", "causal_lm, label_matching or image_matching"),
+    "--train-candidates": ("objective.train_candidates", "labels a training row may get: own, running or all"),
+    "--eval-candidates": ("objective.eval_candidates", "labels a test row may get: own, seen or all"),
     "--methods": ("methods", "comma-separated, such as seqlora,slao"),
     "--train-rows": ("train_rows", "at most so many training rows a task"),
     "--test-rows": ("test_rows", "at most so many test rows a task"),

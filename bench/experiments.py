@@ -1,0 +1,87 @@
+"""The experiments' results as they are kept: what `slao report` needs of each run, and one Markdown page of tables.
+
+    python bench/experiments.py keep runs/clinc150 runs/python_docs ...   # into bench/experiments/<name>.json
+    python bench/experiments.py page                                      # tables in bench/experiments.md anew
+    python bench/experiments.py --check                                   # do the tables say what the files say?
+
+In the page a table stands between `<!-- name -->` and `<!-- end -->`; everything else is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from slao.report import load, markdown
+
+HERE = Path(__file__).parent
+KEPT = HERE / "experiments"
+PAGE = HERE / "experiments.md"
+# What tables and figures do without: losses of every tenth step, and tables of every layer and pair of tasks.
+DROPPED = ("losses", "similarity")
+MARK = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def reduced(results: dict[str, Any]) -> dict[str, Any]:
+    """A run's results without paths and without what takes most of their room."""
+    methods = {}
+    for name, entry in results["methods"].items():
+        methods[name] = {key: _rounded(value) for key, value in entry.items() if key not in DROPPED}
+    settings = json.loads(json.dumps(results["settings"]))
+    settings["stream"].pop("path", None)
+    return {**results, "methods": methods, "settings": settings}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def keep(folder: Path) -> Path:
+    """Store the results of the run in `folder`; returns the file."""
+    KEPT.mkdir(exist_ok=True)
+    path = KEPT / f"{folder.name}.json"
+    path.write_text(json.dumps(reduced(load(folder)), separators=(",", ":"), ensure_ascii=False) + "\n", "utf-8")
+    return path
+
+
+def page(text: str) -> str:
+    """`text` with every table written anew from its file. ValueError for a table without one."""
+
+    def table(found: re.Match[str]) -> str:
+        path = KEPT / f"{found[2]}.json"
+        if not path.is_file():
+            raise ValueError(f"the page has a table {found[2]!r}, but there is no {path.name} in {KEPT.name}/")
+        return f"{found[1]}{markdown(json.loads(path.read_text('utf-8')))}\n{found[3]}"
+
+    return MARK.sub(table, text)
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="status 1 if a table is not what its file says")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("keep").add_argument("folders", nargs="+", type=Path)
+    commands.add_parser("page")
+    options = parser.parse_args()
+    if options.command == "keep":
+        for folder in options.folders:
+            print(keep(folder))
+        return 0
+    before = PAGE.read_text("utf-8")
+    after = page(before)
+    if options.check:
+        print("the tables say what the files say" if after == before else "run: python bench/experiments.py page")
+        return int(after != before)
+    PAGE.write_text(after, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
