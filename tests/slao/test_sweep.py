@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from slao.cli import main
-from slao.settings import complete
+from slao.settings import complete, load_preset, presets
 from slao.streams import make_stream
 from slao.sweep import jobs, variants
 from slao.train import TrainConfig, train
@@ -191,3 +191,15 @@ def test_scores_on_validation_rows(tiny):
     job = tiny.Job(tasks=bare)
     with pytest.raises(ValueError, match="has no validation rows to score"):
         train(job.model, job.method, job.stream, job.objective, config)
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_presets_have_their_data_and_names_of_their_own(preset):
+    """What a preset can find wrong only once it runs: too few topics on this Python, two trainings in one folder."""
+    found = complete(load_preset(preset))
+    names = [job.folder for job in jobs(found)]
+    assert len(set(names)) == len(names)
+    for variant in variants(found):
+        options = dict(variant.settings["stream"])
+        if (name := options.pop("name")) == "python_docs":
+            assert len(make_stream(name, **options).tasks) == options["tasks"]
