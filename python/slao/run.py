@@ -21,6 +21,7 @@ from .train import Result
 from .workers import Outcome, finished, in_processes, similarity_of, train_job
 
 Say = Callable[[str], None]
+_NOT_THE_MODELS = ("train", "train_rows", "train_fraction", "test_rows")
 
 
 class Run:
@@ -61,10 +62,16 @@ class Run:
         if clash := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two methods or variants would both be called {clash!r}: give them other names")
         self.prepared = [Prepared(variant.settings) for variant in self.variants]
-        # A first model of every variant: methods and objective raise here what they object to in it.
+        # A first model of every kind: methods and objective raise here what they object to in it.
         self._ready: dict[Job, Any] = {}
         first, *others = settings["methods"]
+        tried: set[str] = set()
         for index, prepared in enumerate(self.prepared):
+            # How long and on how many rows it trains is nothing that they could object to.
+            own = {key: value for key, value in prepared.settings.items() if key not in _NOT_THE_MODELS}
+            if (key := json.dumps(own, sort_keys=True)) in tried:
+                continue
+            tried.add(key)
             job = next(job for job in self.jobs if job.variant == index and job.method == first)
             built = prepared.build(job.method, job.seed, job.order, others)
             if index == 0:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,14 @@ def in_processes(variants: list[Variant], jobs: list[Job], folder: Path, count: 
             pool.submit(_work, json.dumps(variants[job.variant].settings), job, str(folder)): job for job in jobs
         }
         for future in as_completed(running):
-            content = json.loads(future.result())
             job = running[future]
+            try:
+                content = json.loads(future.result())
+            except BrokenProcessPool:
+                raise ValueError(
+                    f"a training process died, perhaps for lack of memory, while {job.title} or another one ran: "
+                    "run again with --resume and fewer --jobs"
+                ) from None
             yield job, Result(**content) if "tasks" in content else ValueError(content["error"])
     finally:
         pool.shutdown(cancel_futures=True)

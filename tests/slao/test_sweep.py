@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from slao import workers
 from slao.cli import main
 from slao.settings import complete, load_preset, presets
 from slao.streams import make_stream
@@ -129,7 +131,7 @@ def test_a_sweep_over_two_orders_in_two_processes(saved_bert, stream_folder, tmp
     folder = tmp_path / "runs" / "two"
     shutil.rmtree(folder / "state" / "fast_r=3-0-order1")
     shutil.rmtree(folder / "adapters" / "seqlora_r=2-0-order0")
-    kept = {path: path.stat().st_mtime_ns for path in (folder / "state").rglob("*.safetensors")}
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "state").rglob("slao_state.safetensors")}
     assert len(kept) == 7
     assert main([*command, "--jobs", "2", "--name", "two", "--resume"]) == 0
     assert outcome(folder) == one
@@ -163,6 +165,19 @@ def test_a_training_that_diverges_is_reported_and_the_others_go_on(
     )]  # fmt: skip
     assert list(content["failed"]) == ["seqlora (learning_rate=1e+38) seed 0"]
     assert "report: " in out
+
+
+def test_a_process_that_dies_is_said(saved_bert, stream_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(workers, "_work", _die)
+    command = study(tmp_path, saved_bert, stream_folder)
+    assert main([*command, "--jobs", "2"]) == 2
+    err = capsys.readouterr().err
+    assert "a training process died, perhaps for lack of memory, while " in err
+    assert "--resume and fewer --jobs" in err
+
+
+def _die(*_: Any) -> str:
+    os._exit(1)
 
 
 def test_nothing_but_failures_is_an_error(saved_bert, stream_folder, tmp_path, capsys):
