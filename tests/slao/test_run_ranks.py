@@ -26,7 +26,20 @@ def command(model: Path, stream: Path, runs: Path, batch: int, *more: str) -> li
     sgd = {"optim": "sgd", "max_grad_norm": 0.0, "logging_steps": 1}
     settings = {"train.group_by_length": "false", "train.arguments": json.dumps(sgd), "device": "cpu"}
     fixed = ["run", "--model", str(model), "--stream", "jsonl", "--stream-path", str(stream), "--runs", str(runs)]
-    small = ["--epochs", "1", "--batch-size", str(batch), "--learning-rate", "0.1", "--rank", "3", "--name", "tiny"]
+    small = [
+        "--epochs",
+        "1",
+        "--batch-size",
+        str(batch),
+        "--learning-rate",
+        "0.1",
+        "--rank",
+        "3",
+        "--name",
+        "tiny",
+        "--seeds",
+        "0",
+    ]
     pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     return [*fixed, *small, *pairs, "--methods", ",".join(METHODS), *more]
 
