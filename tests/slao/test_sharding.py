@@ -37,8 +37,8 @@ FALLBACK = {
 PACKAGE = Path(__file__).with_name("ranks")
 
 
-def start(folder: Path, cases: list[str], python: str = sys.executable, seconds: int = 150) -> None:
-    """Run the cases in RANKS processes; their output is shown if one fails or takes too long."""
+def start(folder: Path, cases: list[str], python: str = sys.executable, seconds: int = 400) -> None:
+    """Run the cases in RANKS processes; their output is shown if one fails or takes too long (40 s on idle cores)."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
