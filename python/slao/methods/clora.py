@@ -32,8 +32,9 @@ class CLoRA(Method):
     delta_std: standard deviation of R_δ's start. With 0 a task starts exactly where the last one ended.
     b_std: standard deviation of B's start (uniform); a zero B (PEFT's) would leave every gradient zero. None: 1/√(3 r),
     as PEFT draws A. At √m / r a step of Adam on R_δ lowers the loss about as much as one on B does in ordinary LoRA
-    (r² gradients instead of m r, each m / r times as large). MiniLM then learned its first task at a third to a tenth
-    of the learning rate, but over four tasks no better, and forgot more; the wider B, the smaller R, and the less
+    (r² gradients instead of m r, each m / r times as large). With a B about that wide MiniLM learned its first task at
+    a third to a tenth of the learning rate, but over four tasks no better at its best rate (accuracy .826 against .823
+    on validation rows of clinc150), and it forgot more at the same rate; the wider B, the smaller R, and the less
     "core" acts.
     seed: of B and R_δ.
     Raises ValueError for unknown options, and for layers that cannot take a core.
