@@ -20,13 +20,15 @@ from types import ModuleType
 import torch
 
 # backend -> module in the op's folder
-_MODULES = {"reference": "reference", "eager": "eager", "native": "native", "triton": "kernels"}
+_MODULES = {"reference": "reference", "eager": "products", "native": "native", "triton": "kernels"}
+# Those of lora_linear, whose compiled core is for CPUs alone.
+_LORA_MODULES = {**_MODULES, "native": "cpu", "triton": "triton"}
 
 # Per op: the backends it has, best first. What a device cannot take is sorted out by `why_not`.
 _PREFERENCE: dict[str, tuple[str, ...]] = {
     # "eager": one autograd node around torch's own GEMMs (cuBLAS, oneDNN, MKL); torch runs wherever we do. "native":
-    # the same with the rank-r products of csrc/cpu/lora_linear.cpp, faster in bf16 from 32 tokens
-    # up and in fp32 at 1024 (bench/bench_lora_linear.py); at 32 in fp32 there was no difference.
+    # the same with the rank-r products of csrc/cpu/lora_linear.cpp in bf16, faster from 32 tokens up
+    # (bench/bench_lora_linear.py); in fp32, where it won 13 of 32 rows, torch's serve.
     # "triton" computes its rank-r products in one pass over x and dy each. Nothing of it has been timed on a GPU yet,
     # so it has to be asked for.
     "lora_linear": ("native", "eager", "triton", "reference"),
@@ -114,6 +116,11 @@ def requested(wish: str = "auto") -> str:
     return _environment
 
 
+def forced() -> str | None:
+    """The backend of the innermost `use_backend`, if there is one."""
+    return _forced
+
+
 def is_auto(wish: str) -> bool:
     """Whether nobody asks for a backend: not a layer's own wish, `use_backend` or the environment."""
     return _forced is None and wish == _environment == "auto"
@@ -141,6 +148,13 @@ def choose(op: str, device_type: str, wish: str = "auto") -> str:
     return wish
 
 
+def has(op: str, backend: str, device_type: str) -> bool:
+    """Whether `choose` would take the wish."""
+    return (
+        backend == "auto" or (backend == "eager" and op != "lora_linear") or why_not(op, backend, device_type) is None
+    )
+
+
 def direct() -> bool:
     """Whether an operator's function may be called as it is: torch's dispatcher costs microseconds, and is needed
     only by what looks on (torch.compile, torch.jit.trace, dispatch modes such as a FakeTensor's or a profiler's).
@@ -162,4 +176,5 @@ def _available(op: str, device_type: str) -> tuple[str, ...]:
 @cache
 def implementation(op: str, backend: str) -> ModuleType:
     """The module that implements `op` for `backend` (imported when first asked for)."""
-    return importlib.import_module(f".ops.{op}.{_MODULES[backend]}", __package__)
+    module = (_LORA_MODULES if op == "lora_linear" else _MODULES)[backend]
+    return importlib.import_module(f".ops.{op}.{module}", __package__)

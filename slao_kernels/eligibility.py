@@ -1,24 +1,23 @@
-"""When a LoRA layer may take the fused forward. Pure predicates: each returns a reason against it, or None."""
+"""When a LoRA layer may take the fused forward: the one statement of the conditions.
+
+Pure predicates: each returns a reason against it, or None. `decide` asks all that concern a call. Whatever they look
+at about a layer, its parts and x has to be among what a plan compares (plan.py); tests/slao_kernels/test_plan.py walks
+through everything that can change.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
+from .plan import GLOBAL_HOOKS, active_adapters
+
 _BASE_TYPES = (nn.Linear, Conv1D)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MODULE = torch.nn.modules.module
-# Torch's own dictionaries, never replaced.
-GLOBAL_HOOKS = (
-    _MODULE._global_forward_hooks,
-    _MODULE._global_forward_pre_hooks,
-    _MODULE._global_backward_hooks,
-    _MODULE._global_backward_pre_hooks,
-)
 # FSDP2 makes classes of these names, FSDP1 wraps.
 _UNITS = ("FSDP", "FullyShardedDataParallel")
 _WHOLE_BLOCKS = "FSDP2 over whole blocks (fully_shard(block)) leaves it fused"
@@ -26,17 +25,44 @@ _WHOLE_BLOCKS = "FSDP2 over whole blocks (fully_shard(block)) leaves it fused"
 PEFT_ARGUMENTS = ("adapter_names", "alora_offsets")
 
 
-def layer_reason(layer: nn.Module) -> str | None:
-    """What about the LoRA layer itself, whatever its adapters, rules the fused forward out."""
-    from . import called_base
+class Decision(NamedTuple):
+    """kind: "peft" (its own forward), "linear" (one node for base and branch), "dora", or "add" (the base is called).
 
-    if "slao_before" in layer.__dict__:
-        return "a method has given it a core or frozen pairs; patch before the method is made"
-    if called_base.fused_class(layer) is None:
-        return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no fused forward"
-    if not called_base.is_fused(layer) and "forward" in layer.__dict__:  # swapping the class would not change it
-        return "its forward was replaced on the instance (accelerate hooks?)"
-    base = layer.base_layer
+    why: the reason for "peft", None where PEFT's forward is what was asked for (merged, disabled, nothing active).
+    called: why the base is called.
+    """
+
+    kind: str
+    why: str | None = None
+    called: str | None = None
+
+
+def decide(layer: Any, x: Any, args: Any, kwargs: dict[str, Any]) -> Decision:
+    """How this call of a patched layer is computed."""
+    options = layer.slao_options
+    if layer.disable_adapters or layer.merged_adapters:
+        return Decision("peft")
+    if "slao_before" in layer.__dict__ and not hasattr(layer.slao_before, "peft_class"):
+        return Decision("peft", "not patched")
+    adapters = active_adapters(layer)
+    if not adapters:
+        return Decision("peft")
+    called = why_called(layer, adapters, options.precision)
+    if called is None and not layer.slao_knows_base:
+        called = f"PEFT's {layer.peft_class.__name__} does"
+    if called is None:
+        reason = call_reason(layer, adapters, x, args, kwargs)
+        kind = "dora" if adapters[0] in layer.lora_variant else "linear"
+    else:
+        reason = branch_reason(layer, adapters, x, kwargs)
+        kind = "add"
+        if (args or kwargs) and layer.slao_only_x:
+            return Decision("peft")  # PEFT's forward of that class raises
+    return Decision(kind, None, called) if reason is None else Decision("peft", reason)
+
+
+def meta_reason(base: nn.Module) -> str | None:
+    """Why a base layer that could be computed cannot be yet."""
     if type(base) in _BASE_TYPES and base.weight.device.type == "meta" and _hooks_reason(base, "") is None:
         return "its weights are on the meta device; load them, then patch again"
     return None
@@ -59,6 +85,8 @@ def base_reason(base: nn.Module, early: bool = False) -> str | None:
         return f"base layer is {type(base).__module__.split('.')[0]}'s {type(base).__name__}"
     if base.weight.device.type == "meta":
         return "its weights are on the meta device; load them, then patch again"
+    if base.weight.dim() != 2:
+        return f"its weight has {base.weight.dim()} dimensions (sharded?)"
     if base.weight.dtype not in DTYPES:
         return f"base weight is stored as {base.weight.dtype}"
     if base.bias is not None and base.bias.dtype != base.weight.dtype:
@@ -149,8 +177,16 @@ def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs
     base, reason = layer.base_layer, _input_reason(x)
     if reason is not None:
         return reason
-    if x.device != base.weight.device:
-        return f"x is on {x.device}, the base weight on {base.weight.device}"
+    for what, part in (("weight", base.weight), ("bias", base.bias)):
+        if part is not None and part.device != x.device:
+            return f"x is on {x.device}, the base {what} on {part.device}"
+    out_features = int(base.weight.shape[0 if type(base) is nn.Linear else 1])
+    for adapter in adapters:
+        rows = layer.lora_B[adapter].weight.shape[:1]
+        if rows != (out_features,):
+            return f"adapter {adapter!r} has a B of {tuple(rows)} rows, the base layer makes {out_features} features"
+    if base.bias is not None and base.bias.shape != (out_features,):
+        return f"the base bias is {tuple(base.bias.shape)}, the base layer makes {out_features} features"
     if x.shape[-1] != in_features(base):
         return f"x has {x.shape[-1]} features, the base layer reads {in_features(base)}"
     if torch.is_autocast_enabled(x.device.type):
@@ -201,10 +237,21 @@ def _branch_reason(layer: nn.Module, adapters: list[str], x: Tensor) -> str | No
             and layer.lora_magnitude_vector[adapter].weight.device != x.device
         ):
             reason = f"DoRA's magnitude is on {layer.lora_magnitude_vector[adapter].weight.device}, x on {x.device}"
-        if reason is None and layer.lora_A[adapter].weight.device != x.device:
-            reason = f"adapter {adapter!r} is on {layer.lora_A[adapter].weight.device}, x on {x.device}"
+        if reason is None:
+            reason = _fit_reason(layer, adapter, x)
         if reason is not None:
             return reason
+    return None
+
+
+def _fit_reason(layer: nn.Module, adapter: str, x: Tensor) -> str | None:
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    for part in (down.weight, up.weight, up.bias):
+        if part is not None and part.device != x.device:
+            return f"adapter {adapter!r} is on {part.device}, x on {x.device}"
+    A, B = down.weight.shape, up.weight.shape
+    if A[1] != x.shape[-1] or B[1] != A[0] or (up.bias is not None and up.bias.shape != B[:1]):
+        return f"adapter {adapter!r} has A {tuple(A)} and B {tuple(B)} for an x of {x.shape[-1]} features"
     return None
 
 

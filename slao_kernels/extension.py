@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from . import called_base, eligibility
-from .layers import FusedLoraLinear, FusedOptions
-from .ops.lora_linear import apply, reference
+from . import eligibility
+from .layers import FusedLoraLinear, FusedOptions, make_plan, peft_class, run_linear
+from .ops.lora_linear import reference
+from .ops.lora_linear.autograd import drop, linear
 
 _NAMES = ("slao_core", "slao_core_delta", "slao_frozen_A", "slao_frozen_B", "slao_frozen_scale")
 
@@ -43,38 +45,21 @@ class ExtendedLoraLinear(FusedLoraLinear):
                 f"adapter {self.slao_adapter!r} has a core or frozen pairs and cannot be active beside "
                 f"{[name for name in active if name != self.slao_adapter]}; choose one with set_adapter"
             )
-        options, name = self.slao_options, self.slao_adapter
+        name, own = self.slao_adapter, self.__dict__
         A, B = self.slao_factors()
-        p = eligibility.active_dropout(self, name)
-        reason = self._why_in_torch(x, args, kwargs)
-        if reason is None:
-            base = self.base_layer
+        plan = own.get("slao_plan")
+        tensors = None if plan is None or args or kwargs or is_compiling() else plan.tensors(own, x)
+        if tensors is None:
+            plan = make_plan(self, x, args, kwargs)
+        if plan.run is run_linear:
+            base, call = self.base_layer, plan.call
             weight = base.weight if type(base) is nn.Linear else base.weight.t()  # Conv1D stores (K, N)
-            return apply(
-                x,
-                weight,
-                base.bias,
-                A,
-                B,
-                float(self.scaling[name]),
-                core=self.slao_core,
-                core_delta=self.slao_core_delta,
-                dropout=p,
-                precision=options.precision,
-                backend=options.backend,
-            )
-        options.fell_back(reason)
+            cores = () if self.slao_core is self.slao_core_delta is None else (self.slao_core, self.slao_core_delta)
+            return linear(call)(call, x, *drop(call, x), weight, base.bias, A, B, *cores)
         y = self.base_layer(x, *args, **kwargs)
         source = self.lora_dropout[name](x.to(A.dtype))
         branch = reference.routed(source, A, B, self.slao_core, self.slao_core_delta)
         return (y + self.scaling[name] * branch).to(y.dtype)
-
-    def _why_in_torch(self, x: Tensor, args: Any, kwargs: Any) -> str | None:
-        if self.slao_before is not FusedLoraLinear:
-            return "not patched"
-        active = [self.slao_adapter]
-        reason = eligibility.why_called(self, active, self.slao_options.precision)
-        return reason or eligibility.call_reason(self, active, x, args, kwargs)
 
     def slao_factors(self) -> tuple[Tensor, Tensor]:
         """A (r + R, n) and B (m, r + R): the pair that trains, and below and beside it the frozen ones, if any."""
@@ -102,7 +87,7 @@ def why_not(layer: nn.Module, adapter: str) -> str | None:
     """What about the layer keeps `extend` from it; None if nothing."""
     if isinstance(layer, ExtendedLoraLinear):
         return f"another method has extended it already (adapter {layer.slao_adapter!r}); retract that one first"
-    if called_base.peft_class(layer) is not lora.Linear:
+    if peft_class(layer) is not lora.Linear:
         return f"{type(layer).__name__} cannot take a core or frozen pairs; PEFT's LoRA over a linear layer can"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (accelerate hooks?)"

@@ -1,8 +1,16 @@
-"""The class that PEFT's LoRA layers are swapped to. Imports PEFT: only `patch` and unpickling load this module."""
+"""The classes that PEFT's LoRA layers are swapped to, and what a planned call computes.
+
+Imports PEFT: only `patch` and unpickling load this module. PEFT has a LoRA class for each kind of quantised base; those
+in `_CALLED` compute base(x) + Σ scaling · B A x whatever the base, and each gets a subclass here that calls the base.
+It is made when first asked for, because most of PEFT's need packages of their own; pickle asks by name.
+"""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,10 +19,11 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from . import dispatch, eligibility, groups, plain
+from . import dispatch, eligibility
+from .holders import FRESH, holders, writable
 from .ops import dora
-from .ops.lora_linear import add, apply, apply_plain
-from .ops.lora_linear.native_layer import fused
+from .ops.lora_linear.autograd import Call, add, call_for, drop, linear
+from .plan import LayerPlan, active_adapters, parameters_of
 
 logger = logging.getLogger("slao_kernels")
 _logged: set[str] = set()
@@ -22,16 +31,12 @@ _logged: set[str] = set()
 
 @dataclass
 class FusedOptions:
-    """What `patch` decided for one layer. `fallbacks` and `notes` are shared with the PatchReport: name -> text.
-
-    place: its state in groups.py, None for a layer that always runs alone.
-    """
+    """What `patch` decided for one layer. `fallbacks` and `notes` are shared with the PatchReport: name -> text."""
 
     name: str
     backend: str = "auto"
     precision: str = "base"
     fallbacks: dict[str, str] = field(default_factory=dict)
-    place: groups.Place | None = None
     notes: dict[str, str] = field(default_factory=dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -53,9 +58,10 @@ class FusedOptions:
 
 
 def log_once(name: str, reason: str) -> None:
-    """One warning per reason and process, naming the first layer that it concerns."""
-    if reason not in _logged:
-        _logged.add(reason)
+    """One warning per kind of reason (whatever its numbers) and process, naming the first layer that it concerns."""
+    kind = re.sub(r"\d+", "#", reason)
+    if kind not in _logged:
+        _logged.add(kind)
         logger.warning("%s runs PEFT's own forward: %s", name, reason)
 
 
@@ -67,7 +73,9 @@ class FusedLoraLinear(lora.Linear):
 
     # On the class, so that a layer unpickled from another version still has one.
     slao_options = FusedOptions("(unnamed layer)")
-    peft_class = lora.Linear
+    peft_class: Any = lora.Linear
+    slao_knows_base = True  # what the base layer computes follows from its class
+    slao_only_x = False  # PEFT's forward takes x alone
 
     def _get_name(self) -> str:
         """PEFT's: its layer status reads the kind of a layer off the printed name."""
@@ -78,124 +86,191 @@ class FusedLoraLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: base(x) + Σ scaling · B A x over the active adapters. x: (..., K) -> (..., N)."""
-        if not (args or kwargs or is_compiling()):
-            parts: plain.Plain | None = plain.plain_call(self.__dict__, x)
-            if parts is not None:
-                options = self.slao_options
-                if options.place is not None:
-                    return groups.call(self, x, groups.Parts(parts[0], *parts))
-                # With a code there is a core, and then "auto" is the core: apply_plain without its detour.
-                if parts[5] and options.precision == "base" and dispatch.is_auto(options.backend):
-                    return fused(x, *parts)
-                return apply_plain(x, *parts, options.precision, options.backend)
-        if self.disable_adapters or self.merged_adapters:
-            return super().forward(x, *args, **kwargs)
-        adapters = [name for name in self.active_adapters if name in self.lora_A]
-        if not adapters:
-            return super().forward(x, *args, **kwargs)
-        options = self.slao_options
-        base, called = self.base_layer, eligibility.why_called(self, adapters, options.precision)
-        if called is not None:
-            y = add_to_base(self, x, args, kwargs, called)
-            return super().forward(x, *args, **kwargs) if y is None else y
-        reason = eligibility.call_reason(self, adapters, x, args, kwargs)
-        if reason is not None:
-            options.fell_back(reason)
-            return super().forward(x, *args, **kwargs)
-        weight = base.weight if type(base) is nn.Linear else base.weight.t()  # Conv1D stores (K, N)
-        A, B, scaling = stacked(self, adapters)
-        if adapters[0] in self.lora_variant:  # DoRA, alone
-            m = self.lora_magnitude_vector[adapters[0]].weight
-            precision, backend = options.precision, options.backend
-            return dora.apply(x, weight, base.bias, m, A, B, scaling, precision=precision, backend=backend)
-        bias = with_own_bias(self, adapters, base.bias)
-        # Several adapters with dropout have been ruled out: each would see a mask of its own.
-        dropout = eligibility.active_dropout(self, adapters[0])
-        grouped = options.place is not None and bias is base.bias and not is_compiling()
-        if grouped and dropout == 0.0 and len(adapters) == 1 and not isinstance(self.scaling[adapters[0]], Tensor):
-            return groups.call(self, x, groups.Parts(base.weight, weight, base.bias, A, B, scaling))
-        return apply(
-            x,
-            weight,
-            bias,
-            A,
-            B,
-            scaling,
-            dropout=dropout,
-            precision=options.precision,
-            backend=options.backend,
-        )
+        own = self.__dict__
+        plan = own.get("slao_plan")
+        tensors = None if plan is None or args or kwargs or is_compiling() else plan.tensors(own, x)
+        if tensors is None:
+            plan = make_plan(self, x, args, kwargs)
+            tensors = [getattr(module, name) for module, name in parameters_of(self)] if plan.adapters else []
+        return plan.run(plan, self, x, tensors, args, kwargs)
 
 
-def stacked(layer: Any, adapters: list[str]) -> tuple[Tensor, Tensor, float]:
-    """A (R, K), B (N, R) and the scaling: several adapters are one of rank R = Σ r with scaled Bs."""
-    scalings = [layer.scaling[name] for name in adapters]
-    if len(adapters) == 1 and not isinstance(scalings[0], Tensor):
-        (name,) = adapters
-        return layer.lora_A[name].weight, layer.lora_B[name].weight, float(scalings[0])
-    # A scaling that is a tensor (PEFT's hotswap) must not be read back from a GPU: it goes into B.
-    As = [layer.lora_A[name].weight for name in adapters]
-    Bs = [layer.lora_B[name].weight * s for name, s in zip(adapters, scalings, strict=True)]
-    return torch.cat(As), torch.cat(Bs, dim=1), 1.0
+def make_plan(layer: Any, x: Any, args: Any, kwargs: dict[str, Any]) -> LayerPlan:
+    """The plan for this call, kept by the layer if it is of use for another."""
+    found = eligibility.decide(layer, x, args, kwargs)
+    plan = LayerPlan(_RUNS[found.kind], found.why)
+    if found.kind != "peft":
+        plan.adapters, plan.called = tuple(active_adapters(layer)), found.called
+        own_bias = any(layer.lora_B[name].bias is not None for name in plan.adapters)
+        # A scaling that is a tensor (PEFT's hotswap) must not be read back from a GPU: it goes into B, and so do those
+        # of several adapters, and one beside which B gets a bias as another column.
+        plan.scaled = len(plan.adapters) > 1 or any(isinstance(layer.scaling[name], Tensor) for name in plan.adapters)
+        plan.scaled |= found.kind == "add" and own_bias
+        if found.kind == "linear" and (plan.scaled or own_bias):
+            plan.run = run_stacked
+        elif found.kind != "add":
+            base, (down, up) = layer.base_layer, (part[plan.adapters[0]] for part in (layer.lora_A, layer.lora_B))
+            plan.call = _call(layer, plan, x, [base.weight, base.bias, down.weight, up.weight])
+    if found.why is not None:
+        layer.slao_options.fell_back(found.why)
+    if found.called is not None:
+        layer.slao_options.calls_base(found.called)
+    if not (args or kwargs or is_compiling()):
+        layer.__dict__["slao_plan"] = plan.watch(layer, x)
+    return plan
 
 
-def with_own_bias(layer: Any, adapters: list[str], bias: Tensor | None) -> Tensor | None:
+def _call(layer: Any, plan: LayerPlan, x: Tensor, layers: list[Any], made: torch.dtype | None = None) -> Call:
+    options, name = layer.slao_options, plan.adapters[0]
+    scalings = (1.0 if plan.scaled else float(layer.scaling[name]),)
+    # Several adapters with dropout have been ruled out: each would see a mask of its own.
+    p = eligibility.active_dropout(layer, name)
+    return call_for(x, layers, scalings, options.precision, options.backend, p, made)
+
+
+def run_peft(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """PEFT's own forward."""
+    return layer.peft_class.forward(layer, x, *args, **kwargs)
+
+
+def run_linear(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: Any, kwargs: Any) -> Tensor:
+    """One adapter, and nothing of it but A and B: base and branch in one node."""
+    weight, bias, A, B, _ = tensors
+    weight = weight if type(layer.base_layer) is nn.Linear else weight.t()  # Conv1D stores (K, N)
+    call = plan.call
+    dropped, seed = drop(call, x) if call.dropout else (None, None)
+    return linear(call)(call, x, dropped, seed, weight, bias, A, B)
+
+
+def run_stacked(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: Any, kwargs: Any) -> Tensor:
+    """Several adapters, biases of their own, a scaling that is a tensor: as one adapter of rank Σ r."""
+    weight, bias, *pairs = tensors
+    weight = weight if type(layer.base_layer) is nn.Linear else weight.t()
+    A, B = stacked(layer, plan, pairs)
+    bias = with_own_bias(layer, plan, pairs, bias)
+    call = plan.call = plan.call or _call(layer, plan, x, [weight, bias, A, B])
+    dropped, seed = drop(call, x) if call.dropout else (None, None)
+    return linear(call)(call, x, dropped, seed, weight, bias, A, B)
+
+
+def run_dora(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: Any, kwargs: Any) -> Tensor:
+    """DoRA, alone and without dropout."""
+    weight, bias, A, B, _, magnitude = tensors
+    weight = weight if type(layer.base_layer) is nn.Linear else weight.t()
+    return dora.run(plan.call, x, weight, bias, magnitude, A, B)
+
+
+def run_add(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """The base layer is called, and one node adds the branch to what it returns."""
+    _, _, *pairs = tensors
+    A, B = stacked(layer, plan, pairs)
+    bias = with_own_bias(layer, plan, pairs, None)
+    if bias is not None:
+        B = torch.cat([B, bias[:, None]], 1)
+    if kwargs:
+        kwargs = {name: value for name, value in kwargs.items() if name not in eligibility.PEFT_ARGUMENTS}
+    y = layer.base_layer(x, *args, **kwargs)
+    reason = eligibility.result_reason(y, x, A, B)
+    if reason is not None:
+        layer.slao_options.fell_back(reason)
+        return _by_torch(layer, y, x)
+    call = plan.call
+    if call is None or plan.made is not y.dtype:
+        call = plan.call = _call(layer, plan, x, [None, None, A, B], y.dtype)
+        plan.made = y.dtype
+    dropped, seed = drop(call, x) if call.dropout else (None, None)
+    # Counted here, where nothing but this frame's variable holds what the base has just made.
+    alone = dispatch.direct() and FRESH is not None and holders(y) == FRESH and writable(y)
+    return add(call)(call, y, x if dropped is None else dropped, seed, A, B, alone)
+
+
+_RUNS = {"peft": run_peft, "linear": run_linear, "dora": run_dora, "add": run_add}
+
+
+def stacked(layer: Any, plan: LayerPlan, pairs: list[Any]) -> tuple[Tensor, Tensor]:
+    """A (Σr, K) and B (N, Σr), the scalings in B if the plan says so; pairs: A, B and B's bias of each adapter."""
+    As, Bs = pairs[::3], pairs[1::3]
+    if plan.scaled:
+        Bs = [B * layer.scaling[name] for name, B in zip(plan.adapters, Bs, strict=True)]
+    return (As[0], Bs[0]) if len(As) == 1 else (torch.cat(As), torch.cat(Bs, dim=1))
+
+
+def with_own_bias(layer: Any, plan: LayerPlan, pairs: list[Any], bias: Tensor | None) -> Tensor | None:
     """(N,) bias + Σ scaling · B's own bias (PEFT's lora_bias): vectors, added once instead of at every token.
 
     In fp32 at least: between its parts a 16-bit bias, and its gradient, would be rounded twice.
     """
-    for name in adapters:
-        own, scaling = layer.lora_B[name].bias, layer.scaling[name]
-        if own is None:
-            continue
-        own = own.to(torch.promote_types(own.dtype, torch.float32))
-        if bias is None or isinstance(scaling, Tensor):
-            bias = own * scaling if bias is None else bias + own * scaling
-        else:
-            bias = torch.add(bias, own, alpha=scaling)
+    for name, own in zip(plan.adapters, pairs[2::3], strict=True):
+        if own is not None:
+            own = own.to(torch.promote_types(own.dtype, torch.float32)) * layer.scaling[name]
+            bias = own if bias is None else bias + own
     return bias
-
-
-def add_to_base(layer: Any, x: Tensor, args: Any, kwargs: dict[str, Any], why: str | None = None) -> Tensor | None:
-    """What the base layer, called, returns, and the LoRA branch added to it by one node of the autograd graph.
-
-    None, before anything is called, where eligibility.branch_reason has something against it; the report says what.
-    why: what the report says of the base being called, if it has nothing yet.
-    """
-    options = layer.slao_options
-    parts = None if is_compiling() or kwargs else plain.branch(layer.__dict__, x)
-    if parts is not None:
-        (A, B, scaling), dropout = parts, 0.0
-    else:
-        adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-        reason = eligibility.branch_reason(layer, adapters, x, kwargs)
-        if reason is not None:
-            options.fell_back(reason)
-            return None
-        A, B, scaling = stacked(layer, adapters)
-        bias = with_own_bias(layer, adapters, None)
-        if bias is not None:
-            B, scaling = torch.cat([B * scaling, bias[:, None]], 1), 1.0
-        dropout = eligibility.active_dropout(layer, adapters[0])
-        kwargs = {name: value for name, value in kwargs.items() if name not in eligibility.PEFT_ARGUMENTS}
-    if why is not None:
-        options.calls_base(why)
-    y = layer.base_layer(x, *args, **kwargs)
-    reason = eligibility.result_reason(y, x, A, B)
-    if reason is not None:
-        options.fell_back(reason)
-        return _by_torch(layer, y, x)
-    # Counted here, where nothing but this frame's variable holds what the base has just made.
-    in_place = dispatch.direct() and add.FRESH is not None and add.holders(y) == add.FRESH and add.writable(y)
-    precision, backend = options.precision, options.backend
-    return add.apply(y, x, A, B, scaling, dropout=dropout, precision=precision, backend=backend, in_place=in_place)
 
 
 def _by_torch(layer: Any, y: Any, x: Tensor) -> Tensor:
     """PEFT's formula on a result that is there already: to call a base twice could change its state."""
     dtype = y.dtype
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            down, up = layer.lora_A[name], layer.lora_B[name]
-            y = y + up(down(layer.lora_dropout[name](x.to(down.weight.dtype)))) * layer.scaling[name]
+    for name in active_adapters(layer):
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        y = y + up(down(layer.lora_dropout[name](x.to(down.weight.dtype)))) * layer.scaling[name]
     return y.to(dtype)
+
+
+# PEFT's class, below peft.tuners.lora -> the name of ours, in this module.
+_CALLED = {
+    "bnb.Linear8bitLt": "FusedLinear8bitLt",
+    "bnb.Linear4bit": "FusedLinear4bit",
+    "gptq.GPTQLoraLinear": "FusedGPTQLoraLinear",
+    "awq.AwqLoraLinear": "FusedAwqLoraLinear",
+    "aqlm.AqlmLoraLinear": "FusedAqlmLoraLinear",
+    "eetq.EetqLoraLinear": "FusedEetqLoraLinear",
+    "hqq.HqqLoraLinear": "FusedHqqLoraLinear",
+    "inc.IncLoraLinear": "FusedIncLoraLinear",
+    "torchao.TorchaoLoraLinear": "FusedTorchaoLoraLinear",
+    "te.TeLinear": "FusedTeLinear",
+}
+_PACKAGE = "peft.tuners.lora."
+
+
+def fused_class(layer: nn.Module) -> Any:
+    """The class that `layer`, PEFT's or already fused, is swapped to; None where its forward is not known."""
+    own = peft_class(layer)
+    if own is lora.Linear:
+        return FusedLoraLinear
+    name = _CALLED.get(f"{own.__module__}.{own.__qualname__}".removeprefix(_PACKAGE))
+    return None if name is None else getattr(importlib.import_module(__name__), name)
+
+
+def peft_class(layer: nn.Module) -> Any:
+    """The class that `layer` has, or had before it was fused."""
+    return type(layer).peft_class if is_fused(layer) else type(layer)
+
+
+def is_fused(layer: nn.Module) -> bool:
+    """Whether `patch` has swapped its class. A user's subclass of ours is something else."""
+    return "peft_class" in type(layer).__dict__
+
+
+def __getattr__(name: str) -> type:
+    for theirs, ours in _CALLED.items():
+        if ours == name:
+            module, _, cls = theirs.rpartition(".")
+            # Into the module's own dictionary: the next one who asks, pickle included, gets the same class.
+            return globals().setdefault(name, _make(getattr(importlib.import_module(_PACKAGE + module), cls), name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _make(theirs: Any, name: str) -> type:
+    kinds = [parameter.kind for parameter in inspect.signature(theirs.forward).parameters.values()]
+    members = {
+        "slao_options": FusedOptions("(unnamed layer)"),
+        "peft_class": theirs,
+        "slao_knows_base": False,
+        "slao_only_x": inspect.Parameter.VAR_POSITIONAL not in kinds,
+        "_get_name": FusedLoraLinear._get_name,
+        "extra_repr": FusedLoraLinear.extra_repr,
+        "forward": FusedLoraLinear.forward,
+        "__module__": __name__,
+        "__doc__": f"PEFT's {theirs.__name__} with a fused LoRA branch; see the module.",
+    }
+    return type(name, (theirs,), members)

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from . import dispatch
@@ -63,7 +64,6 @@ def patch(
     backend: str = "auto",
     precision: str = "base",
     strict: bool = False,
-    group: bool = True,
 ) -> PatchReport:
     """Give every eligible LoRA layer of `model` the fused forward, in place; calling it again changes nothing more.
 
@@ -73,21 +73,18 @@ def patch(
     models it defaults to r=8, lora_alpha=16, target_modules="all-linear") is injected first, through PEFT, in fp32.
     backend: "auto", or one of `python -m slao_kernels`' list, for every layer. precision: "base" computes the LoRA
     branch in the base's dtype, "adapter" keeps PEFT's wider branch (see `lora_linear`). strict: any layer that would
-    be skipped is an error. group: layers that turn out to receive the same x (q/k/v, gate/up) share one autograd node
-    from the second forward on; `groups.describe(model)` lists them, and groups.py says when they do.
+    be skipped is an error.
     Parameters, their names, the state dict and PEFT's methods stay as they are; `unpatch` undoes it.
     Raises ValueError, with the model as it was: nothing to patch or inject, unknown backend or precision, a config
     that contradicts the adapter that is there, Unsloth's or Axolotl's LoRA kernels on the model, skips under strict.
     """
-    dispatch.check_backend(backend)
-    if backend != "auto":
-        dispatch.choose("lora_linear", next((p.device.type for p in model.parameters()), "cpu"), backend)
+    _check_backend(backend)
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    from . import adapters, called_base, eligibility, groups, injection, other_kernels
-    from .layers import FusedLoraLinear, FusedOptions, log_once
+    from . import adapters, conflicts, eligibility, injection
+    from .layers import FusedOptions, fused_class, is_fused, log_once
 
-    other_kernels.check_none(model)
+    conflicts.check_none(model)
     undo = None
     if not any(True for _ in adapters.lora_layers(model)):
         undo = injection.inject(model, config)
@@ -96,23 +93,16 @@ def patch(
     report = PatchReport(injected=undo is not None, backend=backend)
     chosen: list[tuple[str, nn.Module, str | None]] = []
     for name, layer in adapters.lora_layers(model):
-        active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-        if layer.__dict__.get("slao_before") is FusedLoraLinear:
+        if hasattr(layer.__dict__.get("slao_before"), "peft_class"):
             report.patched.append(name)  # before a method extended it (extension.py), and it still is
             report.notes[name] = "extended by a method"
             continue
-        reason, called = eligibility.layer_reason(layer), None
-        if reason is None:
-            called = eligibility.why_called(layer, active, precision, early=True)
-            if called is None and called_base.fused_class(layer) is not FusedLoraLinear:
-                called = f"PEFT's {called_base.peft_class(layer).__name__} does"
-            reason = eligibility.variant_reason(layer, active, called is not None)
-        for adapter in active:
-            reason = reason or eligibility.adapter_reason(layer, adapter, early=True)
+        reason, called = _skip_reason(layer, precision)
         if reason is not None:
             report.skipped[name] = reason
             continue
         chosen.append((name, layer, called))
+        active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
         for adapter in active:
             dropout = eligibility.dropout_reason(layer, adapter, alone=len(active) == 1)
             if dropout is not None:
@@ -125,26 +115,64 @@ def patch(
     for name, reason in report.skipped.items():
         log_once(name, reason)
         layer = model.get_submodule(name)
-        if called_base.is_fused(layer) and not eligibility.has_own_forward(layer):
+        if is_fused(layer) and not eligibility.has_own_forward(layer):
             # Patched before, and something about it has changed since.
             _unfuse(layer)
     for name, layer, called in chosen:
-        layer.__class__ = called_base.fused_class(layer)
-        place = groups.Place() if called is None and group and precision == "base" else None
-        layer.slao_options = FusedOptions(name, backend, precision, report.fallbacks, place, report.notes)
+        _forget(layer)
+        layer.__class__ = fused_class(layer)
+        layer.slao_options = FusedOptions(name, backend, precision, report.fallbacks, report.notes)
         if called is not None:
             layer.slao_options.calls_base(called)
         report.patched.append(name)
     return report
 
 
+def _check_backend(backend: str) -> None:
+    """ValueError unless lora_linear has it on some device here: a model may be patched before it moves to the GPU."""
+    dispatch.check_backend(backend)
+    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if backend != "auto" and all(not dispatch.has("lora_linear", backend, device) for device in here):
+        dispatch.choose("lora_linear", here[-1], backend)  # raises, with the reason
+
+
+def _skip_reason(layer: Any, precision: str) -> tuple[str | None, str | None]:
+    """(why a LoRA layer keeps PEFT's forward whatever it is called with, why its base layer is called)"""
+    from . import eligibility
+    from .layers import fused_class, is_fused, peft_class
+
+    if "slao_before" in layer.__dict__:
+        return "a method has given it a core or frozen pairs; patch before the method is made", None
+    swapped = fused_class(layer)
+    if swapped is None:
+        return (
+            f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no fused forward",
+            None,
+        )
+    if not is_fused(layer) and "forward" in layer.__dict__:  # swapping the class would not change it
+        return "its forward was replaced on the instance (accelerate hooks?)", None
+    reason = eligibility.meta_reason(layer.base_layer)
+    if reason is not None:
+        return reason, None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    called = eligibility.why_called(layer, active, precision, early=True)
+    if called is None and not swapped.slao_knows_base:
+        called = f"PEFT's {peft_class(layer).__name__} does"
+    reason = eligibility.variant_reason(layer, active, called is not None)
+    for adapter in active:
+        reason = reason or eligibility.adapter_reason(layer, adapter, early=True)
+    return reason, called
+
+
 def unpatch(model: nn.Module) -> int:
     """Give every fused layer its PEFT class back; returns how many there were. Adapters stay, trained or not.
 
-    Raises ValueError, with the model as it was, when something has wrapped a fused layer's forward since.
+    A layer that a method has extended since keeps the method's forward, in plain PyTorch, and gets its PEFT class when
+    the method lets go of it. Raises ValueError, with the model as it was, when something has wrapped a fused layer's
+    forward since.
     """
-    from .called_base import is_fused
     from .eligibility import has_own_forward
+    from .layers import is_fused
 
     layers: list[Any] = [module for module in model.modules() if is_fused(module)]
     wrapped = [layer.slao_options.name for layer in layers if has_own_forward(layer)]
@@ -155,11 +183,21 @@ def unpatch(model: nn.Module) -> int:
         )
     for layer in layers:
         _unfuse(layer)
-    return len(layers)
+    extended = [module for module in model.modules() if hasattr(module.__dict__.get("slao_before"), "peft_class")]
+    for layer in extended:
+        layer.__dict__["slao_before"] = layer.slao_before.peft_class  # type: ignore[union-attr, operator]
+        _forget(layer)
+    return len(layers) + len(extended)
 
 
 def _unfuse(layer: Any) -> None:
     layer.__class__ = type(layer).peft_class
+    _forget(layer)
     # Removing an accelerate hook leaves the class's own forward bound on the instance.
     for key in ("slao_options", "forward"):
         layer.__dict__.pop(key, None)
+
+
+def _forget(layer: Any) -> None:
+    """What was concluded about its calls under other options."""
+    layer.__dict__.pop("slao_plan", None)

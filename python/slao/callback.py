@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from slao_kernels import masters
+from slao_kernels import deepspeed_masters
 
 from . import checkpoint, observing
 from .methods import Method
@@ -71,7 +71,7 @@ class SlaoCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._check(args, state, model)
-        masters.refuse_unreachable(kwargs.get("optimizer"))
+        deepspeed_masters.refuse_unreachable(kwargs.get("optimizer"))
         if state.global_step > 0:
             self._resume(args, state)
             return

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from slao_kernels import masters, sharding
+from slao_kernels import deepspeed_masters, sharding
 from slao_kernels.adapters import LoraPair
 from slao_kernels.ops.checks import not_finite
 
@@ -73,7 +73,7 @@ class Method:
             raise
         self.pairs = sharding.live_pairs(pairs, self.adapter)
         if write:
-            masters.write_through(parameter for pair in self.pairs for parameter in pair.layer.parameters())
+            deepspeed_masters.write_through(parameter for pair in self.pairs for parameter in pair.layer.parameters())
 
     @property
     def task(self) -> int:
@@ -92,7 +92,7 @@ class Method:
                     f"task {self.names[-1]!r} is still running; call end_task() before begin_task({name!r})"
                 )
             self._refuse_while_swapped("begin_task")
-            masters.refuse_unreachable(self.model)
+            deepspeed_masters.refuse_unreachable(self.model)
         with self._whole():
             if self.names and sharding.ranks() > 1:
                 # A rank that refuses on its own would leave the others with an adapter that is re-based already.
@@ -213,7 +213,7 @@ class Method:
         path = Path(folder) / STATE_FILE
         with sharding.together():
             self._refuse_while_swapped("load")
-            masters.refuse_unreachable(self.model)
+            deepspeed_masters.refuse_unreachable(self.model)
         tensors, meta = sharding.on_first(lambda: checkpoint.read_state(path))
         with self._whole():
             live = self._live_tensors()

@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import dispatch
 from .. import (
     checks,
-    schema,  # noqa: F401  (defines the operators)
+    operators,  # noqa: F401  (defines the operators)
 )
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -51,3 +55,39 @@ def lora_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tens
     if B.shape[1] > r:
         branch = branch + B[:, r]
     return (y.to(A.dtype) + scaling * branch).to(y.dtype)
+
+
+def grads(
+    source: Tensor,
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    t: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    needs: Any,
+) -> tuple[Any, ...]:
+    """The backward pass of several layers in functions that torch can batch, as `TorchProducts.backward` (the same
+    arguments): (dx, dsource, dAs, dBs, g), needed or not."""
+    dtype, rows = t.dtype, source.reshape(-1, source.shape[-1]).to(t.dtype)
+    flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    gs = [s * (dy.to(dtype) @ B) for s, dy, B in zip(scalings, flat, Bs, strict=True)]
+    ts = t.split([B.shape[1] for B in Bs], 1)
+    dx = sum(dy @ weight for dy, weight in zip(flat, weights, strict=True)).to(dtype)
+    branch = sum(g @ A for g, A in zip(gs, As, strict=True))
+    both = (dx if needs[1] else dx + branch).to(source.dtype)
+    return (
+        both.reshape(source.shape),
+        branch.reshape(source.shape).to(source.dtype),
+        [g.transpose(0, 1) @ rows for g in gs],
+        [s * (dy.to(dtype).transpose(0, 1) @ own) for s, dy, own in zip(scalings, flat, ts, strict=True)],
+        torch.cat(gs, 1),
+    )
+
+
+def add_grads(x: Tensor, dy: Tensor, t: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dA, dB) of `lora_add` in functions that torch can batch."""
+    wide = dy.reshape(-1, dy.shape[-1]).to(B.dtype)
+    g = scaling * (wide @ B[:, : A.shape[0]])
+    dx = (g @ A).reshape(x.shape).to(x.dtype)
+    return dx, g.transpose(0, 1) @ x.reshape(-1, x.shape[-1]).to(g.dtype), scaling * (wide.transpose(0, 1) @ t)

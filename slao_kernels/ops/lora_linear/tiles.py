@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,7 +97,7 @@ def table(device: str) -> tuple[Tile, ...]:
     return rows(device, "tiles", _tile)
 
 
-@cache
+@lru_cache(maxsize=1024)  # a new m with every batch
 def find(
     kernel: str, dtype: torch.dtype, m: int, k: int, r: int, aligned: bool = True, device: str = "default"
 ) -> Tile | None:

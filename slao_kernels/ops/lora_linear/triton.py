@@ -1,4 +1,7 @@
-"""lora_linear with its rank-r products in Triton; the base GEMM stays torch's, but for what gemm.py takes.
+"""lora_linear on a GPU by Triton: from the products down to the launches. The base GEMM stays torch's.
+
+A forward pass of one layer is two launches (shrink, and torch's GEMMs for expand and base), a backward pass three
+(grad_t: g and dB in one pass over dy; outer: dA; torch's for dx); sums over several programs take one more, `gather`.
 
 Dropout on x is drawn inside the products and drawn again in backward: neither a mask nor a masked copy of x exists.
 Element (m, k) of x, seen as (M, K), is kept where its 16 bits of Philox4x32-10 are below `keep_below`: key = seed,
@@ -12,11 +15,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import device as kernel
-from . import eager, gemm, hilo, skinny, tiles, wide
-from .launch import COMPUTE, gather, landing, launch, parts_of
+from . import gemm, tiles
+from . import triton_kernels as kernel
+from .precise import outer_split, shrink_split, splits
+from .products import TorchProducts
+from .triton_kernels import COMPUTE, gather, landing, launch, parts_of
 
-_MAX_RANK = 256
+MAX_RANK = 256
+# Bytes of the one-pass dB's parts, ceil(M / 128) N r of fp32, beyond which dy is read twice instead: beside an lm_head
+# they would be half a gigabyte. A block of Llama-3.2-1B needs 34 MB at 8,192 tokens and r = 16.
+_MAX_PARTS = 64 << 20
 
 
 def keep_below(p: float) -> int:
@@ -24,47 +32,8 @@ def keep_below(p: float) -> int:
     return max(1, round((1.0 - p) * 65536))
 
 
-def forward(
-    x: Tensor,
-    x_dropped: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    wide: bool = False,
-    seed: Tensor | None = None,
-    p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """(y, t) of `slao_kernels::lora_linear`; with a seed, t = dropout(x) Aᵀ."""
-    return eager.forward(x, x_dropped, weight, bias, A, B, scaling, wide, TritonProducts(seed, p))
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    x_dropped: Tensor | None,
-    weight: Tensor,
-    t: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    need_x: bool,
-    need_dropped: bool,
-    need_A: bool,
-    need_B: bool,
-    wide: bool = False,
-    seed: Tensor | None = None,
-    p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dx_dropped, dA, dB, g) of `slao_kernels::lora_linear_backward`; with a seed, x is masked as in forward."""
-    needs = (need_x, need_dropped, need_A, need_B, wide)
-    products = TritonProducts() if seed is None else _DroppedBackward(seed, p)
-    return eager.backward(dy, x, x_dropped, weight, t, A, B, scaling, *needs, products=products)
-
-
-class TritonProducts:
-    """The products of skinny.py as Triton kernels; with a seed, `shrink` and `grad_A` see dropout(x, p)."""
+class TritonProducts(TorchProducts):
+    """With a seed, `shrink` and `grad_A` see dropout(x, p), and `grad_source` masks what they masked."""
 
     def __init__(self, seed: Tensor | None = None, p: float = 0.0) -> None:
         self.seed = seed
@@ -73,72 +42,76 @@ class TritonProducts:
 
     def shrink(self, x: Tensor, A: Tensor) -> Tensor:
         if self.seed is None and not _serves(x, A.shape[0]):
-            return skinny.shrink(x, A)
+            return super().shrink(x, A)
         t = x.new_empty((x.shape[0], A.shape[0]))
         _shrink(x, A, t, self.scale, self.seed, self.keep_below)
         return t
 
-    # One product of inner size r that writes all of y: the GEMM library is at the copy's speed there.
-    def expand_(self, y: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None) -> None:
-        skinny.expand_(y, t, B, scaling, bias)
+    # Of `linear_` the rank's part, one product of inner size r that writes all of y, is the GEMM library's: at the
+    # copy's speed there.
+    def linear_(
+        self, y: Tensor, x: Tensor, W: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None
+    ) -> None:
+        if not gemm.gemm_(y, x, W.t(), t, B.t(), scaling, bias):
+            super().linear_(y, x, W, t, B, scaling, bias)
 
-    def gemm_(self, y: Tensor, x: Tensor, W: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None) -> bool:
-        """y <- x W + scaling t Bᵀ + bias in one kernel, and True, where gemm.py says that this pays."""
-        return gemm.gemm_(y, x, W, t, B.t(), scaling, bias)
-
-    def grad_t(self, dy: Tensor, t: Tensor, B: Tensor, scaling: float, g: Tensor | None, dB: Tensor | None) -> None:
+    def grad_t(
+        self, dy: Tensor, t: Tensor, B: Tensor, scaling: float, need_g: bool, need_dB: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         if not _serves(dy, B.shape[1]):
-            skinny.grad_t(dy, t, B, scaling, g, dB)
-            return
+            return super().grad_t(dy, t, B, scaling, need_g, need_dB)
+        g, dB = torch.empty_like(t) if need_g else None, torch.empty_like(B) if need_dB else None
         if g is not None and dB is not None and _grad_t_in_one_pass(dy, t, B, scaling, g, dB):
-            return
+            return g, dB
         if g is not None:
             _shrink(dy, B.t().contiguous(), g, scaling)  # (r, N): small, and read by every program
         if dB is not None:
             _outer(t, dy, dB.t(), scaling)
+        return g, dB
 
-    def grad_A(self, g: Tensor, x: Tensor, dA: Tensor) -> None:
+    def grad_A(self, g: Tensor, x: Tensor) -> Tensor:
         if self.seed is None and not _serves(x, g.shape[1]):
-            skinny.grad_A(g, x, dA)
-        else:
-            _outer(g, x, dA, self.scale, self.seed, self.keep_below)
+            return super().grad_A(g, x)
+        dA = x.new_empty((g.shape[1], x.shape[1]))
+        _outer(g, x, dA, self.scale, self.seed, self.keep_below)
+        return dA
 
-    # fp32 adapters on a 16-bit base; no dropout of our own there (see apply in __init__.py).
+    def grad_source(self, g: Tensor, A: Tensor) -> Tensor:
+        if self.seed is None:
+            return super().grad_source(g, A)
+        dx = g.new_empty((g.shape[0], A.shape[1]))
+        _expand_dropped(g, A, dx, self.scale, self.seed, self.keep_below)
+        return dx
+
+    def grad_x(self, dy: Tensor, W: Tensor, g: Tensor, A: Tensor) -> Tensor:
+        if self.seed is None:  # else the rank's term alone is masked: never in the kernel that computes both
+            dx = g.new_empty((g.shape[0], A.shape[1]))
+            if gemm.gemm_(dx, dy, W, g, A, 1.0, None):
+                return dx
+        return super().grad_x(dy, W, g, A)
+
+    # fp32 adapters on a 16-bit base; no dropout of our own there (`Call.draws` in autograd.py).
     def shrink_wide(self, x: Tensor, A: Tensor, scaling: float) -> Tensor:
-        if not wide.splits(x, A):
-            return skinny.shrink_wide(x, A, scaling)
-        return hilo.shrink(x, A, _fp32_shrink).mul_(scaling)
+        if not splits(x, A):
+            return super().shrink_wide(x, A, scaling)
+        return shrink_split(x, A, _fp32_shrink).mul_(scaling)
 
-    def outer_wide(self, t: Tensor, x: Tensor, out: Tensor, scaling: float) -> None:
-        if wide.splits(x, t):
-            torch.mul(hilo.outer(t, x, _fp32_outer), scaling, out=out)
-        else:
-            skinny.outer_wide(t, x, out, scaling)
-
-    def add_wide_(self, y: Tensor, t: Tensor, B: Tensor, scaling: float) -> None:
-        skinny.add_wide_(y, t, B, scaling)
+    def outer_wide(self, t: Tensor, x: Tensor, scaling: float) -> Tensor:
+        if not splits(x, t):
+            return super().outer_wide(t, x, scaling)
+        return outer_split(t, x, _fp32_outer).mul_(scaling)
 
 
-class _DroppedBackward(TritonProducts):
-    """In backward `expand_` makes dx's part g A, and what dropout left out of x has none."""
-
-    def expand_(self, y: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None) -> None:
-        assert bias is None
-        assert self.seed is not None
-        _expand_dropped(t, B.t(), y, scaling * self.scale, self.seed, self.keep_below)
-
-    def gemm_(self, *_: object) -> bool:
-        """Never: the rank's term alone is masked, and in the one kernel it is not alone."""
-        return False
+_UNDROPPED = TritonProducts()
 
 
-_plain = TritonProducts()
-shrink, expand_, gemm_, grad_t, grad_A = _plain.shrink, _plain.expand_, _plain.gemm_, _plain.grad_t, _plain.grad_A
-shrink_wide, outer_wide, add_wide_ = _plain.shrink_wide, _plain.outer_wide, _plain.add_wide_
+def products(seed: Tensor | None = None, p: float = 0.0) -> TritonProducts:
+    """The backend "triton"."""
+    return _UNDROPPED if seed is None else TritonProducts(seed, p)
 
 
 def _serves(x: Tensor, r: int) -> bool:
-    return x.dtype in COMPUTE and 0 < r <= _MAX_RANK and x.numel() > 0
+    return x.dtype in COMPUTE and 0 < r <= MAX_RANK and x.numel() > 0
 
 
 def _tile(name: str, x: Tensor, r: int) -> tuple[tiles.Tile | None, int]:
@@ -160,7 +133,7 @@ def _shrink(x: Tensor, A: Tensor, out: Tensor, alpha: float, seed: Tensor | None
     if m * k * r == 0:
         out.zero_()
         return
-    tile, processors = _tile("shrink", x, min(r, _MAX_RANK))  # more ranks are more programs
+    tile, processors = _tile("shrink", x, min(r, MAX_RANK))  # more ranks are more programs
     assert tile is not None
     blocks, rank_blocks = -(-m // tile.block_m), -(-r // tile.block_r)
     parts, per_part = tiles.split(k, tile.block_k, blocks * rank_blocks, processors)
@@ -211,7 +184,7 @@ def _outer(g: Tensor, x: Tensor, out: Tensor, alpha: float, seed: Tensor | None 
     if m * k * r == 0:
         out.zero_()
         return
-    tile, processors = _tile("outer", x, min(r, _MAX_RANK))
+    tile, processors = _tile("outer", x, min(r, MAX_RANK))
     assert tile is not None
     columns, rank_blocks = -(-k // tile.block_k), -(-r // tile.block_r)
     parts, per_part = tiles.split(m, tile.block_m, columns * rank_blocks, processors)
@@ -264,7 +237,7 @@ def _grad_t_in_one_pass(dy: Tensor, t: Tensor, B: Tensor, scaling: float, g: Ten
         return False
     row_blocks = -(-m // tile.block_m)
     parts, per_part = tiles.split(n, tile.block_k, row_blocks, processors)
-    if not one_pass_pays(dy, r, row_blocks, parts):
+    if 4 * r * n * row_blocks > _MAX_PARTS or not one_pass_pays(dy, r, row_blocks, parts):
         return False
     landed_g, landed_dB = landing(g), landing(dB)
     part_g, part_dB = parts_of(landed_g, parts), parts_of(landed_dB, row_blocks)

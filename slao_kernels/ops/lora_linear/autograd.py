@@ -1,0 +1,319 @@
+"""The nodes of the autograd graph: a LoRA layer, or several of one x; and a branch on a called base layer's result.
+
+Both are given tensors as they are stored and cast them inside, so autocast and adapters of another dtype are no other
+path. Neither writes into a saved tensor or an input that is not marked; both are differentiable once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import dispatch
+from .. import operators
+from . import reference
+
+PRECISIONS = ("base", "adapter")
+# Where triton.py draws dropout itself.
+_SEEDED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SEEDED_RANK = 256
+
+
+class Call(NamedTuple):
+    """What a call computes with, beside its tensors. Made by `call_for`, once a plan or once a call.
+
+    dtype: of the base product, x's or autocast's. factor: what A and B are cast to, None where they stay as stored.
+    wide: whether that is the dtype of the branch, wider than the base's (precision="adapter"). uniform: whether
+    nothing at all is cast. dropout: the probability that applies now; draws: whether the backend draws it itself.
+    """
+
+    scalings: tuple[float, ...]
+    dtype: torch.dtype
+    factor: torch.dtype | None
+    wide: bool
+    uniform: bool
+    backend: str
+    dropout: float
+    draws: bool
+
+
+def call_for(
+    x: Tensor,
+    layers: Sequence[Tensor | None],
+    scalings: tuple[float, ...],
+    precision: str = "base",
+    backend: str = "auto",
+    dropout: float = 0.0,
+    made: torch.dtype | None = None,
+) -> Call:
+    """The call of x (..., K) through `layers`: weight, bias, A and B of each, as they are stored.
+
+    made: the dtype of what a called base made of x; None where the base product is computed here, in x's dtype.
+    """
+    device, adapters = x.device.type, [M.dtype for M in (*layers[2::4], *layers[3::4]) if M is not None]
+    if torch.is_autocast_enabled(device):
+        # What autocast asks of every linear layer, PEFT's included.
+        dtype = torch.get_autocast_dtype(device)
+        branch = dtype if made is None else torch.promote_types(dtype, made)
+    else:
+        dtype = branch = x.dtype if made is None else torch.promote_types(x.dtype, made)
+        if precision == "adapter":
+            branch = reduce(torch.promote_types, adapters, branch)
+    wide, uniform = branch is not dtype, all(p is None or p.dtype is x.dtype is branch for p in layers)
+    backend = dispatch.choose("lora_linear", device, backend)
+    # The core rounds A and B of one dtype while it reads them, to bf16.
+    rounds = backend == "native" and made is None and branch is torch.bfloat16 and len(set(adapters)) == 1
+    # Not on an x that is read in another dtype than the branch's.
+    reads = not wide if made is None else x.dtype is branch or not _holds(branch, x.dtype)
+    draws = backend == "triton" and 0.0 < dropout < 1.0 and reads and branch in _SEEDED_DTYPES
+    draws = draws and sum(A.shape[0] for A in layers[2::4] if A is not None) <= _SEEDED_RANK
+    return Call(scalings, dtype, None if rounds else branch, wide, uniform, backend, dropout, draws)
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    return torch.promote_types(narrow, wide) is wide
+
+
+def drop(call: Call, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(x after dropout, None), or (None, the seed from which the backend drops); both None where nothing is dropped."""
+    if not call.dropout:
+        return None, None
+    if call.draws:
+        # A tensor: reading it back would stop the GPU, and a captured graph draws a new one at each replay.
+        return None, torch.randint(2**63 - 1, (1,), device=x.device)
+    return F.dropout(x, call.dropout), None
+
+
+class LoraLinear(torch.autograd.Function):
+    """yᵢ = x Wᵢᵀ + bᵢ + sᵢ · source Aᵢᵀ (core + core_delta)ᵀ Bᵢᵀ, source being x, dropped or not.
+
+    tensors: weight (N, K), bias (N) or None, A (r, K) and B (N, r) of each layer; with one layer also core and
+    core_delta (r, r), either None. Returns y (..., N), or a tuple of them. Saves what the branch read, t (M, Σr) and
+    tensors of the adapters' size, nothing (M, N); x itself beside a dropped one only where a weight trains.
+
+    C-LoRA's routing R = core + core_delta costs only r×r products: the kernels see B R in the forward pass and R A in
+    the backward one, and what they return is multiplied by core_deltaᵀ afterwards.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, x: Tensor, dropped: Tensor | None, seed: Tensor | None, *tensors: Any) -> Any:
+        stored, source, end = x, dropped, 4 * len(call.scalings)
+        weights, biases, As, Bs = (tensors[part:end:4] for part in range(4))
+        if not call.uniform:
+            x, source = cast((x, source), call.dtype)
+            weights, biases = cast(weights, call.dtype), cast(biases, call.dtype)
+            if call.factor is not None:
+                As, Bs = cast(As, call.factor), cast(Bs, call.factor)
+        values = Bs
+        if len(tensors) > end:
+            B = tensors[3]
+            values = cast((B @ routing(tensors).to(B.dtype),), Bs[0].dtype)
+        if dispatch.direct():
+            products = operators.products_of(call.backend, seed, call.dropout)
+            run = products.wide_forward if call.wide else products.forward
+            ys, t = run(x, source, weights, biases, As, values, call.scalings)
+        else:
+            op, drawn = torch.ops.slao_kernels.lora_linear, (seed, call.dropout)
+            ys, t = op(x, source, weights, biases, As, values, call.scalings, call.wide, call.backend, *drawn)
+        trains = source is not None and any(weight.requires_grad for weight in tensors[:end:4])
+        more = (x if trains else None, seed, *tensors[end:]) if trains or seed is not None or len(tensors) > end else ()
+        ctx.save_for_backward(x if source is None else source, t, *weights, *As, *Bs, *more)
+        ctx.call = call
+        if not call.uniform:
+            ctx.dtypes = [None if part is None else part.dtype for part in (stored, dropped, *tensors)]
+        return ys[0] if len(ys) == 1 else tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        return once(_linear_grads, ctx, *dys)
+
+
+def _linear_grads(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+    call, saved = ctx.call, ctx.saved_tensors
+    _, need_x, need_source, _, *needs = ctx.needs_input_grad
+    count = len(call.scalings)
+    end = 4 * count
+    read, t, weights, As, Bs, more = saved[0], saved[1], *_cut(saved, count)
+    x, seed, *cores = more or (None, None)
+    need_As, need_Bs = needs[2:end:4], needs[3:end:4]
+    need_delta = bool(cores) and needs[-1]
+    whole = [routing(cores).to(As[0].dtype) @ As[0]] if cores else As
+    wanted = need_x, need_source, [True] if need_delta else need_As, need_Bs
+    if operators.batched(dys):
+        _refuse_a_seed(seed)
+        dx, dsource, dAs, dBs, g = reference.grads(read, dys, weights, t, whole, Bs, call.scalings, wanted)
+    elif dispatch.direct():
+        products = operators.products_of(call.backend, seed, call.dropout)
+        run = products.wide_backward if call.wide else products.backward
+        args = read, dys, weights, t, whole, Bs, call.scalings, wanted
+        dx, dsource, dAs, dBs, g = operators.without_autocast(run, *args)
+    else:
+        op, rest = torch.ops.slao_kernels.lora_linear_backward, (call.wide, *wanted, call.backend, seed, call.dropout)
+        dx, dsource, dAs, dBs, g = op(dys, read, weights, t, whole, Bs, call.scalings, *rest)
+    d_cores: tuple[Any, ...] = ()
+    if cores:
+        dAs, dBs, d_cores = _through_cores(cores[1], g, t, dAs[0], dBs[0], (need_As[0], need_Bs[0], need_delta))
+    grads: list[Tensor | None] = [None] * end
+    grads[2::4], grads[3::4] = dAs, dBs
+    for i, dy in enumerate(dys):
+        if needs[4 * i] or needs[4 * i + 1]:
+            dy2, full = dy.reshape(-1, dy.shape[-1]), read if x is None else x
+            grads[4 * i] = dy2.t() @ full.reshape(-1, full.shape[-1]) if needs[4 * i] else None
+            if needs[4 * i + 1]:
+                grads[4 * i + 1] = dy2.sum(0, dtype=dy.dtype if call.uniform else ctx.dtypes[4 * i + 3])
+    grads = [None, dx, dsource, None, *grads, *d_cores]
+    if call.uniform:
+        return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))
+    dtypes = None, *ctx.dtypes[:2], None, *ctx.dtypes[2:]
+    return tuple(
+        (grad if grad.dtype is dtype else grad.to(dtype)) if need else None
+        for grad, dtype, need in zip(grads, dtypes, ctx.needs_input_grad, strict=True)
+    )
+
+
+def _cut(saved: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    """weights, As, Bs, and what else was saved."""
+    return [saved[2 + i * count : 2 + (i + 1) * count] for i in range(3)] + [saved[2 + 3 * count :]]
+
+
+def _through_cores(
+    delta: Tensor | None, g: Tensor, t: Tensor, dA: Tensor, dB: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[list[Tensor | None], list[Tensor | None], tuple[Any, ...]]:
+    """dA, dB and (None, d core_delta): only core_delta carries A's and B's gradient; a core alone is a frozen path."""
+    need_A, need_B, need_delta = needs
+    d_delta = g.t() @ t if need_delta else None
+    if need_A:
+        dA = torch.zeros_like(dA) if delta is None else delta.to(dA.dtype).t() @ dA
+    if need_B:
+        dB = torch.zeros_like(dB) if delta is None else dB @ delta.to(dB.dtype).t()
+    if d_delta is not None and delta is not None:
+        d_delta = d_delta.to(delta.dtype)
+    return [dA], [dB], (None, d_delta)
+
+
+class LoraAdd(torch.autograd.Function):
+    """y + scaling · x Aᵀ Bᵀ in y's dtype and shape (..., N): x (..., K), dropped or not, A (r, K), B (N, r).
+
+    B may be (N, r + 1) with a bias as its last column. Saves x, t and the adapters; nothing (M, N), and of y nothing
+    at all: its gradient is dy. in_place: y is nobody else's, and is written into.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, y: Tensor, x: Tensor, seed: Tensor | None, A: Tensor, B: Tensor, in_place: bool
+    ) -> Tensor:
+        ctx.call, ctx.dtypes = call, (x.dtype, A.dtype, B.dtype)
+        if not _holds(call.factor, x.dtype):  # autocast's is narrower; an x that is narrower still is read as it is
+            x = x.to(call.factor)
+        A, B = cast((A, B), call.factor)
+        (scaling,) = call.scalings
+        if dispatch.direct():
+            out = y if in_place else torch.empty(y.shape, dtype=y.dtype, device=y.device)
+            t = operators.products_of(call.backend, seed, call.dropout).add(x, y, A, B, scaling, out)
+            if in_place:
+                ctx.mark_dirty(y)
+        else:
+            out, t = torch.ops.slao_kernels.lora_add(y, x, A, B, scaling, call.backend, seed, call.dropout)
+        ctx.save_for_backward(x, t, A, B, seed)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return once(_add_grads, ctx, dy)
+
+
+def _add_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    call, (scaling,), (x, t, A, B, seed) = ctx.call, ctx.call.scalings, ctx.saved_tensors
+    _, need_y, need_x, _, need_A, need_B, _ = ctx.needs_input_grad
+    needs = need_x, need_A, need_B
+    if operators.batched((dy,)):
+        _refuse_a_seed(seed)
+        dx, dA, dB = reference.add_grads(x, dy, t, A, B, scaling)
+    elif dispatch.direct():
+        run = operators.products_of(call.backend, seed, call.dropout).add_backward
+        dx, dA, dB = operators.without_autocast(run, x, dy, t, A, B, scaling, needs)
+    else:
+        op = torch.ops.slao_kernels.lora_add_backward
+        dx, dA, dB = op(dy, x, t, A, B, scaling, *needs, call.backend, seed, call.dropout)
+    x_dtype, A_dtype, B_dtype = ctx.dtypes
+    return (
+        None,
+        dy if need_y else None,
+        dx.to(x_dtype) if need_x else None,
+        None,
+        dA.to(A_dtype) if need_A else None,
+        dB.to(B_dtype) if need_B else None,
+        None,
+    )
+
+
+def linear(call: Call) -> Callable[..., Any]:
+    """What computes `call` now, with the arguments of LoraLinear.forward after ctx."""
+    if call.backend == "reference":
+        return _linear_by_reference
+    return LoraLinear.apply if torch.is_grad_enabled() else partial(LoraLinear.forward, _NoGraph)
+
+
+def add(call: Call) -> Callable[..., Tensor]:
+    """The same for LoraAdd."""
+    if call.backend == "reference":
+        return _add_by_reference
+    return LoraAdd.apply if torch.is_grad_enabled() else partial(LoraAdd.forward, _NoGraph)
+
+
+class _NoGraph:
+    """The context of a forward pass that no backward pass follows."""
+
+    @staticmethod
+    def save_for_backward(*tensors: Any) -> None:
+        """Nothing."""
+
+    mark_dirty = save_for_backward
+
+
+def _linear_by_reference(call: Call, x: Tensor, dropped: Tensor | None, seed: None, *tensors: Any) -> Any:
+    (x, dropped), end = cast((x, dropped), call.dtype), 4 * len(call.scalings)
+    cores, ys = cast(tensors[end:], call.factor), []
+    for i, scaling in enumerate(call.scalings):
+        weight, bias = cast(tensors[4 * i : 4 * i + 2], call.dtype)
+        A, B = cast(tensors[4 * i + 2 : 4 * i + 4], call.factor)
+        ys.append(reference.lora_linear(x, dropped, weight, bias, A, B, scaling, *cores))
+    return ys[0] if len(ys) == 1 else tuple(ys)
+
+
+def _add_by_reference(call: Call, y: Tensor, x: Tensor, seed: None, A: Tensor, B: Tensor, in_place: bool) -> Tensor:
+    return reference.lora_add(y, x, *cast((A, B), call.factor), call.scalings[0])
+
+
+def cast(tensors: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
+    """Each of them, but for None, in dtype."""
+    return [tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype) for tensor in tensors]
+
+
+def routing(tensors: Sequence[Any]) -> Tensor:
+    """core + core_delta, the last two of them, either of which may be None."""
+    core, core_delta = tensors[-2:]
+    if core is None or core_delta is None:
+        return core_delta if core is None else core
+    return core + core_delta
+
+
+def once(grads: Callable[..., Any], ctx: Any, *dys: Tensor) -> Any:
+    """torch's `once_differentiable`, whose block and checks cost microseconds, where somebody may differentiate twice."""
+    if torch.is_grad_enabled():
+        return once_differentiable(grads)(ctx, *dys)
+    return grads(ctx, *dys)
+
+
+def _refuse_a_seed(seed: Tensor | None) -> None:
+    if seed is not None:
+        raise RuntimeError(
+            "many gradients at once (is_grads_batched, vectorize=True) through dropout that Triton's kernels draw: "
+            "take them one by one, in eval mode, or patch with backend='eager'"
+        )

@@ -1,0 +1,188 @@
+"""A LoRA layer's forward and backward from torch's own GEMMs: the formula, and the five products that it is made of.
+
+LoRA first, then the base GEMM on top of it with beta = 1: the M×N add rides in the GEMM's epilogue, and the rank-r
+product is rounded before the larger base product joins it in the accumulator, which is more accurate than adding two
+rounded M×N tensors. `scaling` is the GEMM's alpha, so no scaled copy of B is made.
+
+Each product reads or writes one large matrix and costs next to no arithmetic. Other backends are subclasses with
+other products (cpu.py, triton.py); the base GEMM stays torch's. M = tokens, K and N = features, r = rank, of several
+layers of one x side by side. Gradients are fresh tensors; y alone is given, since it has x's leading sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .precise import WideProducts, rows_of
+
+# Which gradients are wanted: of x, of x after torch's dropout, of each A and of each B.
+Needs = tuple[bool, bool, Sequence[bool], Sequence[bool]]
+# None where not needed: (dx, dsource, dAs, dBs, g).
+Grads = tuple["Tensor | None", "Tensor | None", "list[Tensor | None]", "list[Tensor | None]", "Tensor | None"]
+
+
+class TorchProducts(WideProducts):
+    """Everything by torch. `wide_forward` and `wide_backward` (precise.py) serve adapters that are wider than x."""
+
+    def shrink(self, x: Tensor, A: Tensor) -> Tensor:
+        """x Aᵀ: x (M, K), A (r, K); (M, r)."""
+        return torch.mm(x, A.t())
+
+    def linear_(
+        self, y: Tensor, x: Tensor, W: Tensor, t: Tensor, B: Tensor, scaling: float, bias: Tensor | None
+    ) -> None:
+        """y <- x Wᵀ + scaling t Bᵀ + bias: y (M, N), x (M, K), W (N, K), t (M, r), B (N, r), bias (N)."""
+        if bias is None:
+            torch.addmm(y, t, B.t(), beta=0, alpha=scaling, out=y)
+        else:
+            torch.addmm(bias, t, B.t(), alpha=scaling, out=y)
+        y.addmm_(x, W.t())
+
+    def grad_t(
+        self, dy: Tensor, t: Tensor, B: Tensor, scaling: float, need_g: bool, need_dB: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(g = scaling dy B (M, r), dB = scaling dyᵀ t (N, r)), None where not needed; dy (M, N)."""
+        g = torch.addmm(t, dy, B, beta=0, alpha=scaling) if need_g else None
+        return g, torch.addmm(B, dy.t(), t, beta=0, alpha=scaling) if need_dB else None
+
+    def grad_A(self, g: Tensor, x: Tensor) -> Tensor:
+        """gᵀ x (r, K): g (M, r), x (M, K)."""
+        return torch.mm(g.t(), x)
+
+    def grad_source(self, g: Tensor, A: Tensor) -> Tensor:
+        """g A (M, K), the gradient of what the branch read: g (M, r), A (r, K)."""
+        return torch.mm(g, A)
+
+    def grad_x(self, dy: Tensor, W: Tensor, g: Tensor, A: Tensor) -> Tensor:
+        """dy W + g A (M, K): dy (M, N), W (N, K), g (M, r), A (r, K)."""
+        return self.grad_source(g, A).addmm_(dy, W)
+
+    def forward(
+        self,
+        x: Tensor,
+        source: Tensor | None,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        As: Sequence[Tensor],
+        Bs: Sequence[Tensor],
+        scalings: Sequence[float],
+    ) -> tuple[list[Tensor], Tensor]:
+        """(ys, t) of the operator `lora_linear`; see operators.py."""
+        x2, tokens, ys = rows_of(x), x.shape[:-1], []
+        t = self.shrink(x2 if source is None else rows_of(source), stacked(As))
+        for weight, bias, B, scaling, own in zip(weights, biases, Bs, scalings, by_layer(t, Bs), strict=True):
+            # N-D from the start: a view of a 2-D result would refuse the caller's in-place operations.
+            y = x.new_empty((*tokens, weight.shape[0]))
+            self.linear_(rows_of(y), x2, weight, own, B, scaling, bias)
+            ys.append(y)
+        return ys, t
+
+    def backward(
+        self,
+        source: Tensor,
+        dys: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        t: Tensor,
+        As: Sequence[Tensor],
+        Bs: Sequence[Tensor],
+        scalings: Sequence[float],
+        needs: Needs,
+    ) -> Grads:
+        """What the operator `lora_linear_backward` computes; see operators.py."""
+        need_x, need_source, need_As, need_Bs = needs
+        rows, need_A = [rows_of(dy) for dy in dys], any(need_As)
+        need_g = need_x or need_source or need_A
+        gs, dBs, dx, dsource = [], [], None, None
+        for dy, own, B, scaling, need_B in zip(rows, by_layer(t, Bs), Bs, scalings, need_Bs, strict=True):
+            g, dB = self.grad_t(dy, own, B, scaling, need_g, need_B)
+            gs.append(g)
+            dBs.append(dB)
+        if not need_g:
+            return None, None, [None] * len(As), dBs, None
+        g, A = stacked(gs, 1), stacked(As)
+        # By one product: what the branch read is large, and read once.
+        dA = self.grad_A(g, rows_of(source)) if need_A else None
+        if need_source:
+            dsource = self.grad_source(g, A).view(source.shape)
+            dx = torch.mm(rows[0], weights[0]) if need_x else None
+        elif need_x:
+            dx = self.grad_x(rows[0], weights[0], g, A)
+        if dx is not None:
+            for dy, weight in zip(rows[1:], weights[1:], strict=True):
+                dx.addmm_(dy, weight)
+            dx = dx.view(source.shape)
+        return dx, dsource, split_as(dA, As, need_As), dBs, g
+
+    def add(self, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float, out: Tensor) -> Tensor:
+        """Writes y + scaling x Aᵀ Bᵀ into `out` (contiguous; y itself, or as large) and returns t; see `lora_add`."""
+        x2, y2, out2 = rows_of(x), rows_of(y), rows_of(out)
+        t = self.shrink(x2, A) if x.dtype is A.dtype else self.shrink_wide(x2, A, 1.0)
+        if B.shape[1] > A.shape[0]:  # a bias as one more column of B: its factor is 1
+            t = torch.cat([t, t.new_ones(t.shape[0], 1)], 1)
+        if y.dtype is not t.dtype:
+            if out is not y:
+                out2.copy_(y2)
+            self.add_wide_(out2, t, B, scaling)
+        elif out is y:
+            out2.addmm_(t, B.t(), alpha=scaling)
+        else:
+            torch.addmm(y2, t, B.t(), alpha=scaling, out=out2)
+        return t
+
+    def add_backward(
+        self, x: Tensor, dy: Tensor, t: Tensor, A: Tensor, B: Tensor, scaling: float, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, dA, dB) of the operator `lora_add_backward`, None where not needed; see operators.py."""
+        need_x, need_A, need_B = needs
+        dy2, x2, r, need_g = rows_of(dy), rows_of(x), A.shape[0], need_x or need_A
+        biased = B.shape[1] > r
+        own = B[:, :r] if biased else B
+        dx = dA = dB = g = None
+        if dy.dtype is B.dtype:
+            g, dB = self.grad_t(dy2, t, own, scaling, need_g, need_B and not biased)
+            if need_B and biased:
+                dB = torch.mm(dy2.t(), t).mul_(scaling)
+        else:
+            g = self.shrink_wide(dy2, own.t(), scaling) if need_g else None
+            dB = self.outer_wide(t, dy2, scaling).t().contiguous() if need_B else None
+        if g is None:
+            return None, None, dB
+        if x.dtype is g.dtype:
+            dA = self.grad_A(g, x2) if need_A else None
+            dx = self.grad_source(g, A).view(x.shape) if need_x else None
+        else:
+            dA = self.outer_wide(g, x2, 1.0) if need_A else None
+            if need_x:
+                dx = x.new_zeros(x.shape)
+                self.add_wide_(rows_of(dx), g, A.t(), 1.0)
+        return dx, dA, dB
+
+
+def stacked(matrices: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """All of them one below the other, or side by side."""
+    return matrices[0] if len(matrices) == 1 else torch.cat(tuple(matrices), dim)
+
+
+def by_layer(t: Tensor, Bs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The columns of t (M, Σr) that belong to each layer."""
+    return (t,) if len(Bs) == 1 else t.split([B.shape[1] for B in Bs], 1)
+
+
+def split_as(dA: Tensor | None, As: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    """The rows of dA (Σr, K) that belong to each layer, in memory of their own; None where not needed."""
+    if dA is None or len(As) == 1:
+        return [dA] * len(As)
+    parts = dA.split([A.shape[0] for A in As])
+    return [part.clone() if need else None for part, need in zip(parts, needed, strict=True)]
+
+
+_TORCH = TorchProducts()
+
+
+def products(seed: Tensor | None = None, p: float = 0.0) -> TorchProducts:
+    """The backend "eager". It draws no dropout: torch does, before."""
+    assert seed is None
+    return _TORCH

@@ -1,0 +1,295 @@
+"""The contract with torch: every operator's schema, its fake (shape) function, and what runs behind it.
+
+The operators are what `torch.compile`, CUDA graphs, dispatch modes and `opcheck` see; where nobody looks on
+(`dispatch.direct`), whoever would call one calls what runs behind it. They take only what a kernel needs: casts,
+C-LoRA's cores and autograd stand above them. `backend` is a name that `dispatch.choose` gave.
+
+M = number of tokens (all leading sizes of x), K = in_features, N = out_features, r = rank. What is "not needed" comes
+back empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+
+LIBRARY = torch.library.Library("slao_kernels", "DEF")
+
+
+def products_of(backend: str, seed: Tensor | None = None, p: float = 0.0) -> Any:
+    """The backend's products (lora_linear/products.py); with a seed, those that draw dropout on x themselves."""
+    return dispatch.implementation("lora_linear", backend).products(seed, p)
+
+
+def without_autocast(run: Any, x: Tensor, *args: Any) -> Any:
+    """run(x, *args): everything has its dtype already, and autocast would change it, in a backward pass above all."""
+    if not torch.is_autocast_enabled(x.device.type):  # entering a block takes microseconds
+        return run(x, *args)
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x, *args)
+
+
+def batched(dys: Sequence[Tensor]) -> bool:
+    """Whether these are many gradients in one (is_grads_batched, vectorize=True): no memory that a kernel could read."""
+    return torch._C._are_functorch_transforms_active() or any(map(torch._C._functorch.is_legacy_batchedtensor, dys))
+
+
+# One or more layers of one x: ys[i] = x Wᵢᵀ + biasᵢ + scalingᵢ tᵢ Bᵢᵀ, shaped (*x.shape[:-1], Nᵢ); t = source Aᵀ
+# (M, Σr), the Aᵢ one below the other, source = x, or x after dropout by torch.
+# A and B share one dtype: x's; or a wider one, in which the branch is then computed and t kept (wide, for
+# precision="adapter"), or which the backend rounds itself while it reads them ("native").
+# seed (one int64 on x's device): the backend draws dropout of probability p on x itself; source is then x.
+LIBRARY.define(
+    "lora_linear(Tensor x, Tensor? source, Tensor[] weights, Tensor?[] biases, Tensor[] As, Tensor[] Bs, "
+    "float[] scalings, bool wide, str backend, Tensor? seed=None, float p=0.) -> (Tensor[] ys, Tensor t)"
+)
+# With gᵢ = scalingᵢ dyᵢ Bᵢ side by side in g (M, Σr): dx = Σ dyᵢ Wᵢ + g A, dAᵢ = gᵢᵀ source, dBᵢ = scalingᵢ dyᵢᵀ tᵢ.
+# need_source: dx is Σ dyᵢ Wᵢ alone and dsource g A. With a seed, source and g A are masked as in forward.
+LIBRARY.define(
+    "lora_linear_backward(Tensor[] dys, Tensor source, Tensor[] weights, Tensor t, Tensor[] As, Tensor[] Bs, "
+    "float[] scalings, bool wide, bool need_x, bool need_source, bool[] need_As, bool[] need_Bs, str backend, "
+    "Tensor? seed=None, float p=0.) -> (Tensor dx, Tensor dsource, Tensor[] dAs, Tensor[] dBs, Tensor g)"
+)
+
+
+def _lora_linear(
+    x: Tensor,
+    source: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    wide: bool,
+    backend: str,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[list[Tensor], Tensor]:
+    products = products_of(backend, seed, p)
+    run = products.wide_forward if wide else products.forward
+    return without_autocast(run, x, source, weights, biases, As, Bs, scalings)
+
+
+def _lora_linear_fake(
+    x: Tensor,
+    source: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    wide: bool,
+    backend: str,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[list[Tensor], Tensor]:
+    tokens = x.shape[:-1]
+    t = (As[0] if wide else x).new_empty((tokens.numel(), sum(A.shape[0] for A in As)))
+    return [x.new_empty((*tokens, weight.shape[0])) for weight in weights], t
+
+
+def _lora_linear_backward(
+    dys: Sequence[Tensor],
+    source: Tensor,
+    weights: Sequence[Tensor],
+    t: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    wide: bool,
+    need_x: bool,
+    need_source: bool,
+    need_As: Sequence[bool],
+    need_Bs: Sequence[bool],
+    backend: str,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
+    products = products_of(backend, seed, p)
+    run = products.wide_backward if wide else products.backward
+    needs = need_x, need_source, need_As, need_Bs
+    dx, dsource, dAs, dBs, g = without_autocast(run, source, dys, weights, t, As, Bs, scalings, needs)
+
+    def found(tensor: Tensor | None) -> Tensor:
+        return source.new_empty(0) if tensor is None else tensor
+
+    return found(dx), found(dsource), list(map(found, dAs)), list(map(found, dBs)), found(g)
+
+
+def _lora_linear_backward_fake(
+    dys: Sequence[Tensor],
+    source: Tensor,
+    weights: Sequence[Tensor],
+    t: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    wide: bool,
+    need_x: bool,
+    need_source: bool,
+    need_As: Sequence[bool],
+    need_Bs: Sequence[bool],
+    backend: str,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
+    nothing = source.new_empty
+    dAs = [torch.empty_like(A) if need else nothing(0) for A, need in zip(As, need_As, strict=True)]
+    dBs = [torch.empty_like(B) if need else nothing(0) for B, need in zip(Bs, need_Bs, strict=True)]
+    dx, dsource = (nothing(source.shape if need else 0) for need in (need_x, need_source))
+    needs_g = need_x or need_source or any(need_As)
+    return dx, dsource, dAs, dBs, torch.empty_like(t) if needs_g else nothing(0)
+
+
+# A branch on what a base layer, called, returned: out = y + scaling (x Aᵀ) Bᵀ in y's dtype and shape (..., N), a fresh
+# tensor. B (N, r); or (N, r + 1), then its last column is a bias: out = y + scaling (x Aᵀ B[:, :r]ᵀ + B[:, r]).
+# t = x Aᵀ (M, r), with a column of ones for the bias. A, B and t have the branch's dtype, as wide as x and y or wider.
+LIBRARY.define(
+    "lora_add(Tensor y, Tensor x, Tensor A, Tensor B, float scaling, str backend, Tensor? seed=None, float p=0.) "
+    "-> (Tensor out, Tensor t)"
+)
+# With g = scaling dy B (M, r): dx = g A, dA = gᵀ x, dB = scaling dyᵀ t, as wide as B. With a seed, x and g A are
+# masked as in forward. y's gradient is dy, and none of the operator's business.
+LIBRARY.define(
+    "lora_add_backward(Tensor dy, Tensor x, Tensor t, Tensor A, Tensor B, float scaling, bool need_x, bool need_A, "
+    "bool need_B, str backend, Tensor? seed=None, float p=0.) -> (Tensor dx, Tensor dA, Tensor dB)"
+)
+
+
+def _lora_add(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, backend: str, seed: Tensor | None = None, p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    out = y.new_empty(y.shape)
+    return out, without_autocast(products_of(backend, seed, p).add, x, y, A, B, scaling, out)
+
+
+def _lora_add_fake(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, backend: str, seed: Tensor | None = None, p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), B.new_empty((x.shape[:-1].numel(), B.shape[1]))
+
+
+def _lora_add_backward(
+    dy: Tensor,
+    x: Tensor,
+    t: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    backend: str,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run, needs = products_of(backend, seed, p).add_backward, (need_x, need_A, need_B)
+    dx, dA, dB = without_autocast(run, x, dy, t, A, B, scaling, needs)
+    return (
+        x.new_empty(0) if dx is None else dx,
+        A.new_empty(0) if dA is None else dA,
+        B.new_empty(0) if dB is None else dB,
+    )
+
+
+def _lora_add_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    t: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    backend: str,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        A.new_empty(A.shape if need_A else 0),
+        B.new_empty(B.shape if need_B else 0),
+    )
+
+
+# DoRA (dora/products.py). "wide" is fp32, or fp64 if asked for.
+# (N,) the 2-norm of each row of weight + scaling B A, in the dtype of A and B; weight (N, K), A (r, K), B (N, r).
+LIBRARY.define("dora_norm(Tensor weight, Tensor A, Tensor B, float scaling) -> Tensor")
+# y = bias + c z in z's dtype, rounded once: z (..., N), c and bias (N,), c wide.
+LIBRARY.define("dora_scale(Tensor z, Tensor c, Tensor? bias) -> Tensor")
+# dz = c dy in z's dtype, dc = Σ dy z over the tokens in c's.
+LIBRARY.define("dora_scale_backward(Tensor dy, Tensor z, Tensor c, bool need_z, bool need_c) -> (Tensor dz, Tensor dc)")
+
+
+def _dora() -> Any:
+    return dispatch.implementation("dora", "eager")
+
+
+def _dora_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    return without_autocast(_dora().norm, weight, A, B, scaling)
+
+
+def _dora_norm_fake(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    return A.new_empty(weight.shape[0])
+
+
+def _dora_scale(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
+    return without_autocast(_dora().scale, z, c, bias)
+
+
+def _dora_scale_fake(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
+    return z.new_empty(z.shape)
+
+
+def _dora_scale_backward(dy: Tensor, z: Tensor, c: Tensor, need_z: bool, need_c: bool) -> tuple[Tensor, Tensor]:
+    return without_autocast(_dora().scale_backward, dy, z, c, need_z, need_c)
+
+
+def _dora_scale_backward_fake(dy: Tensor, z: Tensor, c: Tensor, need_z: bool, need_c: bool) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape if need_z else 0), c.new_empty(c.shape if need_c else 0)
+
+
+# r: one (r, r) matrix per A to be filled, or an empty list. status (int32, one per matrix): 0 done, 1 done but
+# rank-deficient, 2 not finite: then no A at all was written.
+LIBRARY.define("orthogonal_init_(Tensor(a!)[] As, Tensor(b!)[] r, Tensor(c!) status, str backend) -> ()")
+LIBRARY.define("scaled_merge_(Tensor(a!)[] merged, Tensor[] finetuned, float[] lam, str backend) -> ()")
+LIBRARY.define("fold_(Tensor(a!)[] weights, Tensor[] As, Tensor[] Bs, float[] scalings, str backend) -> ()")
+
+
+def _orthogonal_init(As: list[Tensor], r: list[Tensor], status: Tensor, backend: str) -> None:
+    dispatch.implementation("orthogonal_init", backend).orthogonal_init_(As, r, status)
+
+
+def _scaled_merge(merged: list[Tensor], finetuned: list[Tensor], lam: list[float], backend: str) -> None:
+    dispatch.implementation("scaled_merge", backend).scaled_merge_(merged, finetuned, lam)
+
+
+def _fold(weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], scalings: list[float], backend: str) -> None:
+    dispatch.implementation("fold", backend).fold_(weights, As, Bs, scalings)
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+_OPERATORS: tuple[tuple[str, Any, Any], ...] = (
+    ("lora_linear", _lora_linear, _lora_linear_fake),
+    ("lora_linear_backward", _lora_linear_backward, _lora_linear_backward_fake),
+    ("lora_add", _lora_add, _lora_add_fake),
+    ("lora_add_backward", _lora_add_backward, _lora_add_backward_fake),
+    ("dora_norm", _dora_norm, _dora_norm_fake),
+    ("dora_scale", _dora_scale, _dora_scale_fake),
+    ("dora_scale_backward", _dora_scale_backward, _dora_scale_backward_fake),
+    ("orthogonal_init_", _orthogonal_init, _nothing),
+    ("scaled_merge_", _scaled_merge, _nothing),
+    ("fold_", _fold, _nothing),
+)
+for _name, _kernel, _fake in _OPERATORS:
+    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"slao_kernels::{_name}", _fake, lib=LIBRARY)

@@ -1,0 +1,163 @@
+"""What a patched layer does with a call, and everything that this was concluded from.
+
+The conditions under which a call is fused are many and cost tens of microseconds to ask; what they look at hardly ever
+changes. So they are asked once (`layers.make_plan`), and before the plan is used again `LayerPlan.tensors` compares
+what they looked at with what is there now: places that must hold the very same objects, hook dictionaries that must be
+as empty as they were, and facts that must be equal. Whatever has changed, the conditions are asked again; a refusal is a plan too.
+
+Kept are dictionaries and modules of the layer's parts, never the layer itself, whose memory a circle would keep, nor
+its tensors: those are read where they stand at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from . import dispatch
+from .ops.lora_linear.autograd import Call
+
+_MODULE = torch.nn.modules.module
+# Torch's own dictionaries, never replaced.
+GLOBAL_HOOKS = (
+    _MODULE._global_forward_hooks,
+    _MODULE._global_forward_pre_hooks,
+    _MODULE._global_backward_hooks,
+    _MODULE._global_backward_pre_hooks,
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OWN = ("_active_adapter", "_disable_adapters", "merged_adapters")  # of PEFT's layer
+_DICTIONARIES = ("_modules", "scaling", "lora_variant")
+Facts = Any
+
+
+class LayerPlan:
+    """`run(plan, layer, x, tensors, args, kwargs)` computes the call; why: the reason where it is PEFT's own forward.
+
+    adapters: the active ones. scaled: whether their scalings go into B. call: what the node is given beside tensors;
+    of a called base it follows from made, the dtype of what that returned last. called: why the base layer is called.
+    """
+
+    def __init__(self, run: Callable[..., Any], why: str | None = None, adapters: tuple[str, ...] = ()) -> None:
+        self.run, self.why, self.adapters = run, why, adapters
+        self.scaled = False
+        self.call: Call | None = None
+        self.made: torch.dtype | None = None
+        self.called: str | None = None
+        self.owner = 0
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _dropped, ()  # a copied or unpickled layer makes its own
+
+    def watch(self, layer: Any, x: Any) -> LayerPlan:
+        """Write down what the plan for this layer and x was concluded from; returns the plan."""
+        own = layer.__dict__
+        self.owner, self.own = id(own), [_copied(own.get(name)) for name in _OWN]
+        self.dictionaries = list(map(own.get, _DICTIONARIES))
+        slots = _modules_of(layer)
+        modules = [parent[key] for parent, key in slots]
+        self.modules = modules
+        self.kinds = list(map(type, modules))
+        same: list[tuple[dict[str, Any], str]] = [*slots, *((module.__dict__, "forward") for module in modules)]
+        for name in active_adapters(layer):
+            same += [(own["scaling"], name), (own["lora_variant"], name)]
+            same.append(place(layer.lora_A[name], "bias"))
+            dropout = layer.lora_dropout[name]
+            if type(dropout) is not nn.Identity:
+                same += [(dropout.__dict__, "training"), (dropout.__dict__, "p")]
+        self.parents, self.keys = map(list, zip(*same, strict=True))
+        self.objects = list(map(dict.get, self.parents, self.keys))
+        self.empty = (*GLOBAL_HOOKS, *(module.__dict__[hooks] for module in modules for hooks in _HOOKS))
+        self.hooks, self.hooked = list(map(bool, self.empty)), any(self.empty)
+        places = [place(module, name) for module, name in parameters_of(layer)]
+        self.holders, self.names = map(list, zip(*places, strict=True))
+        self.facts = _facts_of(list(map(dict.get, self.holders, self.names)))
+        self.of_x = _of_x(x)
+        self.device_type = x.device.type if isinstance(x, Tensor) else "cpu"
+        self.modes = _modes(self.device_type)
+        return self
+
+    def tensors(self, own: dict[str, Any], x: Any) -> list[Any] | None:
+        """The tensors of `parameters_of`, as they are now, if the plan holds for the layer of this __dict__ and x."""
+        if self.owner != id(own) or list(map(own.get, _OWN)) != self.own:
+            return None
+        hooked = any(self.empty)
+        if hooked is not self.hooked or (hooked and list(map(bool, self.empty)) != self.hooks):
+            return None
+        if list(map(type, self.modules)) != self.kinds:
+            return None
+        if not all(map(is_, map(own.get, _DICTIONARIES), self.dictionaries)):
+            return None
+        if not all(map(is_, map(dict.get, self.parents, self.keys), self.objects)):
+            return None
+        found: list[Any] = list(map(dict.get, self.holders, self.names))
+        if _facts_of(found) != self.facts or _of_x(x) != self.of_x or _modes(self.device_type) != self.modes:
+            return None
+        return found
+
+
+def _dropped() -> None:
+    return None
+
+
+def _copied(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value
+
+
+def active_adapters(layer: Any) -> list[str]:
+    """Those of the active adapters that the layer has."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _modules_of(layer: Any) -> list[tuple[dict[str, Any], str]]:
+    """Where the layer keeps every module that a call may depend on."""
+    parts = layer._modules
+    slots = [(parts, "base_layer")]
+    for name in active_adapters(layer):
+        for kind in ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"):
+            if kind in parts and name in parts[kind]._modules:
+                slots += [(parts, kind), (parts[kind]._modules, name)]
+    return slots
+
+
+def parameters_of(layer: Any) -> list[tuple[nn.Module, str]]:
+    """(module, name) of the base's weight and bias, then of each active adapter's A, B, B's bias, and magnitude."""
+    found = [(layer.base_layer, "weight"), (layer.base_layer, "bias")]
+    magnitudes = layer.lora_magnitude_vector
+    for name in active_adapters(layer):
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        found += [(down, "weight"), (up, "weight"), (up, "bias")]
+        if name in magnitudes:
+            found.append((magnitudes[name], "weight"))
+    return found
+
+
+def place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The dictionary that holds the module's tensor; a DataParallel replica's are plain attributes."""
+    for holder in (module._parameters, module._buffers):
+        if name in holder:
+            return holder, name
+    return module.__dict__, name
+
+
+def _facts_of(tensors: list[Any]) -> Facts:
+    return [None if t is None else (type(t), t.dtype, t.device, t.shape) for t in tensors]
+
+
+def _of_x(x: Any) -> Facts:
+    """What about x, but for the number of tokens, decides; equal to nothing else where x is no plain tensor."""
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return object()
+    return type(x), x.dtype, x.device, x.shape[-1:]
+
+
+def _modes(device_type: str) -> Facts:
+    """What is switched for a whole thread or process."""
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    transformed = torch._C._are_functorch_transforms_active(), torch._C._get_tracing_state() is None
+    return autocast, *transformed, forward_ad._current_level, dispatch.forced()
