@@ -109,4 +109,4 @@ def _in_c() -> Any:
     return core.plain_call
 
 
-plain_call: Any = _in_c() or in_python
+plain_call: Any = in_python
