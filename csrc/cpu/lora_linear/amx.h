@@ -57,7 +57,7 @@ inline __m512i line32(const Matrix& m, int64_t at, int64_t count) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 inline __m512i line16(const Matrix& m, int64_t at, int64_t count) {  // 16 of them, each in the low half of a word
-  const __mmask16 mask = __mmask16(first(std::min<int64_t>(count, 16)));
+  const __mmask16 mask = __mmask16(first(min<int64_t>(count, 16)));
   if (m.dtype == Dtype::bf16)
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, (const bf16*)m.data + at));
   return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, (const float*)m.data + at)));

@@ -22,7 +22,7 @@ CODES = {torch.float32: 1, torch.bfloat16: 2}  # csrc/tensor_table.h
 @cache
 def codes() -> dict[torch.dtype, int]:
     """The dtypes that this processor's code multiplies."""
-    return {dtype: code for dtype, code in CODES.items() if native.core().lora_has(code)}
+    return {torch.bfloat16: CODES[torch.bfloat16]} if native.core().lora_rank else {}
 
 
 @cache
