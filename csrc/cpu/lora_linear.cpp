@@ -165,6 +165,6 @@ void backward(const LoraGrads& grads, const Matrix& x, const Matrix& A, const Ma
 
 }  // namespace
 
-const LoraProducts lora_products{shrink, expand, outer, forward, backward};
+extern const LoraProducts lora_products{shrink, expand, outer, forward, backward};
 
 }  // namespace slao::SLAO_ISA

@@ -5,6 +5,12 @@
 #include "lora_linear.h"
 #include "orthogonal_init.h"
 
+#if defined(SLAO_HAS_AMX)
+namespace slao::amx_emulated {
+extern const LoraProducts lora_products;
+}
+#endif
+
 using namespace slao;
 
 namespace {
@@ -179,6 +185,9 @@ int main() {
 #endif
   check_lora("avx512bf16", best_lora_isa() >= LoraIsa::avx512bf16 ? lora_products(LoraIsa::avx512bf16) : nullptr);
   check_lora("amx", best_lora_isa() >= LoraIsa::amx ? lora_products(LoraIsa::amx) : nullptr);
+#if defined(SLAO_HAS_AMX)
+  check_lora("amx_emulated", best_lora_isa() >= LoraIsa::avx512bf16 ? &amx_emulated::lora_products : nullptr);
+#endif
   std::printf(failures ? "%d checks FAILED\n" : "every check passed\n", failures);
   return failures ? 1 : 0;
 }

@@ -11,6 +11,9 @@
 namespace slao::SLAO_ISA {
 namespace {
 
+#if defined(SLAO_TILES_ON_CPU)  // the tests': where no processor has tiles
+#include SLAO_TILES_ON_CPU
+#else
 // Memory is named as clobbered: what was written just before has to be there when a tile is loaded.
 template <int T> inline void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
 template <int T> inline void tile_load(const void* p, int64_t stride) {
@@ -36,6 +39,8 @@ inline void tile_configure(int rows, int depth) {
   }
   asm volatile("ldtilecfg %0" ::"m"(config));
 }
+inline void tile_release() { asm volatile("tilerelease"); }
+#endif
 
 // f(0), f(1), ... f(N - 1) with constants.
 template <typename F, int... i> inline void each_of(F&& f, std::integer_sequence<int, i...>) {

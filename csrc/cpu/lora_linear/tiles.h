@@ -22,7 +22,7 @@ struct Tiles {
   static Matrix source(const Matrix& m, bf16* narrow) {
     return m.row_stride == 1 || m.col_stride == 1 ? m : dense(m, narrow);
   }
-  static void finish() { asm volatile("tilerelease"); }
+  static void finish() { tile_release(); }
 
   // --- packing, in pieces of 256 rows (of Q: columns) --------------------------------------------------------------------
   static int64_t size(Role role, const Matrix& m) {
