@@ -28,8 +28,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c"]
     ISAS["avx512"] += ["-mprefer-vector-width=512", "-Wno-maybe-uninitialized"]
-    # lora_linear has no code for the base set, and more where the processor multiplies bf16 (GCC 10, GCC 11).
-    LORA_ISAS = {"avx2": ISAS["avx2"], "avx512": ISAS["avx512"], "avx512bf16": [*ISAS["avx512"], "-mavx512bf16"]}
+    # lora_linear has code where the processor multiplies bf16, and the compiler has flags for that (GCC 10, GCC 11).
+    LORA_ISAS = {"avx512bf16": [*ISAS["avx512"], "-mavx512bf16"]}
     LORA_ISAS["amx"] = [*LORA_ISAS["avx512bf16"], "-mamx-tile", "-mamx-bf16", "-Wno-uninitialized"]
 else:
     LORA_ISAS = {}
@@ -155,15 +155,16 @@ class BuildNative(build_ext):
             lines.append(f"build {name}: cc {str(source).replace(' ', '$ ')}")
             lines.append(f"  flags = {' '.join([*COMMON, *openmp, *flags])}")
 
-        lora_isas = {isa: flags for isa, flags in LORA_ISAS.items() if isa in ISAS or accepts(cxx, *flags)}
-        known = [f"-DSLAO_HAS_{isa.upper()}" for isa in lora_isas if isa not in ISAS]
+        lora_isas = {isa: flags for isa, flags in LORA_ISAS.items() if accepts(cxx, *flags)}
+        known = [f"-DSLAO_HAS_{isa.upper()}" for isa in lora_isas]
         compile_one(ROOT / "csrc" / "bindings.cpp", "bindings.o", include + known + (["-DSLAO_CUDA"] if cuda else []))
+        compile_one(ROOT / "csrc" / "cpu" / "memory.cpp", "memory.o", [])
         for isa, flags in ISAS.items():
             for stem in KERNELS:
                 compile_one(ROOT / "csrc" / "cpu" / f"{stem}.cpp", f"{stem}.{isa}.o", [f"-DSLAO_ISA={isa}", *flags])
         for isa, flags in lora_isas.items():
             source = ROOT / "csrc" / "cpu" / "lora_linear.cpp"
-            compile_one(source, f"lora_linear.{isa}.o", [f"-DSLAO_ISA={isa}", *known, *flags])
+            compile_one(source, f"lora_linear.{isa}.o", [f"-DSLAO_ISA={isa}", *flags])
         if cuda:
             lines += ["rule nvcc", f"  command = {cuda.nvcc} {' '.join(cuda.flags)} -MMD -MF $out.d -c $in -o $out"]
             lines += ["  depfile = $out.d", "  deps = gcc"]

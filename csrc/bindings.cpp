@@ -1,7 +1,6 @@
 // The module. With tables.h and bindings_cuda.h the only code that knows Python. Tables arrive as buffers of 64-bit
 // integers (six to a matrix, see tensor_table.h), already checked by slao_kernels/native.py; the GIL is released while
 // a kernel runs.
-#include "bindings_layer.h"
 #include "bindings_lora.h"
 #include "cpu/isa.h"
 #include "tables.h"
@@ -59,13 +58,12 @@ std::string best_isa() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Whole-model kernels over tables of raw pointers. Call slao_kernels' ops, not this.";
-  module.attr("abi") = 3;
+  module.attr("abi") = 4;
   module.def("best_isa", &best_isa);
   module.def("scaled_merge", &scaled_merge, py::arg("table"), py::arg("lam"), py::arg("threads"), py::arg("isa"));
   module.def("fold", &fold, py::arg("table"), py::arg("scalings"), py::arg("threads"), py::arg("isa"));
   module.def("orthogonal_init", &orthogonal_init, py::arg("table"), py::arg("triangles"), py::arg("kept"),
              py::arg("status"), py::arg("threads"), py::arg("isa"));
-  slao::define_layer(module);
   slao::define_lora(module);
 #ifdef SLAO_CUDA
   module.attr("cuda") = true;

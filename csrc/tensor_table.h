@@ -31,8 +31,7 @@ struct FoldRecord {
 // What orthogonal_init found out about a matrix; 0 to 2 are the public codes of ops/schema.py.
 enum class Status : int32_t { done = 0, deficient = 1, not_finite = 2, flagged = 3 };
 
-inline int64_t element_size(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-}
+// static: kernels that are compiled once per instruction set must not share a definition.
+static inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 }  // namespace slao

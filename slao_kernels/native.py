@@ -16,7 +16,7 @@ from types import ModuleType
 import torch  # before the extension: its OpenMP runtime is then the one that both use
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 # Tensor cores for fp64, which the Gram matrices take, and the oldest that the binary holds code for.
 _CAPABILITY = (8, 0)
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -66,7 +66,7 @@ def why_not_lora(device_type: str) -> str | None:
     """Why the compiled core, where there is one, has no rank-r products for `lora_linear`; None if it has."""
     if device_type != "cpu":
         return "the core's rank-r products are for CPUs"
-    return None if core().lora_rank else "the core has no rank-r products for this processor (AVX2 and newer)"
+    return None if core().lora_rank else "the core has no rank-r products for this processor (it takes AVX-512 BF16 or AMX)"
 
 
 def core() -> ModuleType:

@@ -35,34 +35,27 @@ struct LoraGrads {
   float scale;
 };
 
-}  // namespace slao
+// lora_linear's products for one instruction set (lora_linear.cpp says what each is): rank at most kLoraRank; x, y and t
+// bf16 with unit column stride, the other matrices bf16 or fp32. forward is a shrink with P = Aᵀ and an expand with
+// Q = Bᵀ; backward adds dx = g A (A (r, K)) where dx has data.
+struct LoraProducts {
+  void (*shrink)(const Matrix& x, const Matrix& P, const Matrix& t, float scale, int threads);
+  void (*expand)(const Matrix& t, const Matrix& Q, const void* bias, const Matrix& y, float scale, int threads);
+  void (*outer)(const Matrix& x, const Matrix& t, const Matrix& d, float scale, int threads);
+  void (*forward)(const Matrix& x, const Matrix& P, const Matrix& t, const Matrix& Q, const void* bias, const Matrix& y,
+                  float scale, int threads);
+  void (*backward)(const LoraGrads& grads, const Matrix& x, const Matrix& A, const Matrix& dx, int threads);
+};
+constexpr int kLoraRank = 64;
 
-// lora_linear's products (lora_linear.cpp says what each is): rank at most four vectors (AMX: 64), unit column stride of
-// X, Y and T, which share a dtype that lora_has() has; the other matrices are of that dtype or fp32. lora_forward is a
-// shrink with P = Aᵀ and an expand with Q = Bᵀ. lora_backward serves one or more layers of one x: g are their gs side by
-// side, A (R, K) their As one below the other, dx = g A; all layers have a dA or none.
-#define SLAO_DECLARE(isa)                                                                                            \
-  namespace slao::isa {                                                                                              \
-  bool lora_has(Dtype dtype);                                                                                        \
-  void lora_shrink(const Matrix& x, const Matrix& P, const Matrix& t, float scale, int threads);                     \
-  void lora_expand(const Matrix& t, const Matrix& Q, const void* bias, const Matrix& y, float scale, int threads);   \
-  void lora_outer(const Matrix& x, const Matrix& t, const Matrix& d, float scale, int threads);                      \
-  void lora_forward(const Matrix& x, const Matrix& P, const Matrix& t, const Matrix& Q, const void* bias,            \
-                    const Matrix& y, float scale, int threads);                                                      \
-  void lora_backward(const LoraGrads* layers, int count, const Matrix& x, const Matrix& g, const Matrix& A,          \
-                     const Matrix& dx, int threads);                                                                 \
-  }
-#if defined(__x86_64__)
-SLAO_DECLARE(avx2)
-SLAO_DECLARE(avx512)
-#if defined(SLAO_HAS_AVX512BF16)  // the compiler has flags for it
-SLAO_DECLARE(avx512bf16)
-#endif
-#if defined(SLAO_HAS_AMX)
-SLAO_DECLARE(amx)
-#endif
-#endif
-#undef SLAO_DECLARE
+namespace avx512bf16 {
+extern const LoraProducts lora_products;
+}
+namespace amx {
+extern const LoraProducts lora_products;
+}
+
+}  // namespace slao
 
 namespace slao {
 
@@ -80,8 +73,8 @@ inline Isa best_isa() {
   return Isa::base;
 }
 
-// Where lora_linear is concerned: no code for the base sets, more for processors with bf16 dot products or tiles.
-enum class LoraIsa { none, avx2, avx512, avx512bf16, amx };
+// lora_linear has code for processors with bf16 dot products or tiles, where the compiler has flags for them.
+enum class LoraIsa { none, avx512bf16, amx };
 
 #if defined(SLAO_HAS_AMX)
 // Tiles are a large register state: Linux hands it out to a process that asks, where processor and kernel have it.
@@ -99,20 +92,27 @@ inline bool tiles_granted() {
 #endif
 
 inline LoraIsa best_lora_isa() {
-#if defined(__x86_64__)
-  const Isa best = best_isa();
 #if defined(SLAO_HAS_AVX512BF16)
-  if (best == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) {
+  if (best_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) {
 #if defined(SLAO_HAS_AMX)
     if (tiles_granted()) return LoraIsa::amx;
 #endif
     return LoraIsa::avx512bf16;
   }
 #endif
-  if (best == Isa::avx512) return LoraIsa::avx512;
-  if (best == Isa::avx2) return LoraIsa::avx2;
-#endif
   return LoraIsa::none;
+}
+
+// Null for `none`.
+inline const LoraProducts* lora_products(LoraIsa isa) {
+#if defined(SLAO_HAS_AVX512BF16)
+  if (isa == LoraIsa::avx512bf16) return &avx512bf16::lora_products;
+#endif
+#if defined(SLAO_HAS_AMX)
+  if (isa == LoraIsa::amx) return &amx::lora_products;
+#endif
+  (void)isa;
+  return nullptr;
 }
 
 }  // namespace slao
@@ -125,19 +125,4 @@ inline LoraIsa best_lora_isa() {
                                 : ::slao::base::call)
 #else
 #define SLAO_CALL(isa, call) (::slao::base::call)
-#endif
-
-#if defined(__x86_64__)
-#if defined(SLAO_HAS_AMX)
-#define SLAO_AMX_OR(isa, call) (isa) == ::slao::LoraIsa::amx ? ::slao::amx::call:
-#else
-#define SLAO_AMX_OR(isa, call)
-#endif
-#if defined(SLAO_HAS_AVX512BF16)
-#define SLAO_BF16_OR(isa, call) (isa) == ::slao::LoraIsa::avx512bf16 ? ::slao::avx512bf16::call:
-#else
-#define SLAO_BF16_OR(isa, call)
-#endif
-#define SLAO_LORA_CALL(isa, call)                                 \
-  (SLAO_AMX_OR(isa, call) SLAO_BF16_OR(isa, call)(isa) == ::slao::LoraIsa::avx512 ? ::slao::avx512::call : ::slao::avx2::call)
 #endif

@@ -1,255 +1,170 @@
-// lora_linear's rank-r products, for layers so small that a call of a GEMM library costs more than the arithmetic.
+// lora_linear's rank-r products in bf16, for layers so small that a call of a GEMM library costs more than the
+// arithmetic.
 //
 //   shrink  T (M, R) = s X P      rows of X
 //   expand  Y (M, N) = s T Q + b  rows of Y
 //   outer   D (N, R) = s Xᵀ T     columns of X
-// X, Y and T are fp32 or bf16 with unit column stride; P, Q and D of that type or fp32, of any strides. Each loop is
-// parallel without partial sums, so that the answer does not depend on the threads. The loops come from a policy,
-// Vectors (AVX2, AVX-512, bf16 dot products) or Tiles (AMX); P, Q and T are first packed into its order.
-#include <deque>
-
-#include "isa.h"
+// X, Y and T are bf16 with unit column stride; P, Q and D bf16 or fp32, of any strides. Each loop is parallel without
+// partial sums, so that the answer does not depend on the threads. The loops are Vectors' (bf16 dot products) or Tiles'
+// (AMX); P, Q and T are first packed into their order.
 #include "lora_linear/tiles.h"
 #include "lora_linear/vectors.h"
+
+#include "isa.h"
 
 namespace slao::SLAO_ISA {
 namespace {
 
-// P, Q or T in a policy's order: packed piece by piece, or left where it is if it lies so already.
-template <typename L> struct Packed {
-  using T = typename L::Element;
-  Matrix m;
-  Role role;
-  int64_t pieces = 0;
-  const T* data = nullptr;
-  T* to = nullptr;
+#if defined(__AMX_BF16__)
+using Loops = Tiles;
+#else
+using Loops = Vectors;
+#endif
 
-  // slot: which of the calling thread's buffers it takes.
-  Packed(const Matrix& matrix, Role role, size_t slot) : m(matrix), role(role) {
-    static thread_local std::deque<Scratch<T>> packed, narrow;  // a deque's elements stay where they are
-    while (packed.size() <= slot) packed.emplace_back(), narrow.emplace_back();
-    m = L::source(m, narrow[slot]);
-    if ((data = L::as_is(role, m))) return;
-    const int64_t size = L::size(role, m.rows, m.cols);
-    if (int64_t(packed[slot].size()) < size) packed[slot].resize(size);
-    data = to = packed[slot].data();
-    pieces = L::pieces(role, m.rows, m.cols);
-  }
-  void pack(int64_t piece) const { L::pack(role, m, piece, to); }
+// P, Q or T, and where it is packed piece by piece; none where it has no data.
+struct Packed {
+  Role role;
+  Matrix m;
+  bf16* to = nullptr;
+  int64_t pieces = 0;
 };
 
-// Piece `i` of all that is in the list.
-template <typename L> void pack_piece(const std::vector<Packed<L>>& list, int64_t i) {
-  for (const Packed<L>& packed : list) {
-    if (i < packed.pieces) return packed.pack(i);
-    i -= packed.pieces;
-  }
-}
-template <typename L> int64_t pieces_of(const std::vector<Packed<L>>& list) {
-  int64_t total = 0;
-  for (const Packed<L>& packed : list) total += packed.pieces;
-  return total;
-}
-
-// t = scale x P, some columns of a T; without a P they are there already.
-template <typename L> struct Source {
+// t = t_scale x P (without a P it is there already), then, if there is a Q, y = y_scale t Q + bias while t is in the
+// cache.
+struct Rows {
   Matrix x, t;
-  const typename L::Element* P;
+  const Packed *P, *Q;
+  Matrix y;
+  const void* bias;
+  float t_scale, y_scale;
+};
+
+// d = scale xᵀ t
+struct Columns {
+  Matrix x;
+  const Packed* t;
+  Matrix d;
   float scale;
 };
 
-// y = scale T Q + bias
-template <typename L> struct Target {
-  Matrix y;
-  const typename L::Element *Q = nullptr, *bias = nullptr;
-  float scale = 1;
-};
-
-// Rows [begin, end): the sources' columns of T side by side, then, if there is a Q, y while T is in the cache.
-template <typename L>
-void run_rows(const std::vector<Source<L>>& sources, int64_t r, const Target<L>& target, int64_t begin, int64_t end) {
-  using T = typename L::Element;
-  alignas(64) float sums[L::kRows * L::kMaxRank];
-  alignas(64) T lines[L::kRows * L::kMaxRank] = {};  // T without gaps, padded with zeros
-  const int64_t ldt = L::t_pitch(r);
-  for (int64_t row = begin; row < end; row += L::kRows) {
-    const int64_t count = std::min(L::kRows, end - row);
-    T* corner = lines;
-    for (const Source<L>& source : sources) {
-      const int64_t own = source.t.cols, pitch = L::pitch(own);
-      if (source.P) L::shrink(source.x, row, count, source.P, own, sums);
-      for (int64_t i = 0; i < count; ++i) {
-        T *line = corner + i * ldt, *out = (T*)source.t.data + (row + i) * source.t.row_stride;
-        if (!source.P) {
-          std::copy(out, out + own, line);
-          continue;
-        }
-        int64_t j = 0;
-        for (; j + kFloats <= own; j += kFloats) Step<T>::put(line + j, splat(source.scale) * load(sums + i * pitch + j));
-        for (; j < own; ++j) line[j] = Step<T>::cast(source.scale * sums[i * pitch + j]);
-        std::copy(line, line + own, out);
+void run_rows(const Rows& rows, int64_t begin, int64_t end) {
+  constexpr int64_t kRows = Loops::kRows;
+  alignas(64) float sums[kRows * Loops::kMaxRank];
+  alignas(64) bf16 lines[kRows * Loops::kMaxRank] = {};  // t without gaps, padded with zeros
+  const int64_t r = rows.t.cols, pitch = Loops::pitch(r), ldt = Loops::t_pitch(r);
+  for (int64_t row = begin; row < end; row += kRows) {
+    const int64_t count = min(kRows, end - row);
+    if (rows.P) Loops::shrink(rows.x, row, count, rows.P->to, r, sums);
+    for (int64_t i = 0; i < count; ++i) {
+      bf16 *line = lines + i * ldt, *out = (bf16*)rows.t.data + (row + i) * rows.t.row_stride;
+      if (!rows.P) {
+        copy(out, r, line);
+        continue;
       }
-      corner += own;
+      int64_t j = 0;
+      for (; j + kFloats <= r; j += kFloats) put16(line + j, splat(rows.t_scale) * load(sums + i * pitch + j));
+      for (; j < r; ++j) line[j] = to_bf16(rows.t_scale * sums[i * pitch + j]);
+      copy(line, r, out);
     }
-    if (target.Q) L::expand(lines, count, target.Q, r, target.scale, target.bias, target.y, row);
+    if (rows.Q) Loops::expand(lines, count, rows.Q->to, r, rows.y_scale, (const bf16*)rows.bias, rows.y, row);
   }
-}
-
-// Threads worth waking for so many multiply-adds.
-template <typename L> int team_for(int64_t multiply_adds, int threads) {
-  return int(std::max<int64_t>(1, std::min<int64_t>(threads, multiply_adds / L::kWork)));
 }
 
 // Work on `size` rows or columns is cut into parts of whole steps, one a thread or of at most `limit`.
-inline int64_t part(int64_t size, int team, int64_t step, int64_t limit) {
-  size = std::max<int64_t>(size, 1), limit = std::max<int64_t>(limit, 1);
-  const int64_t parts = std::max<int64_t>(1, ((size + team - 1) / team + limit - 1) / limit) * team;
+int64_t part(int64_t size, int team, int64_t step, int64_t limit) {
+  size = max<int64_t>(size, 1), limit = max<int64_t>(limit, 1);
+  const int64_t parts = max<int64_t>(1, ((size + team - 1) / team + limit - 1) / limit) * team;
   return round_up((size + parts - 1) / parts, step);
 }
 
-template <typename L>
-void pack_and_run(const std::vector<Packed<L>>& packed, const std::vector<Source<L>>& sources, int64_t r,
-                  const Target<L>& target, int64_t rows, int team) {
-  const int64_t step = part(rows, team, L::kRowStep, rows), pieces = pieces_of(packed);
-#pragma omp parallel num_threads(team) if (team > 1)
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < pieces; ++i) pack_piece(packed, i);
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < rows; i += step) run_rows<L>(sources, r, target, i, std::min(i + step, rows));
-    L::finish();
-  }
-}
-
-template <typename L> void run_shrink(const Matrix& x, const Matrix& P, const Matrix& t, float scale, int threads) {
-  const std::vector<Packed<L>> packed{{P, Role::shrink, 0}};
-  const int team = team_for<L>(x.rows * x.cols * t.cols, threads);
-  pack_and_run<L>(packed, {{x, t, packed[0].data, scale}}, t.cols, {}, x.rows, team);
-}
-
-template <typename L>
-void run_expand(const Matrix& t, const Matrix& Q, const void* bias, const Matrix& y, float scale, int threads) {
-  using T = typename L::Element;
-  const std::vector<Packed<L>> packed{{Q, Role::expand, 0}};
-  const int team = team_for<L>(y.rows * y.cols * t.cols, threads);
-  pack_and_run<L>(packed, {{t, t, nullptr, 1}}, t.cols, {y, packed[0].data, (const T*)bias, scale}, y.rows, team);
-}
-
-template <typename L>
-void run_forward(const Matrix& x, const Matrix& P, const Matrix& t, const Matrix& Q, const void* bias, const Matrix& y,
-                 float scale, int threads) {
-  using T = typename L::Element;
-  const std::vector<Packed<L>> packed{{P, Role::shrink, 0}, {Q, Role::expand, 1}};
-  const int team = team_for<L>(x.rows * (x.cols + y.cols) * t.cols, threads);
-  const Target<L> target{y, packed[1].data, (const T*)bias, scale};
-  pack_and_run<L>(packed, {{x, t, packed[0].data, 1}}, t.cols, target, x.rows, team);
-}
-
-// d: as many matrices as have t's columns together.
-template <typename L>
-void run_outer(const Matrix& x, const Matrix& t, const Matrix* d, int parts, float scale, int threads) {
-  const Packed<L> p(t, Role::outer, 0);
-  const int team = team_for<L>(x.rows * x.cols * t.cols, threads);
-  const int64_t step = part(x.cols, team, L::kColumnStep, L::kStrip);
-#pragma omp parallel num_threads(team) if (team > 1)
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < p.pieces; ++i) p.pack(i);
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t j = 0; j < x.cols; j += step) L::outer(x, p.data, t.cols, scale, d, parts, j, std::min(j + step, x.cols));
-    L::finish();
-  }
-}
-
-template <typename L>
-void run_backward(const LoraGrads* layers, int count, const Matrix& x, const Matrix& g, const Matrix& A, const Matrix& dx,
-                  int threads) {
-  std::vector<Packed<L>> packed;
-  std::vector<Source<L>> sources;
-  std::vector<int64_t> right;  // where a layer's T is among the packed
-  std::vector<Matrix> dAs;
-  int64_t work = dx.data ? dx.rows * dx.cols * A.rows : 0;
+// Packs all of `packed`, then computes rows and columns, each if there are any. work: multiply-adds, by which threads
+// are woken.
+void run(Packed* packed, int count, const Rows* rows, const Columns* columns, int64_t work, int threads) {
+  const auto place = [&](Arena arena, int i) {
+    const Matrix& m = packed[i].m;
+    packed[i].to = arena.take<bf16>(Loops::size(packed[i].role, m));
+    bf16* narrow = arena.take<bf16>(m.rows * m.cols);
+    if (arena.block) packed[i].m = Loops::source(m, narrow);
+    return arena;
+  };
+  Arena needed;
+  for (int i = 0; i < count; ++i) needed = place(needed, i);
+  Arena arena{kept_memory(needed.used)};
+  int64_t pieces = 0;
   for (int i = 0; i < count; ++i) {
-    const LoraGrads& layer = layers[i];
-    const int64_t size = layer.dy.rows * layer.dy.cols * layer.t.cols;
-    if (layer.g.data) {
-      packed.emplace_back(layer.B, Role::shrink, packed.size());
-      sources.push_back({layer.dy, layer.g, packed.back().data, layer.scale});
-      work += size;
-    }
-    if (layer.dB.data) {
-      right.push_back(int64_t(packed.size()));
-      packed.emplace_back(layer.t, Role::outer, packed.size());
-      work += size;
-    }
-    if (layer.dA.data) dAs.push_back(layer.dA);
+    arena = place(arena, i);
+    pieces += packed[i].pieces = Loops::pieces(packed[i].role, packed[i].m);
   }
-  Target<L> target{dx};
-  if (dx.data) {
-    packed.emplace_back(A, Role::expand, packed.size());
-    target.Q = packed.back().data;
-  }
-  const int team = team_for<L>(work, threads);
-  const int64_t rows = sources.empty() ? 0 : x.rows, step = part(rows, team, L::kRowStep, rows), pieces = pieces_of(packed);
+  const int team = int(max<int64_t>(1, min<int64_t>(threads, work / Loops::kWork)));
+  const int64_t height = rows ? rows->t.rows : 0, row_step = part(height, team, Loops::kRowStep, height);
+  const int64_t width = columns ? columns->x.cols : 0, column_step = part(width, team, Loops::kColumnStep, Loops::kStrip);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < pieces; ++i) pack_piece(packed, i);
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < rows; i += step) run_rows<L>(sources, A.rows, target, i, std::min(i + step, rows));
-    size_t next = 0;
-    for (int i = 0; i < count; ++i) {
-      const LoraGrads& layer = layers[i];
-      if (!layer.dB.data) continue;
-      const Packed<L>& t = packed[right[next++]];
-      const int64_t cols = layer.dy.cols, strip = part(cols, team, L::kColumnStep, L::kStrip);
-#pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t j = 0; j < cols; j += strip)
-        L::outer(layer.dy, t.data, layer.t.cols, layer.scale, &layer.dB, 1, j, std::min(j + strip, cols));
+    for (int64_t i = 0; i < pieces; ++i) {
+      const Packed* at = packed;
+      int64_t piece = i;
+      while (piece >= at->pieces) piece -= at++->pieces;
+      Loops::pack(at->role, at->m, piece, at->to);
     }
-    L::finish();
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < height; i += row_step) run_rows(*rows, i, min(i + row_step, height));
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t j = 0; j < width; j += column_step)
+      Loops::outer(columns->x, columns->t->to, columns->t->m.cols, columns->scale, columns->d, j,
+                   min(j + column_step, width));
+    Loops::finish();
   }
-  if (!dAs.empty()) run_outer<L>(x, g, dAs.data(), int(dAs.size()), 1, threads);
 }
 
-// Calls f with the policy for X's dtype, which is one that lora_has() has.
-template <typename F> void with_loops(Dtype dtype, F&& f) {
-#if defined(__AMX_BF16__)
-  if (dtype == Dtype::bf16) return f(Tiles{});
-#elif defined(__AVX512BF16__)
-  if (dtype == Dtype::bf16) return f(Vectors<bf16>{});
-#endif
-  if (dtype == Dtype::f32) f(Vectors<float>{});
+int64_t size(const Matrix& large, const Matrix& t) { return large.rows * large.cols * t.cols; }
+
+void shrink(const Matrix& x, const Matrix& P, const Matrix& t, float scale, int threads) {
+  Packed packed[] = {{Role::shrink, P}};
+  const Rows rows{x, t, packed, nullptr, {}, nullptr, scale, 1};
+  run(packed, 1, &rows, nullptr, size(x, t), threads);
+}
+
+void expand(const Matrix& t, const Matrix& Q, const void* bias, const Matrix& y, float scale, int threads) {
+  Packed packed[] = {{Role::expand, Q}};
+  const Rows rows{{}, t, nullptr, packed, y, bias, 1, scale};
+  run(packed, 1, &rows, nullptr, size(y, t), threads);
+}
+
+void outer(const Matrix& x, const Matrix& t, const Matrix& d, float scale, int threads) {
+  Packed packed[] = {{Role::outer, t}};
+  const Columns columns{x, packed, d, scale};
+  run(packed, 1, nullptr, &columns, size(x, t), threads);
+}
+
+void forward(const Matrix& x, const Matrix& P, const Matrix& t, const Matrix& Q, const void* bias, const Matrix& y,
+             float scale, int threads) {
+  Packed packed[] = {{Role::shrink, P}, {Role::expand, Q}};
+  const Rows rows{x, t, packed, packed + 1, y, bias, 1, scale};
+  run(packed, 2, &rows, nullptr, size(x, t) + size(y, t), threads);
+}
+
+void backward(const LoraGrads& grads, const Matrix& x, const Matrix& A, const Matrix& dx, int threads) {
+  Packed packed[3];
+  const Packed *P = nullptr, *Q = nullptr, *T = nullptr;
+  int count = 0;
+  int64_t work = 0;
+  const auto add = [&](Role role, const Matrix& m, const Matrix& large) {
+    packed[count] = {role, m};
+    work += size(large, grads.t);
+    return &packed[count++];
+  };
+  if (grads.g.data) P = add(Role::shrink, grads.B, grads.dy);
+  if (grads.dB.data) T = add(Role::outer, grads.t, grads.dy);
+  if (dx.data) Q = add(Role::expand, A, dx);
+  const Rows rows{grads.dy, grads.g, P, Q, dx, nullptr, grads.scale, 1};
+  const Columns columns{grads.dy, T, grads.dB, grads.scale};
+  run(packed, count, P ? &rows : nullptr, T ? &columns : nullptr, work, threads);
+  if (grads.dA.data) outer(x, grads.g, grads.dA, 1, threads);
 }
 
 }  // namespace
 
-bool lora_has(Dtype dtype) {
-  bool has = false;
-  with_loops(dtype, [&](auto) { has = true; });
-  return has;
-}
-
-void lora_shrink(const Matrix& x, const Matrix& P, const Matrix& t, float scale, int threads) {
-  with_loops(x.dtype, [&](auto loops) { run_shrink<decltype(loops)>(x, P, t, scale, threads); });
-}
-
-void lora_expand(const Matrix& t, const Matrix& Q, const void* bias, const Matrix& y, float scale, int threads) {
-  with_loops(y.dtype, [&](auto loops) { run_expand<decltype(loops)>(t, Q, bias, y, scale, threads); });
-}
-
-void lora_outer(const Matrix& x, const Matrix& t, const Matrix& d, float scale, int threads) {
-  with_loops(x.dtype, [&](auto loops) { run_outer<decltype(loops)>(x, t, &d, 1, scale, threads); });
-}
-
-void lora_forward(const Matrix& x, const Matrix& A, const Matrix& t, const Matrix& B, const void* bias, const Matrix& y,
-                  float scale, int threads) {
-  with_loops(x.dtype, [&](auto loops) { run_forward<decltype(loops)>(x, A, t, B, bias, y, scale, threads); });
-}
-
-void lora_backward(const LoraGrads* layers, int count, const Matrix& x, const Matrix& g, const Matrix& A, const Matrix& dx,
-                   int threads) {
-  with_loops(x.dtype, [&](auto loops) { run_backward<decltype(loops)>(layers, count, x, g, A, dx, threads); });
-}
+extern const LoraProducts lora_products{shrink, expand, outer, forward, backward};
 
 }  // namespace slao::SLAO_ISA

@@ -5,6 +5,12 @@
 #include "lora_linear.h"
 #include "orthogonal_init.h"
 
+#if defined(SLAO_HAS_AMX)
+namespace slao::amx_emulated {
+extern const LoraProducts lora_products;
+}
+#endif
+
 using namespace slao;
 
 namespace {
@@ -176,14 +182,11 @@ int main() {
 #if defined(__x86_64__)
   check_all("avx2", best_isa() >= Isa::avx2, avx2::scaled_merge, avx2::fold, avx2::orthogonal_init);
   check_all("avx512", best_isa() >= Isa::avx512, avx512::scaled_merge, avx512::fold, avx512::orthogonal_init);
-  check_lora("avx2", best_lora_isa() >= LoraIsa::avx2, SLAO_PRODUCTS(avx2), 32);
-  check_lora("avx512", best_lora_isa() >= LoraIsa::avx512, SLAO_PRODUCTS(avx512), 64);
-#if defined(SLAO_HAS_AVX512BF16)
-  check_lora("avx512bf16", best_lora_isa() >= LoraIsa::avx512bf16, SLAO_PRODUCTS(avx512bf16), 64);
 #endif
+  check_lora("avx512bf16", best_lora_isa() >= LoraIsa::avx512bf16 ? lora_products(LoraIsa::avx512bf16) : nullptr);
+  check_lora("amx", best_lora_isa() >= LoraIsa::amx ? lora_products(LoraIsa::amx) : nullptr);
 #if defined(SLAO_HAS_AMX)
-  check_lora("amx", best_lora_isa() >= LoraIsa::amx, SLAO_PRODUCTS(amx), 64);
-#endif
+  check_lora("amx_emulated", best_lora_isa() >= LoraIsa::avx512bf16 ? &amx_emulated::lora_products : nullptr);
 #endif
   std::printf(failures ? "%d checks FAILED\n" : "every check passed\n", failures);
   return failures ? 1 : 0;

@@ -11,6 +11,9 @@
 namespace slao::SLAO_ISA {
 namespace {
 
+#if defined(SLAO_TILES_ON_CPU)  // the tests': where no processor has tiles
+#include SLAO_TILES_ON_CPU
+#else
 // Memory is named as clobbered: what was written just before has to be there when a tile is loaded.
 template <int T> inline void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
 template <int T> inline void tile_load(const void* p, int64_t stride) {
@@ -36,6 +39,8 @@ inline void tile_configure(int rows, int depth) {
   }
   asm volatile("ldtilecfg %0" ::"m"(config));
 }
+inline void tile_release() { asm volatile("tilerelease"); }
+#endif
 
 // f(0), f(1), ... f(N - 1) with constants.
 template <typename F, int... i> inline void each_of(F&& f, std::integer_sequence<int, i...>) {
@@ -57,7 +62,7 @@ inline __m512i line32(const Matrix& m, int64_t at, int64_t count) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 inline __m512i line16(const Matrix& m, int64_t at, int64_t count) {  // 16 of them, each in the low half of a word
-  const __mmask16 mask = __mmask16(first(std::min<int64_t>(count, 16)));
+  const __mmask16 mask = __mmask16(first(min<int64_t>(count, 16)));
   if (m.dtype == Dtype::bf16)
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, (const bf16*)m.data + at));
   return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, (const float*)m.data + at)));

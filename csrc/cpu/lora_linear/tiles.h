@@ -8,7 +8,6 @@ namespace slao::SLAO_ISA {
 namespace {
 
 struct Tiles {
-  using Element = bf16;
   static constexpr int64_t kRows = 64, kRowStep = 16, kColumnStep = 64, kMaxRank = 64;
   static constexpr int64_t kWork = 800000;
   static constexpr int64_t kTile = 512;  // elements of a tile
@@ -19,24 +18,23 @@ struct Tiles {
   // A rank of at most 16 takes tiles of half the depth.
   static int64_t depth(int64_t r) { return r > 16 ? 32 : 16; }
   static int64_t t_pitch(int64_t r) { return depth(r) * steps(r); }
-  static const bf16* as_is(Role, const Matrix&) { return nullptr; }
   // pack reads bf16 and fp32, rows or columns of which are contiguous.
-  static Matrix source(const Matrix& m, Scratch<bf16>& narrow) {
+  static Matrix source(const Matrix& m, bf16* narrow) {
     return m.row_stride == 1 || m.col_stride == 1 ? m : dense(m, narrow);
   }
-  static void finish() { asm volatile("tilerelease"); }
+  static void finish() { tile_release(); }
 
   // --- packing, in pieces of 256 rows (of Q: columns) --------------------------------------------------------------------
-  static int64_t size(Role role, int64_t rows, int64_t cols) {
-    if (role == Role::expand) return round_up(cols, 32) * t_pitch(rows);
-    return steps(rows) * rank_tiles(cols) * kTile;
+  static int64_t size(Role role, const Matrix& m) {
+    if (role == Role::expand) return round_up(m.cols, 32) * t_pitch(m.rows);
+    return steps(m.rows) * rank_tiles(m.cols) * kTile;
   }
-  static int64_t pieces(Role role, int64_t rows, int64_t cols) { return ((role == Role::expand ? cols : rows) + 255) / 256; }
+  static int64_t pieces(Role role, const Matrix& m) { return ((role == Role::expand ? m.cols : m.rows) + 255) / 256; }
   static void pack(Role role, const Matrix& m, int64_t piece, bf16* to) {
     __m512i v[16];
     if (role == Role::expand) {  // Q: per 16 columns, its steps
       const int64_t deep = depth(m.rows), inner = steps(m.rows);
-      for (int64_t j = piece * 16; j < std::min(round_up(m.cols, 32) / 16, piece * 16 + 16); ++j)
+      for (int64_t j = piece * 16; j < min(round_up(m.cols, 32) / 16, piece * 16 + 16); ++j)
         for (int64_t s = 0; s < inner; ++s) {
           pairs_of(m, s * 32, j * 16, v);
           for (int p = 0; p < deep / 2; ++p) storeu(to + (j * inner + s) * deep * 16 + p * 32, v[p]);
@@ -44,7 +42,7 @@ struct Tiles {
       return;
     }
     const int64_t tiles = rank_tiles(m.cols);  // P and T: per step, its ranks
-    for (int64_t s = piece * 8; s < std::min(steps(m.rows), piece * 8 + 8); ++s)
+    for (int64_t s = piece * 8; s < min(steps(m.rows), piece * 8 + 8); ++s)
       for (int64_t j = 0; j < tiles; ++j) {
         pairs_of(m, s * 32, j * 16, v);
         if (role == Role::outer) transpose16(v);  // into A's order: a row is a rank
@@ -219,15 +217,15 @@ struct Tiles {
     }
   }
 
-  static void outer(const Matrix& x, const bf16* packed, int64_t r, float scale, const Matrix* d, int parts, int64_t begin,
+  static void outer(const Matrix& x, const bf16* packed, int64_t r, float scale, const Matrix& d, int64_t begin,
                     int64_t end) {
     alignas(64) bf16 pairs[kBlock / 32 * 4 * kTile];
     alignas(64) float sums[kMaxRank * kStrip];
     const int64_t tiles = rank_tiles(r);
-    if (x.rows == 0) std::fill(sums, sums + kMaxRank * kStrip, 0.0f);
+    if (x.rows == 0) fill(sums, kMaxRank * kStrip, 0.0f);
     tile_configure(16, 32);
     for (int64_t row = 0; row < x.rows; row += kBlock) {
-      const int64_t count = std::min(kBlock, x.rows - row);
+      const int64_t count = min(kBlock, x.rows - row);
       const bf16* t = packed + row / 32 * tiles * kTile;
       for (int64_t j = begin; j < end; j += 64)
         if (end - j > 32)
@@ -245,7 +243,7 @@ struct Tiles {
         _mm512_store_ps(lines + i * 32, _mm512_permutex2var_ps(a, low, b));
         _mm512_store_ps(lines + i * 32 + 16, _mm512_permutex2var_ps(a, high, b));
       }
-      store_outer(lines, 32, scale, d, parts, begin + j, std::min(begin + j + 32, end));
+      store_outer(lines, 32, scale, d, begin + j, min(begin + j + 32, end));
     }
   }
 };

@@ -1,10 +1,13 @@
-// lora_linear's three loops on vector registers, fp32 or bf16 (two at a time through VDPBF16PS). lora_linear.cpp says
-// what each computes and runs them on threads.
+// lora_linear's three loops on vector registers, two products at a time through VDPBF16PS. lora_linear.cpp says what
+// each computes and runs them on threads.
 #pragma once
 #include "pack.h"
 
 namespace slao::SLAO_ISA {
 namespace {
+
+// Steps that are added one after another before their sum joins the total: what keeps long fp32 sums accurate.
+constexpr int64_t kSums = 64;
 
 template <typename F> inline void with_vectors(int64_t r, F&& f) {
   switch ((r + kFloats - 1) / kFloats) {
@@ -15,54 +18,70 @@ template <typename F> inline void with_vectors(int64_t r, F&& f) {
   }
 }
 
-constexpr bool kWide = kBytes == 64;  // 32 vector registers, else 16
-
-template <typename T> struct Vectors {
-  using Element = T;
-  using S = Step<T>;
-  using Word = typename S::Word;
-  static constexpr int64_t depth = S::depth;
+struct Vectors {
+  static constexpr int64_t kDepth = 2;  // products of a step
   static constexpr int64_t kRows = 48;  // a multiple of every number of rows that is multiplied in registers
   static constexpr int64_t kRowStep = 12;
   static constexpr int64_t kMaxRank = 4 * kFloats;
   static constexpr int64_t kColumnStep = 16;
-  static constexpr int64_t kWork = 30000 * kFloats * depth;
+  static constexpr int64_t kWork = 30000 * kFloats * kDepth;
+
+  static vf multiply_add(vf sum, uint32_t x, vf packed) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(x)), (__m512bh)packed);
+  }
 
   // --- packing: steps of the inner dimension, the outer one padded to whole vectors -----------------------------------
   // Of Q in blocks of kColumns, one after the other: rows of a power of two would all fall on the same lines of the cache.
-  static constexpr int64_t kColumns = (kWide ? 4 : 2) * kFloats;
+  static constexpr int64_t kColumns = 4 * kFloats;
 
   static int64_t pitch(int64_t r) { return round_up(r, kFloats); }
-  static int64_t steps(int64_t k) { return (k + depth - 1) / depth; }
-  static int64_t size(Role role, int64_t k, int64_t n) {
-    return steps(k) * round_up(n, role == Role::expand ? kColumns : kFloats) * depth;
+  static int64_t steps(int64_t k) { return (k + kDepth - 1) / kDepth; }
+  static int64_t size(Role role, const Matrix& m) {
+    return steps(m.rows) * round_up(m.cols, role == Role::expand ? kColumns : kFloats) * kDepth;
   }
-  static int64_t pieces(Role role, int64_t k, int64_t n) {
-    return role == Role::expand ? (n + 4 * kColumns - 1) / (4 * kColumns) : (steps(k) + 63) / 64;
+  static int64_t pieces(Role role, const Matrix& m) {
+    return role == Role::expand ? (m.cols + 4 * kColumns - 1) / (4 * kColumns) : (steps(m.rows) + 63) / 64;
   }
-  static const T* as_is(Role role, const Matrix& m) {
-    const bool whole = m.col_stride == 1 && m.row_stride == m.cols && m.cols % kFloats == 0;
-    return depth == 1 && role != Role::expand && whole ? (const T*)m.data : nullptr;
-  }
-  static void pack(Role role, const Matrix& m, int64_t piece, T* to) {
+  static Matrix source(const Matrix& m, bf16* narrow) { return m.dtype == Dtype::bf16 ? m : dense(m, narrow); }
+  static void pack(Role role, const Matrix& m, int64_t piece, bf16* to) {
     const int64_t inner = steps(m.rows);
-    if (role != Role::expand) return pack_steps(m, pitch(m.cols), piece * 64, std::min(inner, piece * 64 + 64), to);
-    for (int64_t j = piece * 4 * kColumns; j < std::min(m.cols, (piece + 1) * 4 * kColumns); j += kColumns) {
+    if (role != Role::expand) return pack_steps(m, pitch(m.cols), piece * 64, min(inner, piece * 64 + 64), to);
+    for (int64_t j = piece * 4 * kColumns; j < min(m.cols, (piece + 1) * 4 * kColumns); j += kColumns) {
       Matrix block = m;
-      block.data += j * m.col_stride * int64_t(sizeof(T));
-      block.cols = std::min(kColumns, m.cols - j);
-      pack_steps(block, kColumns, 0, inner, to + j * inner * depth);
+      block.data += j * m.col_stride * int64_t(sizeof(bf16));
+      block.cols = min(kColumns, m.cols - j);
+      pack_steps(block, kColumns, 0, inner, to + j * inner * kDepth);
     }
   }
-  static Matrix source(const Matrix& m, Scratch<T>& narrow) { return converted<T>(m, narrow); }
+  // m (k, n) as steps of k, each `pitch` words of n, padded with zeros: steps [begin, end) of it.
+  static void pack_steps(const Matrix& m, int64_t pitch, int64_t begin, int64_t end, bf16* to) {
+    const bf16* from = (const bf16*)m.data;
+    uint32_t* words = (uint32_t*)to;
+    if (m.row_stride == 1 && m.rows % kDepth == 0) {  // k runs along memory: words change places
+      for (int64_t k = begin; k < end; k += 16)       // in blocks of cache lines
+        for (int64_t j = 0; j < pitch; ++j)
+          for (int64_t a = k; a < min(k + 16, end); ++a)
+            words[a * pitch + j] = j < m.cols ? word(from + j * m.col_stride + a * kDepth) : 0u;
+      return;
+    }
+    for (int64_t k = begin; k < end; ++k) {
+      uint32_t* line = words + k * pitch;
+      const bool two = k * kDepth + 1 < m.rows;
+      const bf16 *first = from + k * kDepth * m.row_stride, *second = two ? first + m.row_stride : first;
+      for (int64_t j = 0; j < m.cols; ++j)
+        line[j] = pair_of(first[j * m.col_stride], two ? second[j * m.col_stride] : bf16{});
+      fill(line + m.cols, pitch - m.cols, 0u);
+    }
+  }
   static void finish() {}
 
   // --- sums (rows, pitch) = x P ------------------------------------------------------------------------------------
-  template <int MI, int RV> static void shrink_tile(const T* x, int64_t ldx, int64_t k, const T* packed, float* sums) {
-    const int64_t whole = k / depth;
+  template <int MI, int RV>
+  static void shrink_tile(const bf16* x, int64_t ldx, int64_t k, const bf16* packed, float* sums) {
+    const int64_t whole = k / kDepth;
     // A pointer to every fourth row, which the compiler must not take apart: with one for each of twelve it runs out
     // of registers.
-    const T* row[(MI + 3) / 4];
+    const bf16* row[(MI + 3) / 4];
 #pragma GCC unroll 4
     for (int i = 0; i < (MI + 3) / 4; ++i) {
       row[i] = x + i * 4 * ldx;
@@ -71,40 +90,38 @@ template <typename T> struct Vectors {
     vf total[MI][RV] = {};
     for (int64_t block = 0; block < whole; block += kSums) {
       vf acc[MI][RV] = {};
-      const int64_t end = std::min(block + kSums, whole);
+      const int64_t end = min(block + kSums, whole);
       for (int64_t s = block; s < end; ++s) {
         vf p[RV];
 #pragma GCC unroll 8
-        for (int j = 0; j < RV; ++j) p[j] = loadu<vf>(packed + (s * RV + j) * kFloats * depth);
+        for (int j = 0; j < RV; ++j) p[j] = loadu<vf>(packed + (s * RV + j) * kFloats * kDepth);
 #pragma GCC unroll 16
         for (int i = 0; i < MI; ++i) {
-          const Word w = word<Word>(row[i / 4] + i % 4 * ldx);
+          const uint32_t w = word(row[i / 4] + i % 4 * ldx);
 #pragma GCC unroll 8
-          for (int j = 0; j < RV; ++j) acc[i][j] = S::multiply_add(acc[i][j], w, p[j]);
+          for (int j = 0; j < RV; ++j) acc[i][j] = multiply_add(acc[i][j], w, p[j]);
         }
 #pragma GCC unroll 4
-        for (int i = 0; i < (MI + 3) / 4; ++i) row[i] += depth;
+        for (int i = 0; i < (MI + 3) / 4; ++i) row[i] += kDepth;
       }
 #pragma GCC unroll 16
       for (int i = 0; i < MI; ++i)
 #pragma GCC unroll 8
         for (int j = 0; j < RV; ++j) total[i][j] += acc[i][j];
     }
-    if constexpr (depth == 2)
-      if (k % 2)  // the last of an odd number has no partner
-        for (int i = 0; i < MI; ++i)
-          for (int j = 0; j < RV; ++j)
-            total[i][j] = S::multiply_add(total[i][j], x[i * ldx + k - 1].bits,
-                                          loadu<vf>(packed + (whole * RV + j) * kFloats * depth));
+    if (k % kDepth)  // the last of an odd number has no partner
+      for (int i = 0; i < MI; ++i)
+        for (int j = 0; j < RV; ++j)
+          total[i][j] =
+              multiply_add(total[i][j], x[i * ldx + k - 1].bits, loadu<vf>(packed + (whole * RV + j) * kFloats * kDepth));
     for (int i = 0; i < MI; ++i)
       for (int j = 0; j < RV; ++j) storeu(sums + (i * RV + j) * kFloats, total[i][j]);
   }
 
-  static void shrink(const Matrix& x, int64_t row, int64_t rows, const T* packed, int64_t r, float* sums) {
+  static void shrink(const Matrix& x, int64_t row, int64_t rows, const bf16* packed, int64_t r, float* sums) {
     with_vectors(r, [&](auto vectors) {
-      constexpr int RV = decltype(vectors)::value;
-      constexpr int MI = std::min(kWide ? 24 / RV : 12 / RV, 12);
-      const T* from = (const T*)x.data + row * x.row_stride;
+      constexpr int RV = decltype(vectors)::value, MI = min(24 / RV, 12);
+      const bf16* from = (const bf16*)x.data + row * x.row_stride;
       int64_t i = 0;
       for (; i + MI <= rows; i += MI)
         shrink_tile<MI, RV>(from + i * x.row_stride, x.row_stride, x.cols, packed, sums + i * RV * kFloats);
@@ -118,79 +135,73 @@ template <typename T> struct Vectors {
 
   // A block of Q's columns, of which NV vectors are used.
   template <int MI, int NV>
-  static void expand_tile(const T* t, int64_t ldt, int64_t inner, const T* packed, float scale, const T* bias, T* y,
-                          int64_t ldy) {
+  static void expand_tile(const bf16* t, int64_t ldt, int64_t inner, const bf16* packed, float scale, const bf16* bias,
+                          bf16* y, int64_t ldy) {
     vf acc[MI][NV] = {};
     for (int64_t s = 0; s < inner; ++s) {
       vf q[NV];
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) q[j] = loadu<vf>(packed + (s * kColumns + j * kFloats) * depth);
+      for (int j = 0; j < NV; ++j) q[j] = loadu<vf>(packed + (s * kColumns + j * kFloats) * kDepth);
 #pragma GCC unroll 8
       for (int i = 0; i < MI; ++i) {
-        const Word w = word<Word>(t + i * ldt + s * depth);
+        const uint32_t w = word(t + i * ldt + s * kDepth);
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; ++j) acc[i][j] = S::multiply_add(acc[i][j], w, q[j]);
+        for (int j = 0; j < NV; ++j) acc[i][j] = multiply_add(acc[i][j], w, q[j]);
       }
     }
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
       const vf shift = bias ? load(bias + j * kFloats) : vf{};
 #pragma GCC unroll 8
-      for (int i = 0; i < MI; ++i) S::put(y + i * ldy + j * kFloats, shift + splat(scale) * acc[i][j]);
+      for (int i = 0; i < MI; ++i) put16(y + i * ldy + j * kFloats, shift + splat(scale) * acc[i][j]);
     }
   }
 
   template <int MI>
-  static void expand_rows(const T* t, int64_t ldt, int64_t r, const T* packed, float scale, const T* bias, T* y,
+  static void expand_rows(const bf16* t, int64_t r, const bf16* packed, float scale, const bf16* bias, bf16* y,
                           int64_t ldy, int64_t cols) {
-    const int64_t inner = steps(r);
+    const int64_t ldt = t_pitch(r), inner = steps(r);
     int64_t j = 0;
     for (; j + kColumns <= cols; j += kColumns)
-      expand_tile<MI, kColumns / kFloats>(t, ldt, inner, packed + j * inner * depth, scale, bias ? bias + j : nullptr,
+      expand_tile<MI, kColumns / kFloats>(t, ldt, inner, packed + j * inner * kDepth, scale, bias ? bias + j : nullptr,
                                           y + j, ldy);
-    const T* last = packed + j * inner * depth;
-    for (; j + kFloats <= cols; j += kFloats, last += kFloats * depth)
+    const bf16* last = packed + j * inner * kDepth;
+    for (; j + kFloats <= cols; j += kFloats, last += kFloats * kDepth)
       expand_tile<MI, 1>(t, ldt, inner, last, scale, bias ? bias + j : nullptr, y + j, ldy);
     if (j == cols) return;
-    T edge[MI * kFloats], tail[kFloats] = {};  // the last columns, fewer than a vector
-    if (bias) std::copy(bias + j, bias + cols, tail);
+    bf16 edge[MI * kFloats], tail[kFloats] = {};  // the last columns, fewer than a vector
+    if (bias) copy(bias + j, cols - j, tail);
     expand_tile<MI, 1>(t, ldt, inner, last, scale, bias ? tail : nullptr, edge, kFloats);
-    for (int i = 0; i < MI; ++i) std::copy(edge + i * kFloats, edge + i * kFloats + (cols - j), y + i * ldy + j);
+    for (int i = 0; i < MI; ++i) copy(edge + i * kFloats, cols - j, y + i * ldy + j);
   }
 
-  static void expand(const T* t, int64_t rows, const T* packed, int64_t r, float scale, const T* bias, const Matrix& y,
-                     int64_t row) {
-    constexpr int MI = kWide ? 6 : 4;
-    const int64_t ldt = t_pitch(r);
-    T* to = (T*)y.data + row * y.row_stride;
+  static void expand(const bf16* t, int64_t rows, const bf16* packed, int64_t r, float scale, const bf16* bias,
+                     const Matrix& y, int64_t row) {
+    constexpr int MI = 6;
+    bf16* to = (bf16*)y.data + row * y.row_stride;
     int64_t i = 0;
     for (; i + MI <= rows; i += MI)
-      expand_rows<MI>(t + i * ldt, ldt, r, packed, scale, bias, to + i * y.row_stride, y.row_stride, y.cols);
+      expand_rows<MI>(t + i * t_pitch(r), r, packed, scale, bias, to + i * y.row_stride, y.row_stride, y.cols);
     for (; i < rows; ++i)
-      expand_rows<1>(t + i * ldt, ldt, r, packed, scale, bias, to + i * y.row_stride, y.row_stride, y.cols);
+      expand_rows<1>(t + i * t_pitch(r), r, packed, scale, bias, to + i * y.row_stride, y.row_stride, y.cols);
   }
 
   // --- d (columns, r) = scale xᵀ t, columns [begin, end) of x ---------------------------------------------------------
   static constexpr int64_t kStrip = 256;  // columns of x that a thread takes at a time: their sums stay in the L1 cache
   static constexpr int64_t kBlock = 64;   // rows of x whose words are used before the sums go back to memory
 
-  // x: words of NV vectors of columns, ldx words apart; t: words of RB ranks, ldt apart; sums: RB lines of kStrip.
-  // ahead: x's rows that come next, or null: their lines lie far apart, which no prefetcher of a processor follows.
+  // x: words of NV vectors of columns, lines of kStrip; t: words of RB ranks, ldt apart; sums: RB lines of kStrip.
   template <int RB, int NV>
-  static void outer_tile(const Word* x, int64_t ldx, int64_t count, const Word* t, int64_t ldt, float* sums,
-                         const Word* ahead) {
+  static void outer_tile(const uint32_t* x, int64_t count, const uint32_t* t, int64_t ldt, float* sums) {
     vf acc[RB][NV] = {};
     for (int64_t s = 0; s < count; ++s) {
-      if (ahead)
-#pragma GCC unroll 8
-        for (int j = 0; j < NV; ++j) __builtin_prefetch(ahead + s * ldx + j * kFloats, 0, 2);
       vf v[NV];
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) v[j] = loadu<vf>(x + s * ldx + j * kFloats);
+      for (int j = 0; j < NV; ++j) v[j] = loadu<vf>(x + s * kStrip + j * kFloats);
 #pragma GCC unroll 8
       for (int i = 0; i < RB; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; ++j) acc[i][j] = S::multiply_add(acc[i][j], t[s * ldt + i], v[j]);
+        for (int j = 0; j < NV; ++j) acc[i][j] = multiply_add(acc[i][j], t[s * ldt + i], v[j]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < RB; ++i)
@@ -201,67 +212,40 @@ template <typename T> struct Vectors {
       }
   }
 
-  // Rows [row, row + count) and columns [begin, end) of x as words where they lie, or interleaved in `buffer`; the last
-  // columns, fewer than a vector, always there and padded with zeros.
-  struct Words {
-    const Word *body, *tail;
-    int64_t ld;
-    alignas(64) Word buffer[depth == 1 ? 1 : kBlock / 2 * kStrip], edge[kBlock / depth * kFloats];
-
-    void take(const Matrix& x, int64_t row, int64_t count, int64_t begin, int64_t end) {
-      const int64_t whole = (end - begin) / kFloats * kFloats;
-      const T* from = (const T*)x.data + row * x.row_stride + begin;
-      tail = edge;
-      if constexpr (depth == 1) {
-        body = from, ld = x.row_stride;
-        for (int64_t m = 0; m < count && begin + whole < end; ++m)
-          for (int64_t j = 0; j < kFloats; ++j)
-            edge[m * kFloats + j] = begin + whole + j < end ? from[m * x.row_stride + whole + j] : 0.0f;
-      } else {
-#if defined(__AVX512BF16__)
-        body = buffer, ld = kStrip;
-        for (int64_t m = 0; m < count; m += 2) {
-          const bool two = m + 1 < count;
-          const T *first = from + m * x.row_stride, *second = two ? first + x.row_stride : first;
-          for (int64_t j = 0; j < whole; j += kFloats) {
-            const vu low = (vu)_mm512_cvtepu16_epi32(loadu<__m256i>(first + j));
-            const vu high = (vu)_mm512_cvtepu16_epi32(loadu<__m256i>(second + j));
-            storeu(buffer + m / 2 * kStrip + j, two ? low | (high << 16) : low);
-          }
-          for (int64_t j = 0; j < kFloats && begin + whole < end; ++j) {
-            const bool here = begin + whole + j < end;
-            edge[m / 2 * kFloats + j] = here ? pair_of(first[whole + j], two ? second[whole + j] : T{}) : 0u;
-          }
-        }
-#endif
+  // Rows [row, row + count) and columns [begin, end) of x, two rows to a word; zeros beyond them up to whole vectors.
+  static void interleave(const Matrix& x, int64_t row, int64_t count, int64_t begin, int64_t end, uint32_t* words) {
+    const bf16* from = (const bf16*)x.data + row * x.row_stride + begin;
+    for (int64_t m = 0; m < count; m += 2, words += kStrip) {
+      const bf16 *first = from + m * x.row_stride, *second = m + 1 < count ? first + x.row_stride : nullptr;
+      for (int64_t j = 0; j < end - begin; j += kFloats) {
+        const int64_t here = min<int64_t>(end - begin - j, kFloats);
+        const __mmask16 mask = __mmask16((1u << here) - 1);
+        const vu low = (vu)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, first + j));
+        const vu high = second ? (vu)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, second + j)) : vu{};
+        storeu(words + j, low | (high << 16));
       }
     }
-  };
+  }
 
-  static void outer(const Matrix& x, const T* packed, int64_t r, float scale, const Matrix* d, int parts, int64_t begin,
+  static void outer(const Matrix& x, const bf16* packed, int64_t r, float scale, const Matrix& d, int64_t begin,
                     int64_t end) {
-    constexpr int RB = kWide ? 8 : 4, NV = 3;
-    const int64_t ldt = pitch(r), width = end - begin, whole = width / kFloats * kFloats;
-    const int64_t ranks = round_up(r, RB);  // t is padded with zeros
+    constexpr int RB = 8, NV = 3;
+    const int64_t width = round_up(end - begin, kFloats), ranks = round_up(r, RB);  // t is padded with zeros
+    alignas(64) uint32_t words[kBlock / kDepth * kStrip];
     float sums[kMaxRank * kStrip];
-    std::fill(sums, sums + ranks * kStrip, 0.0f);
-    Words words;
+    fill(sums, ranks * kStrip, 0.0f);
     for (int64_t row = 0; row < x.rows; row += kBlock) {
-      const int64_t count = std::min(kBlock, x.rows - row), inner = steps(count);
-      words.take(x, row, count, begin, end);
-      const Word* t = (const Word*)packed + row / depth * ldt;
-      auto columns = [&](int64_t i) {
-        const Word* ahead = depth == 1 && i == 0 ? words.body + NV * kFloats : nullptr;
+      const int64_t count = min(kBlock, x.rows - row), inner = steps(count);
+      interleave(x, row, count, begin, end, words);
+      for (int64_t i = 0; i < ranks; i += RB) {
+        const uint32_t* t = (const uint32_t*)packed + row / kDepth * pitch(r) + i;
         int64_t j = 0;
-        for (; j + NV * kFloats <= whole; j += NV * kFloats)
-          outer_tile<RB, NV>(words.body + j, words.ld, inner, t + i, ldt, sums + i * kStrip + j, ahead ? ahead + j : nullptr);
-        for (; j < whole; j += kFloats)
-          outer_tile<RB, 1>(words.body + j, words.ld, inner, t + i, ldt, sums + i * kStrip + j, ahead ? ahead + j : nullptr);
-        if (j < width) outer_tile<RB, 1>(words.tail, kFloats, inner, t + i, ldt, sums + i * kStrip + j, nullptr);
-      };
-      for (int64_t i = 0; i < ranks; i += RB) columns(i);
+        for (; j + NV * kFloats <= width; j += NV * kFloats)
+          outer_tile<RB, NV>(words + j, inner, t, pitch(r), sums + i * kStrip + j);
+        for (; j < width; j += kFloats) outer_tile<RB, 1>(words + j, inner, t, pitch(r), sums + i * kStrip + j);
+      }
     }
-    store_outer(sums, kStrip, scale, d, parts, begin, end);
+    store_outer(sums, kStrip, scale, d, begin, end);
   }
 };
 
