@@ -3,7 +3,8 @@
 The conditions under which a call is fused are many and cost tens of microseconds to ask; what they look at hardly ever
 changes. So they are asked once (`layers.make_plan`), and before the plan is used again `LayerPlan.tensors` compares
 what they looked at with what is there now: places that must hold the very same objects, hook dictionaries that must be
-as empty as they were, and facts that must be equal. Whatever has changed, the conditions are asked again; a refusal is a plan too.
+as empty as they were, and facts that must be equal. Whatever has changed, the conditions are asked again; a refusal is
+a plan too.
 
 Kept are dictionaries and modules of the layer's parts, never the layer itself, whose memory a circle would keep, nor
 its tensors: those are read where they stand at every call.
@@ -78,7 +79,8 @@ class LayerPlan:
         self.holders, self.names = map(list, zip(*places, strict=True))
         self.facts = _facts_of(list(map(dict.get, self.holders, self.names)))
         self.of_x = _of_x(x)
-        self.device_type = x.device.type if isinstance(x, Tensor) else "cpu"
+        device = x.device.type if isinstance(x, Tensor) else "cpu"
+        self.device_type = device if torch.amp.is_autocast_available(device) else "cpu"
         self.modes = _modes(self.device_type)
         return self
 
@@ -146,7 +148,7 @@ def place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
 
 
 def _facts_of(tensors: list[Any]) -> Facts:
-    return [None if t is None else (type(t), t.dtype, t.device, t.shape) for t in tensors]
+    return [None if t is None else (type(t), t.dtype, t.device, t.shape, hasattr(t, "ds_id")) for t in tensors]
 
 
 def _of_x(x: Any) -> Facts:

@@ -35,7 +35,7 @@ def without_autocast(run: Any, x: Tensor, *args: Any) -> Any:
 
 
 def batched(dys: Sequence[Tensor]) -> bool:
-    """Whether these are many gradients in one (is_grads_batched, vectorize=True): no memory that a kernel could read."""
+    """Whether these are many gradients in one (is_grads_batched, vectorize=True), in no memory that a kernel reads."""
     return torch._C._are_functorch_transforms_active() or any(map(torch._C._functorch.is_legacy_batchedtensor, dys))
 
 

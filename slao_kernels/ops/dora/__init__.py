@@ -42,7 +42,7 @@ class _Scale(torch.autograd.Function):
 def _scale_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     z, c = ctx.saved_tensors
     need_z, need_c, need_bias = ctx.needs_input_grad
-    if operators.batched((dy,)):
+    if dispatch.direct() and operators.batched((dy,)):
         dz, dc = (dy * c).to(z.dtype), (dy * z.to(c.dtype)).reshape(-1, c.shape[0]).sum(0)
     else:
         dz, dc = _run("scale_backward", dy, z, c, need_z, need_c)

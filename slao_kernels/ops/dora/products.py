@@ -1,4 +1,4 @@
-"""DoRA's norms, and the scaling of a result's columns, a block of rows at a time: nothing wide is as large as x or W."""
+"""DoRA's norms, and the scaling of a result's columns: a block of rows at a time, so that nothing wide is large."""
 
 from __future__ import annotations
 

@@ -145,17 +145,17 @@ def _linear_grads(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
     need_delta = bool(cores) and needs[-1]
     whole = [routing(cores).to(As[0].dtype) @ As[0]] if cores else As
     wanted = need_x, need_source, [True] if need_delta else need_As, need_Bs
-    if operators.batched(dys):
+    args = read, dys, weights, t, whole, Bs, call.scalings
+    if not dispatch.direct():
+        op, rest = torch.ops.slao_kernels.lora_linear_backward, (call.wide, *wanted, call.backend, seed, call.dropout)
+        dx, dsource, dAs, dBs, g = op(dys, read, *args[2:], *rest)
+    elif operators.batched(dys):
         _refuse_a_seed(seed)
-        dx, dsource, dAs, dBs, g = reference.grads(read, dys, weights, t, whole, Bs, call.scalings, wanted)
-    elif dispatch.direct():
+        dx, dsource, dAs, dBs, g = reference.grads(*args, wanted)
+    else:
         products = operators.products_of(call.backend, seed, call.dropout)
         run = products.wide_backward if call.wide else products.backward
-        args = read, dys, weights, t, whole, Bs, call.scalings, wanted
-        dx, dsource, dAs, dBs, g = operators.without_autocast(run, *args)
-    else:
-        op, rest = torch.ops.slao_kernels.lora_linear_backward, (call.wide, *wanted, call.backend, seed, call.dropout)
-        dx, dsource, dAs, dBs, g = op(dys, read, weights, t, whole, Bs, call.scalings, *rest)
+        dx, dsource, dAs, dBs, g = operators.without_autocast(run, *args, wanted)
     d_cores: tuple[Any, ...] = ()
     if cores:
         dAs, dBs, d_cores = _through_cores(cores[1], g, t, dAs[0], dBs[0], (need_As[0], need_Bs[0], need_delta))
@@ -232,15 +232,15 @@ def _add_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     call, (scaling,), (x, t, A, B, seed) = ctx.call, ctx.call.scalings, ctx.saved_tensors
     _, need_y, need_x, _, need_A, need_B, _ = ctx.needs_input_grad
     needs = need_x, need_A, need_B
-    if operators.batched((dy,)):
-        _refuse_a_seed(seed)
-        dx, dA, dB = reference.add_grads(x, dy, t, A, B, scaling)
-    elif dispatch.direct():
-        run = operators.products_of(call.backend, seed, call.dropout).add_backward
-        dx, dA, dB = operators.without_autocast(run, x, dy, t, A, B, scaling, needs)
-    else:
+    if not dispatch.direct():
         op = torch.ops.slao_kernels.lora_add_backward
         dx, dA, dB = op(dy, x, t, A, B, scaling, *needs, call.backend, seed, call.dropout)
+    elif operators.batched((dy,)):
+        _refuse_a_seed(seed)
+        dx, dA, dB = reference.add_grads(x, dy, t, A, B, scaling)
+    else:
+        run = operators.products_of(call.backend, seed, call.dropout).add_backward
+        dx, dA, dB = operators.without_autocast(run, x, dy, t, A, B, scaling, needs)
     x_dtype, A_dtype, B_dtype = ctx.dtypes
     return (
         None,
@@ -305,7 +305,7 @@ def routing(tensors: Sequence[Any]) -> Tensor:
 
 
 def once(grads: Callable[..., Any], ctx: Any, *dys: Tensor) -> Any:
-    """torch's `once_differentiable`, whose block and checks cost microseconds, where somebody may differentiate twice."""
+    """torch's `once_differentiable` where somebody may differentiate twice: its block and checks cost microseconds."""
     if torch.is_grad_enabled():
         return once_differentiable(grads)(ctx, *dys)
     return grads(ctx, *dys)

@@ -1,7 +1,7 @@
 """The base GEMM with the rank-r term inside, in Triton, where a stored measurement says that it pays.
 
-torch's way to out = P Q + alpha T S + bias is two products (TorchProducts.linear_), so out is written twice and read once;
-the one kernel writes it once, but has to come close to the vendor's GEMM, and how close it comes differs from shape to
+torch's way to out = P Q + alpha T S + bias is two products (products.py), so out is written twice and read once; the
+one kernel writes it once, but has to come close to the vendor's GEMM, and how close it comes differs from shape to
 shape and from card to card. So the choice is never a rule: `chosen` answers from the device's table alone. No table is
 shipped, since nothing has been measured on a GPU yet: the kernel is off on every device until
 `bench/tune_lora_gemm.py` has written one.

@@ -142,7 +142,7 @@ class TorchProducts(WideProducts):
         own = B[:, :r] if biased else B
         dx = dA = dB = g = None
         if dy.dtype is B.dtype:
-            g, dB = self.grad_t(dy2, t, own, scaling, need_g, need_B and not biased)
+            g, dB = self.grad_t(dy2, t[:, :r] if biased else t, own, scaling, need_g, need_B and not biased)
             if need_B and biased:
                 dB = torch.mm(dy2.t(), t).mul_(scaling)
         else:
