@@ -91,14 +91,14 @@ class LayerPlan:
         hooked = any(self.empty)
         if hooked is not self.hooked or (hooked and list(map(bool, self.empty)) != self.hooks):
             return None
-        if list(map(type, self.modules)) != self.kinds:
-            return None
         if not all(map(is_, map(own.get, _DICTIONARIES), self.dictionaries)):
+            return None
+        if list(map(type, self.modules)) != self.kinds:
             return None
         if not all(map(is_, map(dict.get, self.parents, self.keys), self.objects)):
             return None
         found: list[Any] = list(map(dict.get, self.holders, self.names))
-        if _facts_of(found) != self.facts or _of_x(x) != self.of_x or _modes(self.device_type) != self.modes:
+        if _of_x(x) != self.of_x or _facts_of(found) != self.facts or _modes(self.device_type) != self.modes:
             return None
         return found
 

@@ -36,7 +36,7 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return once(_scale_grads, ctx, dy)
+        return once(_scale_grads, ctx, dy) if torch.is_grad_enabled() else _scale_grads(ctx, dy)
 
 
 def _scale_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -73,10 +73,10 @@ class TorchProducts(WideProducts):
         """(ys, t) of the operator `lora_linear`; see operators.py."""
         x2, tokens, ys = rows_of(x), x.shape[:-1], []
         t = self.shrink(x2 if source is None else rows_of(source), stacked(As))
-        for weight, bias, B, scaling, own in zip(weights, biases, Bs, scalings, by_layer(t, Bs), strict=True):
+        for i, own in enumerate(by_layer(t, Bs)):
             # N-D from the start: a view of a 2-D result would refuse the caller's in-place operations.
-            y = x.new_empty((*tokens, weight.shape[0]))
-            self.linear_(rows_of(y), x2, weight, own, B, scaling, bias)
+            y = x.new_empty((*tokens, weights[i].shape[0]))
+            self.linear_(rows_of(y), x2, weights[i], own, Bs[i], scalings[i], biases[i])
             ys.append(y)
         return ys, t
 
@@ -93,11 +93,10 @@ class TorchProducts(WideProducts):
     ) -> Grads:
         """What the operator `lora_linear_backward` computes; see operators.py."""
         need_x, need_source, need_As, need_Bs = needs
-        rows, need_A = [rows_of(dy) for dy in dys], any(need_As)
-        need_g = need_x or need_source or need_A
-        gs, dBs, dx, dsource = [], [], None, None
-        for dy, own, B, scaling, need_B in zip(rows, by_layer(t, Bs), Bs, scalings, need_Bs, strict=True):
-            g, dB = self.grad_t(dy, own, B, scaling, need_g, need_B)
+        rows, need_A, gs, dBs = list(map(rows_of, dys)), any(need_As), [], []
+        need_g, dx, dsource = need_x or need_source or need_A, None, None
+        for i, own in enumerate(by_layer(t, Bs)):
+            g, dB = self.grad_t(rows[i], own, Bs[i], scalings[i], need_g, need_Bs[i])
             gs.append(g)
             dBs.append(dB)
         if not need_g:
