@@ -47,7 +47,7 @@ class ExtendedLoraLinear(FusedLoraLinear):
             )
         name, own = self.slao_adapter, self.__dict__
         A, B = self.slao_factors()
-        plan = own.get("slao_plan")
+        plan: Any = own.get("slao_plan")
         tensors = None if plan is None or args or kwargs or is_compiling() else plan.tensors(own, x)
         if tensors is None:
             plan = make_plan(self, x, args, kwargs)

@@ -87,7 +87,7 @@ class FusedLoraLinear(lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: base(x) + Σ scaling · B A x over the active adapters. x: (..., K) -> (..., N)."""
         own = self.__dict__
-        plan = own.get("slao_plan")
+        plan: Any = own.get("slao_plan")
         tensors = None if plan is None or args or kwargs or is_compiling() else plan.tensors(own, x)
         if tensors is None:
             plan = make_plan(self, x, args, kwargs)

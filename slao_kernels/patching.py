@@ -185,7 +185,7 @@ def unpatch(model: nn.Module) -> int:
         _unfuse(layer)
     extended = [module for module in model.modules() if hasattr(module.__dict__.get("slao_before"), "peft_class")]
     for layer in extended:
-        layer.__dict__["slao_before"] = layer.slao_before.peft_class  # type: ignore[union-attr, operator]
+        layer.__dict__["slao_before"] = layer.slao_before.peft_class
         _forget(layer)
     return len(layers) + len(extended)
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import dispatch
-from .ops.lora_linear.autograd import Call
 
 _MODULE = torch.nn.modules.module
 # Torch's own dictionaries, never replaced.
@@ -40,14 +39,13 @@ Facts = Any
 class LayerPlan:
     """`run(plan, layer, x, tensors, args, kwargs)` computes the call; why: the reason where it is PEFT's own forward.
 
-    adapters: the active ones. scaled: whether their scalings go into B. call: what the node is given beside tensors;
-    of a called base it follows from made, the dtype of what that returned last. called: why the base layer is called.
+    adapters: the active ones. scaled: whether their scalings go into B. call: the node's `Call`; of a called base it follows from made, the dtype of what that returned last. called: why the base layer is called.
     """
 
     def __init__(self, run: Callable[..., Any], why: str | None = None, adapters: tuple[str, ...] = ()) -> None:
         self.run, self.why, self.adapters = run, why, adapters
         self.scaled = False
-        self.call: Call | None = None
+        self.call: Any = None
         self.made: torch.dtype | None = None
         self.called: str | None = None
         self.owner = 0

@@ -106,7 +106,8 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, dropped: Tensor | None, seed: Tensor | None, *tensors: Any) -> Any:
         stored, source, end = x, dropped, 4 * len(call.scalings)
-        weights, biases, As, Bs = tensors[0:end:4], tensors[1:end:4], tensors[2:end:4], tensors[3:end:4]
+        weights: Sequence[Any] = tensors[0:end:4]
+        biases, As, Bs = tensors[1:end:4], tensors[2:end:4], tensors[3:end:4]
         if not call.uniform:
             x, source = cast((x, source), call.dtype)
             weights, biases = cast(weights, call.dtype), cast(biases, call.dtype)
@@ -302,10 +303,11 @@ def _linear_by_reference(call: Call, x: Tensor, dropped: Tensor | None, seed: No
 
 
 def _add_by_reference(call: Call, y: Tensor, x: Tensor, seed: None, A: Tensor, B: Tensor, in_place: bool) -> Tensor:
-    return reference.lora_add(y, x, *cast((A, B), call.factor), call.scalings[0])
+    A, B = cast((A, B), call.factor)
+    return reference.lora_add(y, x, A, B, call.scalings[0])
 
 
-def cast(tensors: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
+def cast(tensors: Sequence[Any], dtype: torch.dtype | None) -> Any:
     """Each of them, but for None, in dtype."""
     return [tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype) for tensor in tensors]
 
