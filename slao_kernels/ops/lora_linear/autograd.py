@@ -157,7 +157,7 @@ def _linear_grads(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         run = products.wide_backward if call.wide else products.backward
         args = read, dys, weights, t, As, Bs, call.scalings, wanted
         dx, dsource, dAs, dBs, g = operators.without_autocast(run, *args)
-    grads: list[Any] = [None, dx, dsource, None]
+    grads: list[Any] = [None, dx, dsource if need_source else None, None]
     for i, dy in enumerate(dys):
         dW = db = None
         if needs[4 * i] or needs[4 * i + 1]:
