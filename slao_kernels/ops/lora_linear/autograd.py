@@ -171,8 +171,9 @@ def _linear_grads(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
     if call.uniform:
         return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))
     dtypes = None, *ctx.dtypes[:2], None, *ctx.dtypes[2:]
+    # None where one is wanted: of a core, whose path is frozen.
     return tuple(
-        (grad if grad.dtype is dtype else grad.to(dtype)) if need else None
+        (grad if grad is None or grad.dtype is dtype else grad.to(dtype)) if need else None
         for grad, dtype, need in zip(grads, dtypes, ctx.needs_input_grad, strict=True)
     )
 
