@@ -91,7 +91,8 @@ class FusedLoraLinear(lora.Linear):
         tensors = None if plan is None or args or kwargs or is_compiling() else plan.tensors(own, x)
         if tensors is None:
             plan = make_plan(self, x, args, kwargs)
-            tensors = [getattr(module, name) for module, name in parameters_of(self)] if plan.adapters else []
+            # None: a quantised base has no weight, or none of that name; it is called.
+            tensors = [getattr(module, name, None) for module, name in parameters_of(self)] if plan.adapters else []
         return plan.run(plan, self, x, tensors, args, kwargs)
 
 
@@ -155,8 +156,9 @@ def run_stacked(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args
 
 def run_dora(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: Any, kwargs: Any) -> Tensor:
     """DoRA, alone and without dropout."""
-    weight, bias, A, B, _, magnitude = tensors
+    weight, bias, *pair, magnitude = tensors
     weight = weight if type(layer.base_layer) is nn.Linear else weight.t()
+    A, B = stacked(layer, plan, pair)
     return dora.run(plan.call, x, weight, bias, magnitude, A, B)
 
 

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import slao_kernels
-from slao_kernels import groups
 from slao_kernels.layers import FusedLoraLinear
 from slao_kernels.testing import TOLERANCE, error_ratio
 
@@ -176,7 +175,6 @@ def test_lora_bias_merged_and_back(twins):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_lora_bias_in_a_whole_model(kind, twins):
-    """Siblings of one x (q/k/v) stay apart: a bias that is computed anew at each call is nothing a group may keep."""
     model, twin = (twins.peft_model(kind, lora_bias=True) for _ in range(2))
     for net in (model, twin):
         for name, parameter in net.named_parameters():
@@ -188,26 +186,7 @@ def test_lora_bias_in_a_whole_model(kind, twins):
             found = twins.step(model)
         assert ops.counts == dict.fromkeys(("lora_linear", "lora_linear_backward"), len(report.patched))
         twins.check_close(found, twins.step(twin))
-    assert groups.describe(model) == []
     assert (report.skipped, report.fallbacks) == ({}, {})
-
-
-def test_a_group_meets_lora_bias(twins):
-    """An adapter with a bias is activated on layers that have learned to share a node, and left again."""
-    model, twin = (twins.peft_model("llama", target_modules=["q_proj", "k_proj"]) for _ in range(2))
-    slao_kernels.patch(model)
-    for _ in range(2):
-        model(twins.token_ids())
-    assert [len(names) for names in groups.describe(model)] == [2, 2]
-    for net in (model, twin):
-        torch.manual_seed(3)
-        net.add_adapter("biased", twins.config(lora_bias=True, target_modules=["k_proj"], init_lora_weights=False))
-        net.base_model.set_adapter(["default", "biased"])
-    for names in (["default", "biased"], ["biased"], ["default"]):
-        for net in (model, twin):
-            net.base_model.set_adapter(names)
-        for _ in range(2):
-            twins.check_close(twins.step(model), twins.step(twin))
 
 
 # rsLoRA and patterns, by the formula of the papers instead of by PEFT's `scaling`.

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import slao_kernels
-from slao_kernels import groups
 from slao_kernels.layers import FusedLoraLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -172,19 +171,6 @@ def test_a_base_that_refuses(when, kind, twins):
     expected = {"fp8 weight": "base weight is stored as torch.float8_e4m3fn"}
     expected |= {"bias dtype": "base bias is torch.bfloat16, weight torch.float32"}
     assert report.notes == {"proj": f"base layer called: {expected[kind]}"}
-
-
-def test_siblings_over_called_bases_form_no_group(twins):
-    model, twin = (twins.peft_model("llama", target_modules=["q_proj", "k_proj", "v_proj"]) for _ in range(2))
-    for net in (model, twin):
-        for name, module in net.named_modules():
-            if name.endswith("1.self_attn.k_proj"):
-                other_class(module.base_layer)
-    report = slao_kernels.patch(model)
-    assert len(report.notes) == 1
-    for _ in range(3):
-        twins.check_close(twins.step(model), twins.step(twin))
-    assert [len(names) for names in groups.describe(model)] == [3, 2]
 
 
 def test_precision_reaches_the_branch(twins):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slao_kernels
-from slao_kernels.ops.lora_linear import add
+from slao_kernels.holders import FRESH, holders
+from slao_kernels.ops.lora_linear.autograd import add, call_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,19 +158,25 @@ def test_which_results_are_overwritten(kind, grad, twins):
     assert taken is (kind in (IN_PLACE if grad else IN_PLACE | SAVED))
 
 
+def overwritten(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """The branch written into y, whoever else has it."""
+    call = call_for(x, [None, None, A, B], (0.5,), made=y.dtype)
+    return add(call)(call, y, x, None, A, B, True)
+
+
 def test_a_saved_result_must_not_be_overwritten(twins):
     """What the rule is for: written into all the same, such a base's backward raises."""
     t = torch.randn(7, 20, requires_grad=True)
     A, B = torch.randn(3, 20, requires_grad=True), torch.randn(20, 3)
     for base in (torch.tanh, torch.relu, torch.sigmoid, torch.exp):
         y = base(t)
-        assert add.holders(y) != add.FRESH
-        out = add.apply(y, t, A, B, 0.5, in_place=True)
+        assert holders(y) != FRESH
+        out = overwritten(y, t, A, B)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
     y = Exp.apply(t)  # and one that autograd does not watch is silently wrong
-    assert add.holders(y) != add.FRESH
-    (wrong,) = torch.autograd.grad(add.apply(y, t.detach(), A, B, 0.5, in_place=True).sum(), t)
+    assert holders(y) != FRESH
+    (wrong,) = torch.autograd.grad(overwritten(y, t.detach(), A, B).sum(), t)
     assert not torch.allclose(wrong, t.exp())
 
 

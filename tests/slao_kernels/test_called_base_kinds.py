@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import slao_kernels
-from slao_kernels import called_base
+from slao_kernels import layers
 from slao_kernels.testing import error_ratio
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,11 +96,11 @@ def test_state_and_identity_stay(kind, foreign):
     assert all(p is parameters[name] for name, p in model.named_parameters())
     assert len(parameters) == len(dict(model.named_parameters()))
     assert isinstance(model.proj, theirs)
-    assert called_base.peft_class(model.proj) is theirs
+    assert layers.peft_class(model.proj) is theirs
     again = slao_kernels.patch(model)
     assert again.patched == ["proj"]
     assert list(again.notes) == ["proj"]
-    assert called_base.peft_class(model.proj) is theirs
+    assert layers.peft_class(model.proj) is theirs
 
 
 def exact(model: nn.Module, x: Tensor, dy: Tensor, y: Tensor, dx: Tensor) -> dict[str, Tensor]:
@@ -307,11 +307,11 @@ def test_a_subclass_of_a_fused_class_is_no_fused_layer(foreign):
 
 def test_names_of_no_class():
     with pytest.raises(AttributeError, match="has no attribute 'FusedNothing'"):
-        called_base.FusedNothing  # noqa: B018
-    assert peft.__name__ not in vars(called_base)
+        layers.FusedNothing  # noqa: B018
+    assert peft.__name__ not in vars(layers)
 
 
 def test_classes_are_made_once():
-    assert called_base.FusedGPTQLoraLinear is called_base.FusedGPTQLoraLinear
-    assert called_base.FusedGPTQLoraLinear.__module__ == "slao_kernels.called_base"
-    assert called_base.FusedGPTQLoraLinear.__qualname__ == "FusedGPTQLoraLinear"
+    assert layers.FusedGPTQLoraLinear is layers.FusedGPTQLoraLinear
+    assert layers.FusedGPTQLoraLinear.__module__ == "slao_kernels.layers"
+    assert layers.FusedGPTQLoraLinear.__qualname__ == "FusedGPTQLoraLinear"

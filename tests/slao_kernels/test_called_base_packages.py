@@ -31,7 +31,7 @@ import importlib, pickle, sys
 import peft, torch
 from torch import nn
 import slao_kernels
-from slao_kernels import called_base
+from slao_kernels import layers
 from slao_kernels.testing import error_ratio
 
 module, name, theirs, ours, file = sys.argv[1:]
@@ -53,7 +53,7 @@ model, twin = net(), net()
 assert type(twin[0]).__name__ == theirs, type(twin[0])
 report = slao_kernels.patch(model, strict=True)
 assert type(model[0]).__name__ == ours, type(model[0])
-assert type(model[0]) is getattr(called_base, ours)
+assert type(model[0]) is getattr(layers, ours)
 assert list(report.notes) == ["0"]
 worst = max(error_ratio(a, b) for a, b in zip(step(model), step(twin), strict=True))
 assert worst <= 1e-6, worst

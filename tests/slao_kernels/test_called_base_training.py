@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slao_kernels
-from slao_kernels import called_base
+from slao_kernels import layers
 from slao_kernels.testing import error_ratio, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,7 +72,7 @@ def test_copies_stay_fused(kind, how, foreign, twins, tmp_path):
     assert report.fallbacks == {}
     assert slao_kernels.unpatch(copied) == 1
     assert type(copied.proj) is type(twin.proj)
-    assert called_base.is_fused(model.proj)
+    assert layers.is_fused(model.proj)
 
 
 LOAD = """
@@ -80,7 +80,7 @@ import importlib.util, sys, torch
 spec = importlib.util.spec_from_file_location("slao_kernels_tests_foreign", sys.argv[1])
 sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-assert "slao_kernels.called_base" not in sys.modules
+assert "slao_kernels.layers" not in sys.modules
 model = torch.load(sys.argv[2], weights_only=False)
 torch.save(model(torch.load(sys.argv[3])).detach(), sys.argv[4])
 print(type(model.proj).__name__)

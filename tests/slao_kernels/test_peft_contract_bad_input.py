@@ -103,14 +103,14 @@ def test_adapter_that_does_not_exist(what, twins):
 def test_options_of_an_older_version(twins):
     """A model that was patched and pickled before an option was there: the option has its default."""
     model, twin = (twins.peft_model("llama", target_modules=TARGETS) for _ in range(2))
-    slao_kernels.patch(model, group=False)
+    slao_kernels.patch(model)
     for layer in model.modules():
         if type(layer) is FusedLoraLinear:
-            for later in ("notes", "place", "precision"):
+            for later in ("notes", "precision"):
                 del layer.slao_options.__dict__[later]
     copied = pickle.loads(pickle.dumps(model))
     options = [layer.slao_options for layer in copied.modules() if type(layer) is FusedLoraLinear]
-    assert [(o.notes, o.place, o.precision) for o in options] == [({}, None, "base")] * 4
+    assert [(o.notes, o.precision) for o in options] == [({}, "base")] * 4
     copied.get_submodule(options[0].name).base_layer.register_forward_hook(lambda *_: None)
     with twins.CountOps() as ops:
         twins.check_close(twins.step(copied), twins.step(twin))

@@ -15,25 +15,22 @@ FP32_RATIO = 1e-5  # of an output or gradient against the unpatched fp32 model
 
 
 class CountOps(TorchDispatchMode):
-    """How often each slao_kernels operator ran within the block; grouped: how many layers each group's call served."""
+    """How often each slao_kernels operator ran within the block."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: dict[str, int] = {}
-        self.grouped: list[int] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "slao_kernels":
             name = func.overloadpacket._qualified_op_name.split("::")[1]
             self.counts[name] = self.counts.get(name, 0) + 1
-            if name == "lora_linear_group":
-                self.grouped.append(len(args[1]))
         return func(*args, **(kwargs or {}))
 
     @property
     def forward(self) -> int:
-        """Layers computed, alone or in a group."""
-        return self.counts.get("lora_linear", 0) + sum(self.grouped)
+        """Layers computed, base and branch."""
+        return self.counts.get("lora_linear", 0)
 
 
 def config(**options) -> peft.LoraConfig:

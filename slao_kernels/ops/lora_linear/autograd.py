@@ -215,7 +215,9 @@ class LoraAdd(torch.autograd.Function):
         (scaling,) = call.scalings
         if dispatch.direct():
             out = y if in_place else torch.empty(y.shape, dtype=y.dtype, device=y.device)
-            t = operators.products_of(call.backend, seed, call.dropout).add(x, y, A, B, scaling, out)
+            # The branch may be wider than what autocast would make of it: a called base returns what it likes.
+            run = operators.products_of(call.backend, seed, call.dropout).add
+            t = operators.without_autocast(run, x, y, A, B, scaling, out)
             if in_place:
                 ctx.mark_dirty(y)
         else:
