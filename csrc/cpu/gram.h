@@ -1,19 +1,18 @@
 // G = A Aᵀ: products in T (float or double), sums over more than kRun columns in double.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <vector>
-
+#include "arena.h"
 #include "rows.h"
 
 namespace slao::SLAO_ISA {
 
 // 16 accumulators fill AVX-512's 32 registers well; the narrower sets have 16 registers.
 constexpr int kTile = kBytes == 64 ? 4 : 2;
+// fp32 sums stay short. Equal products (rows of ±1, cosines) are rounded the same way again and again: 512 of them on
+// end were 7e-6 off. So a lane adds up 16, then 8 such sums, and what comes of that goes to double.
+constexpr int kShort = 16, kShorts = 8;
+template <typename T> constexpr int64_t kRun = kShort * kShorts * Lanes<T>::n;  // columns
 // Columns of all rows that are multiplied while they are in the cache: 16 KiB of fp32 at r = 16.
-constexpr int64_t kChunk = 1024;
-// Columns that a lane of T adds up before its sum goes to double: at most 128 products (AVX-512), so that fp32 keeps 1e-8.
-constexpr int64_t kRun = 2048;
+template <typename T> constexpr int64_t kChunk = min<int64_t>(1024, kRun<T>);
 
 // kTile × kTile dot products of `count` columns, added to the vectors in `acc`; kDiagonal: the lower triangle of x xᵀ.
 // `ahead`: two rows of the next columns, asked for on the way: 16 rows are more streams than a processor follows by
@@ -21,91 +20,96 @@ constexpr int64_t kRun = 2048;
 template <bool kDiagonal, typename T>
 void gram_tile(const T* const* x, const T* const* y, int64_t count, typename Lanes<T>::V* acc, const T* const* ahead) {
   using V = typename Lanes<T>::V;
-  V sums[kTile][kTile];
-  for (int i = 0; i < kTile; ++i)
-    for (int j = 0; j < kTile; ++j) sums[i][j] = acc[i * kTile + j];
-  for (int64_t k = 0; k < count; k += Lanes<T>::n) {
-    V right[kTile];
-    for (int j = 0; j < kTile; ++j) right[j] = loadu<V>(y[j] + k);
-    __builtin_prefetch(ahead[0] + k, 0, 2);
-    for (int i = 0; i < kTile; ++i) {
-      const V left = kDiagonal ? right[i] : loadu<V>(x[i] + k);
-      for (int j = 0; j <= (kDiagonal ? i : kTile - 1); ++j) sums[i][j] += left * right[j];
+  const int64_t length = sizeof(T) == 8 ? count : kShort * Lanes<T>::n;
+  for (int64_t k = 0; k < count;) {
+    V sums[kTile][kTile] = {};
+    for (const int64_t end = min(count, k + length); k < end; k += Lanes<T>::n) {
+      V right[kTile];
+      for (int j = 0; j < kTile; ++j) right[j] = loadu<V>(y[j] + k);
+      __builtin_prefetch(ahead[0] + k, 0, 2);
+      for (int i = 0; i < kTile; ++i) {
+        const V left = kDiagonal ? right[i] : loadu<V>(x[i] + k);
+        for (int j = 0; j <= (kDiagonal ? i : kTile - 1); ++j) sums[i][j] += left * right[j];
+      }
+      __builtin_prefetch(ahead[1] + k, 0, 2);
     }
-    __builtin_prefetch(ahead[1] + k, 0, 2);
+    for (int i = 0; i < kTile; ++i)
+      for (int j = 0; j < kTile; ++j) acc[i * kTile + j] += sums[i][j];
   }
-  for (int i = 0; i < kTile; ++i)
-    for (int j = 0; j < kTile; ++j) acc[i * kTile + j] = sums[i][j];
 }
 
 template <typename T> class Gram {
   using V = typename Lanes<T>::V;
-  static constexpr int64_t n = Lanes<T>::n;
+  static constexpr int64_t n = Lanes<T>::n, kColumns = kChunk<T>;
 
  public:
+  // For matrices of r rows.
+  Gram(Arena& arena, int64_t r)
+      : r_(r), tiles_((r + kTile - 1) / kTile), padded_(tiles_ * kTile), vectors_(tiles_ * (tiles_ + 1) / 2 * kTile * kTile),
+        acc_(arena.take<V>(vectors_)), scratch_(arena.take<T>(r * kColumns)), zeros_(arena.take<T>(kColumns)),
+        rows_(arena.take<const T*>(padded_)), next_(arena.take<const T*>(padded_ + 2)) {}
+
   // G (r, r), row-major: the lower triangle is written.
   void operator()(const Matrix& m, double* G) {
-    r_ = m.rows, tiles_ = (r_ + kTile - 1) / kTile;
-    acc_.assign(tiles_ * (tiles_ + 1) / 2 * kTile * kTile, V{});
-    std::fill(G, G + r_ * r_, 0.0);
+    fill(acc_, vectors_, V{});
+    fill(G, r_ * r_, 0.0);
     // Rows are padded to whole tiles with zeros, and the last columns to a whole vector: no remainders below.
-    zeros_.resize(kChunk, T(0));
-    next_.assign(tiles_ * kTile + 2, zeros_.data());
-    rows_.assign(tiles_ * kTile, zeros_.data());
+    fill(zeros_, kColumns, T(0));
+    fill<const T*>(next_, padded_ + 2, zeros_);
+    fill<const T*>(rows_, padded_, zeros_);
     const bool direct = m.col_stride == 1 && m.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32);
     int64_t in_run = 0;
     for (int64_t begin = 0; begin < m.cols;) {
-      int64_t count = std::min(kChunk, m.cols - begin);
+      int64_t count = min(kColumns, m.cols - begin);
       if (direct && count >= n) {
         count = count / n * n;
         const T* data = (const T*)m.data + begin;
         for (int64_t i = 0; i < r_; ++i) rows_[i] = data + i * m.row_stride;
         for (int64_t i = 0; i < r_; ++i) next_[i] = rows_[i] + (begin + count < m.cols ? count : 0);
       } else {
-        scratch_.resize(r_ * kChunk);
         for (int64_t i = 0; i < r_; ++i) {
-          T* row = scratch_.data() + i * kChunk;
+          T* row = scratch_ + i * kColumns;
           load_span(m, i, begin, count, row);
-          std::fill(row + count, row + (count + n - 1) / n * n, T(0));
+          fill(row + count, round_up(count, n) - count, T(0));
           rows_[i] = row;
         }
       }
-      multiply((count + n - 1) / n * n);
+      multiply(round_up(count, n));
       begin += count;
-      if ((in_run += count) >= kRun || begin == m.cols) flush(G), in_run = 0;
+      if ((in_run += count) >= kRun<T> || begin == m.cols) flush(G), in_run = 0;
     }
   }
 
  private:
   void multiply(int64_t count) {
-    V* acc = acc_.data();
-    const T *const *rows = rows_.data(), *const *ahead = next_.data();
-    const T* const* const last = ahead + next_.size() - 2;
+    V* acc = acc_;
+    const T* const* ahead = next_;
+    const T* const* const last = next_ + padded_;
     for (int64_t I = 0; I < tiles_; ++I) {
       for (int64_t J = 0; J < I; ++J, acc += kTile * kTile) {
-        gram_tile<false>(rows + I * kTile, rows + J * kTile, count, acc, ahead);
-        ahead = std::min(ahead + 2, last);
+        gram_tile<false>(rows_ + I * kTile, rows_ + J * kTile, count, acc, ahead);
+        ahead = min(ahead + 2, last);
       }
-      gram_tile<true>(rows + I * kTile, rows + I * kTile, count, acc, ahead);
-      ahead = std::min(ahead + 2, last);
+      gram_tile<true>(rows_ + I * kTile, rows_ + I * kTile, count, acc, ahead);
+      ahead = min(ahead + 2, last);
       acc += kTile * kTile;
     }
   }
 
   void flush(double* G) {
-    V* acc = acc_.data();
+    V* acc = acc_;
     for (int64_t I = 0; I < tiles_; ++I)
       for (int64_t J = 0; J <= I; ++J, acc += kTile * kTile)
-        for (int64_t i = I * kTile; i < std::min(r_, (I + 1) * kTile); ++i)
-          for (int64_t j = J * kTile; j < std::min(i + 1, (J + 1) * kTile); ++j)
+        for (int64_t i = I * kTile; i < min(r_, (I + 1) * kTile); ++i)
+          for (int64_t j = J * kTile; j < min(i + 1, (J + 1) * kTile); ++j)
             G[i * r_ + j] += sum(acc[(i - I * kTile) * kTile + (j - J * kTile)]);
-    std::fill(acc_.begin(), acc_.end(), V{});
+    fill(acc_, vectors_, V{});
   }
 
-  int64_t r_, tiles_;
-  Scratch<V> acc_;
-  Scratch<T> scratch_, zeros_;
-  std::vector<const T*> rows_, next_;
+  int64_t r_, tiles_, padded_, vectors_;
+  V* acc_;
+  T *scratch_, *zeros_;
+  const T **rows_, **next_;
 };
 
 }  // namespace slao::SLAO_ISA

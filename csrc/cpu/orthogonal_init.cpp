@@ -4,9 +4,7 @@
 // written at all), nearly dependent rows (flagged: left to Householder), or how to factor it. The second applies L⁻¹;
 // where one pass would not be as orthonormal as Householder's Q, it repeats Gram and apply on the result, which is
 // still in the cache. A matrix is one thread's work, in a fixed order: the answer does not depend on the threads.
-#include <algorithm>
-#include <cmath>
-#include <vector>
+#include <math.h>
 
 #include "gram.h"
 #include "isa.h"
@@ -36,10 +34,9 @@ double dot(const double* x, const double* y, int64_t count) {
 
 // Lower triangles, row-major r×r. False when a pivot is too small (or not a number). condition: at least 1/σ²_min of
 // the matrix with its rows scaled to length 1 (row scaling costs no accuracy): their σ² sum to r, so the inverse squares
-// of the others sum to r - 2 or more, and all inverse squares are ‖L⁻¹‖²_F.
-bool factor(double* L, double* inverse, int64_t r, double* condition) {
-  std::vector<double> length(r);
-  for (int64_t i = 0; i < r; ++i) length[i] = std::sqrt(L[i * r + i]);
+// of the others sum to r - 2 or more, and all inverse squares are ‖L⁻¹‖²_F. length: scratch for r numbers.
+bool factor(double* L, double* inverse, int64_t r, double* length, double* condition) {
+  for (int64_t i = 0; i < r; ++i) length[i] = sqrt(L[i * r + i]);
   for (int64_t i = 0; i < r; ++i) {
     const double diagonal = L[i * r + i];
     for (int64_t j = 0; j <= i; ++j) {
@@ -48,14 +45,14 @@ bool factor(double* L, double* inverse, int64_t r, double* condition) {
         L[i * r + j] = s * inverse[j * r + j];
       } else {
         if (!(s > kPivot * diagonal)) return false;
-        L[i * r + i] = std::sqrt(s);
+        L[i * r + i] = sqrt(s);
         inverse[i * r + i] = 1 / L[i * r + i];
       }
     }
   }
   for (int64_t i = 0; i < r; ++i) {  // row i of L⁻¹ = -(L_i,:i L⁻¹_:i,:) / L_ii
     double* row = inverse + i * r;
-    std::fill(row, row + i, 0.0);
+    fill(row, i, 0.0);
     for (int64_t k = 0; k < i; ++k) {
       const double l = L[i * r + k];
       for (int64_t j = 0; j <= k; ++j) row[j] -= l * inverse[k * r + j];
@@ -140,7 +137,7 @@ template <int R, typename T> void apply_registers(const T* M, T* x, int64_t pitc
 }
 
 // M (r, r) has zeros above its diagonal; x has `cols` columns and rows `pitch` apart.
-template <typename T> void apply(const T* M, int64_t r, T* x, int64_t pitch, int64_t cols, Scratch<T>& edge) {
+template <typename T> void apply(const T* M, int64_t r, T* x, int64_t pitch, int64_t cols, T* edge) {
   constexpr int n = Lanes<T>::n;
   int64_t j = 0;
   if (r == 8)
@@ -150,155 +147,198 @@ template <typename T> void apply(const T* M, int64_t r, T* x, int64_t pitch, int
   for (; j + 4 * n <= cols; j += 4 * n) apply_columns<4>(M, r, x + j, pitch, j + 16 * n <= cols ? 12 * n : 0);
   for (; j + n <= cols; j += n) apply_columns<1>(M, r, x + j, pitch);
   if (j == cols) return;
-  edge.assign(r * n, T(0));  // the last columns, fewer than a vector
-  for (int64_t i = 0; i < r; ++i) std::copy(x + i * pitch + j, x + i * pitch + cols, edge.data() + i * n);
-  apply_columns<1>(M, r, edge.data(), n);
-  for (int64_t i = 0; i < r; ++i) std::copy(edge.data() + i * n, edge.data() + i * n + (cols - j), x + i * pitch + j);
+  fill(edge, r * n, T(0));  // the last columns, fewer than a vector
+  for (int64_t i = 0; i < r; ++i) copy(x + i * pitch + j, cols - j, edge + i * n);
+  apply_columns<1>(M, r, edge, n);
+  for (int64_t i = 0; i < r; ++i) copy(edge + i * n, cols - j, x + i * pitch + j);
 }
 
-// --- the two phases ------------------------------------------------------------------------------------------------
+// --- the first phase: what each matrix needs -------------------------------------------------------------------------
 
 struct Plan {
-  std::vector<double> L, inverse;
-  double condition = 0;
+  double *L, *inverse;  // (r, r) each
+  double condition;
+  bool narrow;  // L⁻¹A may be computed in fp32
 };
 
-struct Workspace {
+struct Inspection {
   Gram<float> narrow_gram;
   Gram<double> wide_gram;
-  Scratch<float> narrow_scratch, narrow_edge;
-  Scratch<double> wide_scratch, wide_edge;
-  Gram<float>& gram(float) { return narrow_gram; }
-  Gram<double>& gram(double) { return wide_gram; }
-  Scratch<float>& scratch(float) { return narrow_scratch; }
-  Scratch<double>& scratch(double) { return wide_scratch; }
-  Scratch<float>& edge(float) { return narrow_edge; }
-  Scratch<double>& edge(double) { return wide_edge; }
+  double* row;  // of the matrix
+  Inspection(Arena& arena, const Matrix& m)
+      : narrow_gram(arena, m.rows), wide_gram(arena, m.rows), row(arena.take<double>(m.cols)) {}
 };
 
-bool all_finite(const Matrix& m, Scratch<double>& row) {
-  row.resize(m.cols);
+bool all_finite(const Matrix& m, double* row) {
   for (int64_t i = 0; i < m.rows; ++i) {
-    load_span(m, i, 0, m.cols, row.data());
-    for (double x : row)
-      if (!std::isfinite(x)) return false;
+    load_span(m, i, 0, m.cols, row);
+    for (int64_t j = 0; j < m.cols; ++j)
+      if (!__builtin_isfinite(row[j])) return false;
   }
   return true;
 }
 
 bool needs_second_pass(const Matrix& m, const Plan& plan) {
-  return plan.condition > (m.dtype == Dtype::bf16 || m.dtype == Dtype::f16 ? kOnePass16 : kOnePass);
+  return plan.condition > (element_size(m.dtype) == 2 ? kOnePass16 : kOnePass);
 }
 
 // Whether an fp32 Gram matrix was good enough for a first pass.
-bool narrow_suffices(const Matrix& m, Plan& plan, Workspace& work) {
+bool narrow_suffices(const Matrix& m, Plan& plan, Inspection& work) {
   if (m.dtype == Dtype::f64) return false;
-  work.narrow_gram(m, plan.L.data());
+  work.narrow_gram(m, plan.L);
   for (int64_t i = 0; i < m.rows; ++i) {  // far from where squares overflow or lose digits; false for NaN
     const double square = plan.L[i * m.rows + i];
     if (!(square > 1e-24 && square < 1e+24)) return false;
   }
-  return factor(plan.L.data(), plan.inverse.data(), m.rows, &plan.condition) && plan.condition <= kNarrow;
-}
-
-Status inspect(const Matrix& m, Plan& plan, Workspace& work) {
-  const int64_t r = m.rows;
-  plan.L.assign(r * r, 0.0);
-  plan.inverse.assign(r * r, 0.0);
-  if (narrow_suffices(m, plan, work)) return Status::done;
-  work.wide_gram(m, plan.L.data());
-  bool lost = false;
-  for (int64_t i = 0; i < r; ++i) {
-    const double square = plan.L[i * r + i];
-    // fp64 storage can overflow its own squares, or lose them; everything else is finite exactly when its Gram is.
-    if (!std::isfinite(square)) {
-      if (m.dtype != Dtype::f64 || !all_finite(m, work.wide_edge)) return Status::not_finite;
-      lost = true;
-    }
-    lost = lost || square < 1e-200;
-  }
-  if (lost) return Status::flagged;
-  return factor(plan.L.data(), plan.inverse.data(), r, &plan.condition) ? Status::done : Status::flagged;
+  return factor(plan.L, plan.inverse, m.rows, work.row, &plan.condition) && plan.condition <= kNarrow;
 }
 
 // Whether L⁻¹A may be computed in fp32: one pass is enough (of two, the first one's error would not be in R: R Q would
 // miss A by 1e-7 κ), and fp32 holds L⁻¹ with all its digits (rows of denormals have an inverse above its range).
 bool narrow_apply(const Matrix& m, const Plan& plan) {
   if (m.dtype == Dtype::f64 || needs_second_pass(m, plan)) return false;
-  for (double x : plan.inverse)
-    if (!(std::abs(x) < 0x1p100)) return false;
+  for (int64_t i = 0; i < m.rows * m.rows; ++i)
+    if (!(fabs(plan.inverse[i]) < 0x1p100)) return false;
   for (int64_t i = 0; i < m.rows; ++i)
     if (plan.inverse[i * m.rows + i] < 0x1p-100) return false;
   return true;
 }
 
-template <typename T> void finish(const Matrix& m, const Matrix& triangle, Plan& plan, Workspace& work) {
-  const int64_t r = m.rows, cols = m.cols;
-  // Where the storage is what is computed in, the matrix is its own scratch.
-  const bool direct = m.col_stride == 1 && m.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32);
-  Matrix x = m;
-  if (!direct) {
-    auto& scratch = work.scratch(T{});
-    scratch.resize(r * cols);
-    x = {(char*)scratch.data(), r, cols, cols, 1, sizeof(T) == 8 ? Dtype::f64 : Dtype::f32};
-    for (int64_t i = 0; i < r; ++i) load_span(m, i, 0, cols, scratch.data() + i * cols);
+Status inspect(const Matrix& m, Plan& plan, Arena arena) {
+  const int64_t r = m.rows;
+  Inspection work(arena, m);
+  fill(plan.inverse, r * r, 0.0);
+  if (narrow_suffices(m, plan, work)) {
+    plan.narrow = narrow_apply(m, plan);
+    return Status::done;
   }
-  T* rows = (T*)x.data;
-  Scratch<T> M(plan.inverse.begin(), plan.inverse.end());
-  apply(M.data(), r, rows, x.row_stride, cols, work.edge(T{}));
-  if (needs_second_pass(m, plan)) {
-    std::vector<double> L(r * r), inverse(r * r), product(r * r, 0.0);
-    work.gram(T{})(x, L.data());
+  work.wide_gram(m, plan.L);
+  bool lost = false;
+  for (int64_t i = 0; i < r; ++i) {
+    const double square = plan.L[i * r + i];
+    // fp64 storage can overflow its own squares, or lose them; everything else is finite exactly when its Gram is.
+    if (!__builtin_isfinite(square)) {
+      if (m.dtype != Dtype::f64 || !all_finite(m, work.row)) return Status::not_finite;
+      lost = true;
+    }
+    lost = lost || square < 1e-200;
+  }
+  if (lost) return Status::flagged;
+  if (!factor(plan.L, plan.inverse, r, work.row, &plan.condition)) return Status::flagged;
+  plan.narrow = narrow_apply(m, plan);
+  return Status::done;
+}
+
+// --- the second: A <- L⁻¹A -------------------------------------------------------------------------------------------
+
+template <typename T> struct Finish {
+  static constexpr Dtype kDtype = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
+  bool direct, twice;
+  T *rows, *M, *edge;
+  double *L, *inverse, *product;
+  Gram<T> gram;
+  double* row;
+  Finish(Arena& arena, const Matrix& m, const Plan& plan)
+      : direct(m.col_stride == 1 && m.dtype == kDtype),  // where it is stored as computed, it is its own scratch
+        twice(needs_second_pass(m, plan)),
+        rows(direct ? (T*)m.data : arena.take<T>(m.rows * m.cols)), M(arena.take<T>(m.rows * m.rows)),
+        edge(arena.take<T>(m.rows * Lanes<T>::n)), L(arena.take<double>(twice * m.rows * m.rows)),
+        inverse(arena.take<double>(twice * m.rows * m.rows)), product(arena.take<double>(twice * m.rows * m.rows)),
+        gram(arena, twice * m.rows), row(arena.take<double>(m.rows)) {}
+};
+
+template <typename T> void finish(const Matrix& m, const Matrix& triangle, const Plan& plan, Arena arena) {
+  Finish<T> work(arena, m, plan);
+  const int64_t r = m.rows, cols = m.cols, pitch = work.direct ? m.row_stride : cols;
+  if (!work.direct)
+    for (int64_t i = 0; i < r; ++i) load_span(m, i, 0, cols, work.rows + i * cols);
+  for (int64_t i = 0; i < r * r; ++i) work.M[i] = T(plan.inverse[i]);
+  apply(work.M, r, work.rows, pitch, cols, work.edge);
+  const double* L = plan.L;
+  if (work.twice) {
     double ignored;
-    factor(L.data(), inverse.data(), r, &ignored);  // of nearly the identity: cannot fail
-    for (int64_t i = 0; i < r * r; ++i) M[i] = T(inverse[i]);
-    apply(M.data(), r, rows, x.row_stride, cols, work.edge(T{}));
+    work.gram({(char*)work.rows, r, cols, pitch, 1, Finish<T>::kDtype}, work.L);
+    fill(work.inverse, r * r, 0.0);
+    factor(work.L, work.inverse, r, work.row, &ignored);  // of nearly the identity: cannot fail
+    for (int64_t i = 0; i < r * r; ++i) work.M[i] = T(work.inverse[i]);
+    apply(work.M, r, work.rows, pitch, cols, work.edge);
+    fill(work.product, r * r, 0.0);
     for (int64_t i = 0; i < r; ++i)  // A = L₁ (L₂ Q)
       for (int64_t k = 0; k <= i; ++k)
-        for (int64_t j = 0; j <= k; ++j) product[i * r + j] += plan.L[i * r + k] * L[k * r + j];
-    plan.L.swap(product);
+        for (int64_t j = 0; j <= k; ++j) work.product[i * r + j] += plan.L[i * r + k] * work.L[k * r + j];
+    L = work.product;
   }
-  if (!direct)
-    for (int64_t i = 0; i < r; ++i) store_span(m, i, 0, cols, rows + i * cols);
-  if (triangle.data) {
-    std::vector<double> row(r);
+  if (!work.direct)
+    for (int64_t i = 0; i < r; ++i) store_span(m, i, 0, cols, work.rows + i * cols);
+  if (triangle.data)
     for (int64_t i = 0; i < r; ++i) {  // R = Lᵀ
-      for (int64_t j = 0; j < r; ++j) row[j] = j < i ? 0.0 : plan.L[j * r + i];
-      store_span(triangle, i, 0, r, row.data());
+      for (int64_t j = 0; j < r; ++j) work.row[j] = j < i ? 0.0 : L[j * r + i];
+      store_span(triangle, i, 0, r, work.row);
     }
-  }
 }
 
 }  // namespace
 
-// triangles: where R goes, or null data. kept: where a matrix is copied before it is written, or null. Returns false, with nothing written, when a matrix is not finite. Matrices
-// that come back flagged are not written either: the caller has Householder for them.
+// triangles: where R goes, or null data. kept: where a matrix is copied before it is written, or null. Returns false,
+// with nothing written, when a matrix is not finite. Matrices that come back flagged are not written either: the caller
+// has Householder for them. std::bad_alloc comes before anything is written, too.
 bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, const Matrix* kept, Status* status, int64_t count,
                      int threads) {
-  std::vector<Plan> plans(count);
-  bool finite = true;
-#pragma omp parallel num_threads(threads)
-  {
-    Workspace work;
-#pragma omp for schedule(dynamic, 1) reduction(&& : finite)
+  const int team = int(max<int64_t>(1, min<int64_t>(threads, count)));
+  Arena needed;
+  const auto lay_out = [&](Plan* plans, Arena& arena) {
     for (int64_t i = 0; i < count; ++i) {
-      status[i] = inspect(matrices[i], plans[i], work);
+      const int64_t size = matrices[i].rows * matrices[i].rows;
+      double *L = arena.take<double>(size), *inverse = arena.take<double>(size);
+      if (plans) plans[i] = {L, inverse, 0, false};
+    }
+  };
+  needed.take<Plan>(count);
+  lay_out(nullptr, needed);
+  const Memory memory(needed.used);
+  Arena arena{memory.data};
+  Plan* const plans = arena.take<Plan>(count);
+  lay_out(plans, arena);
+
+  size_t size = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    Arena of_one;
+    Inspection(of_one, matrices[i]);
+    size = max(size, of_one.used);
+  }
+  bool finite = true;
+  {
+    const Memory work(team * size);
+#pragma omp parallel for schedule(dynamic, 1) reduction(&& : finite) num_threads(team)
+    for (int64_t i = 0; i < count; ++i) {
+      status[i] = inspect(matrices[i], plans[i], {work.data + thread_index() * size});
       finite = finite && status[i] != Status::not_finite;
     }
-    if (finite) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = count - 1; i >= 0; --i) {  // backwards: what was read last may still be in a cache
-        if (kept) copy_matrix(kept[i], matrices[i]);  // and finds it in the cache, where it then is read once more
-        if (status[i] != Status::done) continue;
-        const Matrix triangle = triangles ? triangles[i] : Matrix{};
-        if (narrow_apply(matrices[i], plans[i]))
-          finish<float>(matrices[i], triangle, plans[i], work);
-        else
-          finish<double>(matrices[i], triangle, plans[i], work);
-      }
-    }
   }
-  return finite;
+  if (!finite) return false;
+
+  size = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    Arena of_one;
+    if (plans[i].narrow)
+      Finish<float>(of_one, matrices[i], plans[i]);
+    else
+      Finish<double>(of_one, matrices[i], plans[i]);
+    size = max(size, of_one.used);
+  }
+  const Memory work(team * size);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
+  for (int64_t i = count - 1; i >= 0; --i) {  // backwards: what was read last may still be in a cache
+    if (kept) copy_matrix(kept[i], matrices[i]);  // and finds it in the cache, where it then is read once more
+    if (status[i] != Status::done) continue;
+    const Matrix triangle = triangles ? triangles[i] : Matrix{};
+    const Arena mine{work.data + thread_index() * size};
+    if (plans[i].narrow)
+      finish<float>(matrices[i], triangle, plans[i], mine);
+    else
+      finish<double>(matrices[i], triangle, plans[i], mine);
+  }
+  return true;
 }
 
 }  // namespace slao::SLAO_ISA

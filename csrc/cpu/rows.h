@@ -1,25 +1,10 @@
 // Pieces of a matrix's rows in and out of contiguous scratch of the type that is computed in (float or double).
 #pragma once
-#include <algorithm>
-#include <new>
 #include <type_traits>
-#include <vector>
 
 #include "simd.h"
 
 namespace slao::SLAO_ISA {
-
-// Scratch on cache-line boundaries, so that no vector of 64 bytes straddles two lines.
-template <typename T> struct CacheLines {
-  using value_type = T;
-  CacheLines() = default;
-  template <typename U> CacheLines(const CacheLines<U>&) {}
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
-  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
-  bool operator==(const CacheLines&) const { return true; }
-  bool operator!=(const CacheLines&) const { return false; }
-};
-template <typename T> using Scratch = std::vector<T, CacheLines<T>>;
 
 template <typename T> struct Lanes;
 template <> struct Lanes<float> {

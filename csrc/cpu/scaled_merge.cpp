@@ -1,7 +1,7 @@
 // scaled_merge: dst <- dst + lam (src - dst) over a table of records, one sweep over memory.
-#include <algorithm>
-#include <vector>
+#include <type_traits>
 
+#include "arena.h"
 #include "isa.h"
 #include "simd.h"
 
@@ -21,7 +21,7 @@ inline vf lerp(vf dst, vf src, vf near, bool from_src) {
 }
 
 // lam = 1 is a copy: the formula would let a NaN in dst through.
-template <typename D, typename S> void copy(D* dst, const S* src, int64_t count) {
+template <typename D, typename S> void convert(D* dst, const S* src, int64_t count) {
   if constexpr (std::is_same<D, S>::value) {
     std::memmove(dst, src, count * sizeof(D));
   } else {
@@ -33,7 +33,7 @@ template <typename D, typename S> void copy(D* dst, const S* src, int64_t count)
 }
 
 template <typename D, typename S> void run(D* dst, const S* src, int64_t count, double lam) {
-  if (lam == 1.0) return copy(dst, src, count);
+  if (lam == 1.0) return convert(dst, src, count);
   int64_t i = 0;
   if constexpr (!std::is_same<D, double>::value) {
     const bool from_src = !(lam < 0.5);
@@ -80,7 +80,7 @@ void merge_range(const MergeRecord& record, int64_t begin, int64_t end) {
       using S = decltype(s);
       while (begin < end) {
         const int64_t row = begin / dst.cols, col = begin % dst.cols;
-        const int64_t count = std::min(end - begin, dst.cols - col);
+        const int64_t count = min(end - begin, dst.cols - col);
         D* to = (D*)dst.data + row * dst.row_stride + col * dst.col_stride;
         const S* from = (const S*)src.data + row * src.row_stride + col * src.col_stride;
         if (dst.col_stride == 1 && src.col_stride == 1)
@@ -97,14 +97,22 @@ void merge_range(const MergeRecord& record, int64_t begin, int64_t end) {
 
 void scaled_merge(const MergeRecord* records, int64_t count, int threads) {
   struct Tile { int64_t record, begin, end; };
-  std::vector<Tile> tiles;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t total = records[i].dst.rows * records[i].dst.cols;
-    if (records[i].lam == 0.0) continue;
-    for (int64_t begin = 0; begin < total; begin += kTile) tiles.push_back({i, begin, std::min(begin + kTile, total)});
-  }
+  const auto list = [&](Tile* tiles) {
+    int64_t size = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t total = records[i].dst.rows * records[i].dst.cols;
+      if (records[i].lam == 0.0) continue;
+      for (int64_t begin = 0; begin < total; begin += kTile, ++size)
+        if (tiles) tiles[size] = {i, begin, min(begin + kTile, total)};
+    }
+    return size;
+  };
+  const int64_t size = list(nullptr);
+  const Memory memory(size * sizeof(Tile));
+  Tile* const tiles = (Tile*)memory.data;
+  list(tiles);
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
-  for (size_t t = 0; t < tiles.size(); ++t) merge_range(records[tiles[t].record], tiles[t].begin, tiles[t].end);
+  for (int64_t t = 0; t < size; ++t) merge_range(records[tiles[t].record], tiles[t].begin, tiles[t].end);
 }
 
 }  // namespace slao::SLAO_ISA
