@@ -25,7 +25,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from slao_kernels.ops.lora_linear import device, gemm, gemm_device, tiles  # noqa: E402
+from slao_kernels.ops.lora_linear import gemm, tiles  # noqa: E402
+from slao_kernels.ops.lora_linear import triton_kernels as kernels  # noqa: E402
 
 # name -> (target, bytes of shared memory that a block may have)
 TARGETS = {
@@ -64,7 +65,7 @@ class Usage:
 def compiled(kernel: Any, target: GPUTarget, types: dict[str, Any], options: dict[str, Any], layout: str) -> Usage:
     """Usage of `kernel`; `types`: pointer name -> element type, and constants.
 
-    layout: "multiples of 16", "odd rank", "flipped" (with an odd rank), or "odd sizes".
+    layout: "multiples of 16", "odd rank", "flipped" (with an odd rank), "odd sizes", or "size" (of a sum in parts).
     """
     signature, constants, attributes = {}, {}, {}
     dense, odd = (_FLIPPED if layout == "flipped" else _DENSE), set(_NEVER_ALIGNED)
@@ -83,7 +84,7 @@ def compiled(kernel: Any, target: GPUTarget, types: dict[str, Any], options: dic
         else:
             pointer = name in _POINTERS
             signature[name] = f"*{types[name]}" if pointer else "i32"
-            if pointer or (layout != "odd sizes" and name not in odd):
+            if pointer or (layout != "odd sizes" and name not in odd) or name == layout:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     return measured(ASTSource(kernel, signature, constants, attributes), target, options)
 
@@ -118,7 +119,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def usage(tile: tiles.Tile, target: str, dtype: str, dropout: bool = False, layout: str = "odd rank") -> Usage:
-    """Usage of the kernel that `tile` is for, with the types that kernels.py gives it."""
+    """Usage of the kernel that `tile` is for, with the types that triton.py gives it."""
     where, _ = TARGETS[target]
     compute = {"bf16": triton.language.bfloat16, "fp16": triton.language.float16, "fp32": triton.language.float32}
     types: dict[str, Any] = {"COMPUTE": compute[dtype], "BLOCK_M": tile.block_m, "BLOCK_R": tile.block_r}
@@ -132,11 +133,11 @@ def usage(tile: tiles.Tile, target: str, dtype: str, dropout: bool = False, layo
         types["seed"] = "i64"
     stages = min(tile.stages, 2) if where.backend == "hip" else tile.stages
     options = {"num_warps": tile.warps, "num_stages": stages, "enable_fp_fusion": True}
-    return compiled(getattr(device, f"{tile.kernel}_kernel"), where, types, options, layout)
+    return compiled(getattr(kernels, f"{tile.kernel}_kernel"), where, types, options, layout)
 
 
 def cases() -> dict[str, tuple[tiles.Tile, str, bool, str]]:
-    """name -> (tile, dtype, dropout, layout): each default tile in the hardest layout that kernels.py gives it."""
+    """name -> (tile, dtype, dropout, layout): each default tile in the hardest layout that triton.py gives it."""
     found = {}
     for tile in tiles.table("default"):
         dtype = "bf16" if tile.bits == 16 else "fp32"
@@ -167,13 +168,24 @@ def test_fits_without_a_spill(case, target):
     check_fits(usage(tile, target, dtype, dropout, layout), target)
 
 
+def reduction(target: str, layout: str, step: int) -> Usage:
+    types = {"workspace": "fp32", "out": "bf16", "BLOCK": kernels.REDUCE_BLOCK, "STEP": step}
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    return compiled(kernels.reduce_kernel, TARGETS[target][0], types, options, layout)
+
+
+@pytest.mark.parametrize("step", [2, kernels.REDUCE_STEP])
 @pytest.mark.parametrize("target", TARGETS)
-def test_reduction(target):
-    types = {"workspace": "fp32", "out": "bf16", "BLOCK": 1024}
-    found = compiled(
-        device.reduce_kernel, TARGETS[target][0], types, {"num_warps": 4, "enable_fp_fusion": True}, "odd sizes"
-    )
-    assert (found.spilled, found.trap) == (0, False), found
+def test_reduction(target, step):
+    check_fits(reduction(target, "odd sizes", step), target)
+
+
+def test_reduction_has_its_loads_on_the_way_together():
+    """All parts of a step, 16 bytes a load, before the first of them is added."""
+    text = reduction("sm_90", "size", kernels.REDUCE_STEP).text
+    loop = text[text.index("ld.global") :]
+    before = loop[: re.search(r"\badd(?:\.rn)?\.f32", loop).start()]
+    assert before.count("ld.global.v4.b32") == kernels.REDUCE_BLOCK * kernels.REDUCE_STEP // (4 * 128)  # 128 threads
 
 
 # The GEMM: target -> the candidates that have to fit there. On sm_100 the tuner leaves out the others, which spill some
@@ -202,7 +214,7 @@ def gemm_usage(tile: gemm.Tile, target: str, r: int, by_8: bool, forward: bool, 
     where, _ = TARGETS[target]
     stages = min(tile.stages, 2) if where.backend == "hip" else tile.stages
     options = {"num_warps": tile.warps, "num_stages": stages, "enable_fp_fusion": True}
-    return compiled(gemm_device.gemm_kernel, where, types, options, "odd rank")
+    return compiled(gemm.gemm_kernel, where, types, options, "odd rank")
 
 
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "dx"])
