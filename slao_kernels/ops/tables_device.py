@@ -97,6 +97,22 @@ def load(address, kind, o, mask, TYPE: tl.constexpr, COMPUTE: tl.constexpr, ALIG
 
 
 @triton.jit
+def load_factor(address, kind, o, mask, TYPE: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr = False):
+    """`load` for the operand of a product.
+
+    Triton before 3.8 aborts on an fp64 product ("fp64 don't support largeK MMA") whose operand it sees being loaded in
+    16 bits. It does not look into a branch, so there is one, which is always taken.
+    """
+    if TYPE is not None and COMPUTE == tl.float64 and TYPE.primitive_bitwidth == 16:
+        b = tl.zeros(o.shape, dtype=COMPUTE)
+        if kind >= 2:
+            b = load(address, kind, o, mask, TYPE, COMPUTE, ALIGNED)
+    else:
+        b = load(address, kind, o, mask, TYPE, COMPUTE, ALIGNED)
+    return b
+
+
+@triton.jit
 def _bf16_bits(b):
     """fp32 as the nearest bf16, ties to even, as int16."""
     b_bits = b.to(tl.int32, bitcast=True)

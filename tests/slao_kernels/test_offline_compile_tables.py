@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets in this process and compiles nothing", allow_module_level=True)
 
-from test_offline_compile import TARGETS, Usage, measured  # noqa: E402
+from test_offline_compile import MODERN, TARGETS, Usage, check_fits, measured  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from slao_kernels.ops import tables  # noqa: E402
@@ -41,9 +41,10 @@ def compiled(kernel: Any, target: str, constants: dict[str, Any], warps: int) ->
     return measured(ASTSource(kernel, signature, values, attributes), TARGETS[target][0], options)
 
 
-def fits(found: Usage, target: str) -> None:
-    assert (found.spilled, found.trap) == (0, False), found
-    assert found.shared <= TARGETS[target][1], found
+def skip_what_is_refused(target: str) -> None:
+    """`dispatch._no_fp64_products` keeps the init from what Triton before 3.8 cannot compile."""
+    if not MODERN and target in ("sm_100", "gfx942"):
+        pytest.skip(f"Triton {triton.__version__} has no fp64 products for {target}, and dispatch says so")
 
 
 # (destination, source); None: pairs of several dtypes in one launch
@@ -70,7 +71,7 @@ def merge_usage(target: str, case: str) -> Usage:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", MERGES)
 def test_merge_fits_without_a_spill(case, target):
-    fits(merge_usage(target, case), target)
+    check_fits(merge_usage(target, case), target)
 
 
 @pytest.mark.parametrize("case", ["fp32", "bf16", "any"])
@@ -89,6 +90,10 @@ FOLDS = {
     "any by any, r=64": (None, None, None, F32, 64),
     "fp64 by fp64, r=64": (F64, F64, F64, F64, 64),
     "any by any with fp64, r=64": (None, None, None, F64, 64),
+    "fp64 by bf16, r=16": (F64, BF16, BF16, F64, 16),
+    "fp64 by fp16 and fp32, r=64": (F64, F16, F32, F64, 64),
+    "bf16 by fp64, r=16": (BF16, F64, F64, F64, 16),
+    "fp16 by fp64 and bf16, r=64": (F16, F64, BF16, F64, 64),
 }
 
 
@@ -101,7 +106,7 @@ def fold_usage(target: str, case: str) -> Usage:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", FOLDS)
 def test_fold_fits_without_a_spill(case, target):
-    fits(fold_usage(target, case), target)
+    check_fits(fold_usage(target, case), target)
 
 
 @pytest.mark.parametrize("case", ["bf16 by bf16, r=16", "fp32 by fp32, r=16"])
@@ -112,7 +117,8 @@ def test_fold_moves_16_bytes_of_a_weight_at_once(case):
 
 
 # (dtype, dense)
-INITS = {"fp32": (F32, True), "bf16": (BF16, True), "fp64": (F64, True), "strided": (F32, False)}
+INITS = {"fp32": (F32, True), "bf16": (BF16, True), "fp16": (F16, True), "fp64": (F64, True)}
+INITS |= {"strided": (F32, False), "strided bf16": (BF16, False)}
 
 
 def init_usage(target: str, kernel: str, case: str, side: int, later: bool = False, large: bool = False) -> Usage:
@@ -141,20 +147,31 @@ def init_usage(target: str, kernel: str, case: str, side: int, later: bool = Fal
 @pytest.mark.parametrize("side", [16, 32, 64])
 @pytest.mark.parametrize("kernel", ["gram", "factor", "apply", "finish", "triangle"])
 def test_init_fits_without_a_spill(kernel, side, target):
-    for case in ("fp32", "strided") if kernel in ("gram", "apply") else ("fp32",):
-        fits(init_usage(target, kernel, case, side), target)
+    """The first pass; those that read the matrix, with each dtype in which a matrix is stored."""
+    skip_what_is_refused(target)
+    for case in INITS if kernel in ("gram", "apply") else ("fp32", "bf16") if kernel == "finish" else ("fp32",):
+        check_fits(init_usage(target, kernel, case, side), target)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", ["bf16", "fp64"])
-def test_init_of_other_dtypes_and_later_passes(case, target):
+@pytest.mark.parametrize("case", ["bf16", "fp16", "fp64"])
+def test_init_of_later_passes(case, target):
+    skip_what_is_refused(target)
     for kernel in ("gram", "factor", "apply"):
-        fits(init_usage(target, kernel, case, 64, later=True, large=True), target)
+        check_fits(init_usage(target, kernel, case, 64, later=True, large=True), target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", ["fp32", "bf16", "fp16"])
+def test_init_of_many_rows(case, target):
+    """The first pass over blocks that have others beside them."""
+    skip_what_is_refused(target)
+    check_fits(init_usage(target, "gram", case, 64, large=True), target)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_init_above_64_rows(target):
     constants = {"S": 64}
     warps = init.TILES[64][3]
-    fits(compiled(large_device.gather_kernel, target, constants | {"CHUNK": init.CHUNK}, warps), target)
-    fits(compiled(large_device.decide_kernel, target, constants, warps), target)
+    check_fits(compiled(large_device.gather_kernel, target, constants | {"CHUNK": init.CHUNK}, warps), target)
+    check_fits(compiled(large_device.decide_kernel, target, constants, warps), target)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tables_device import advance, find, load, store, word
+from ..tables_device import advance, find, load, load_factor, store, word
 
 # Rows of the table. FULL is 1 where W's rows are dense and begin at multiples of 16 bytes.
 FIRST, W, W_KIND, M, N, W_ROW, W_COL, FULL = (tl.constexpr(row) for row in range(8))
@@ -32,9 +32,9 @@ def _product(
         o_r = start + tl.arange(0, BLOCK_R)
         m_r = o_r < r
         o_B = o_m[:, None] * b_row + o_r[None, :] * b_col
-        b_B = load(p_B, b_kind, o_B, m_m[:, None] & m_r[None, :], B_TYPE, OPERAND)  # (M, R)
+        b_B = load_factor(p_B, b_kind, o_B, m_m[:, None] & m_r[None, :], B_TYPE, OPERAND)  # (M, R)
         o_A = o_r[:, None] * a_row + o_n[None, :] * a_col
-        b_A = load(p_A, a_kind, o_A, m_r[:, None] & m_n[None, :], A_TYPE, OPERAND)  # (R, N)
+        b_A = load_factor(p_A, a_kind, o_A, m_r[:, None] & m_n[None, :], A_TYPE, OPERAND)  # (R, N)
         b_sum = tl.dot(b_B, b_A, b_sum, input_precision="ieee", out_dtype=COMPUTE)
     return b_sum
 

@@ -108,5 +108,5 @@ def constants_of(w_type: Any, a_type: Any, b_type: Any, operand: Any, compute: A
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "STEP": STEP,
-        "BLOCK_R": 16 if operand is tl.float32 else min(32, max(16, triton.next_power_of_2(r))),
+        "BLOCK_R": 16 if operand in (tl.float32, tl.float64) else min(32, max(16, triton.next_power_of_2(r))),
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tables_device import find, load, store, word
+from ..tables_device import find, load_factor, store, word
 
 # Rows of the table. Where FACTORS, PARTIALS and SCRATCH lie is in doubles of the workspace.
 FIRST_GRAM, FIRST_APPLY, A, KIND, ROWS, COLS, ROW, COL = (tl.constexpr(row) for row in range(8))
@@ -62,7 +62,7 @@ def rows_at(
     """(S, N) of a view from row `first` and column `start` on, zeros outside."""
     o_r, o_n = first + tl.arange(0, S), start + tl.arange(0, N)
     o = o_r[:, None] * row + (o_n[None, :] if DENSE else o_n[None, :] * col)
-    return load(a, kind, o, (o_r < r)[:, None] & (o_n < cols)[None, :], TYPE, tl.float64, DENSE)
+    return load_factor(a, kind, o, (o_r < r)[:, None] & (o_n < cols)[None, :], TYPE, tl.float64, DENSE)
 
 
 @triton.jit(do_not_specialize=["count", "total"])
