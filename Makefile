@@ -4,6 +4,8 @@ VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 BENCH_JSON ?= build/bench.json
 GPU_JSON ?= build/gpu.json
+WORKERS ?= 2
+MARK ?= not exhaustive
 CONFORMANCE_VENV ?= .venv-conformance
 CONFORMANCE_OUT ?= build/conformance
 BIN = $(VENV)/bin
@@ -23,9 +25,9 @@ demo:
 	$(DEMO_VENV)/bin/$(INSTALL) ".[demo]"
 	$(DEMO_VENV)/bin/slao run --preset demo --overwrite
 
-## make test    environment (if there is none), install, all tests
+## make test    environment (if there is none), install, tests; MARK= for the exhaustive grids too, WORKERS= processes
 test: $(VENV)/.installed
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) -m "$(MARK)" $(ARGS)
 
 ## make bench   all benches on this machine's device (without a GPU seven minutes on two cores): figures into
 ##              build/bench.json (elsewhere with BENCH_JSON=), tables and plots beside it

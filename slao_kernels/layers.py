@@ -176,10 +176,10 @@ def run_add(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: An
     if reason is not None:
         layer.slao_options.fell_back(reason)
         return _by_torch(layer, y, x)
-    call = plan.call
-    if call is None or plan.made is not y.dtype:
-        call = plan.call = _call(layer, plan, x, [None, None, A, B], y.dtype)
-        plan.made = y.dtype
+    made, call = plan.made
+    if made is not y.dtype:
+        call = _call(layer, plan, x, [None, None, A, B], y.dtype)
+        plan.made = y.dtype, call
     dropped, seed = drop(call, x) if call.dropout else (None, None)
     # Counted here, where nothing but this frame's variable holds what the base has just made.
     alone = dispatch.direct() and FRESH is not None and holders(y) == FRESH and writable(y)

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from slao import SLAO, CLoRA
-from slao_kernels.called_base import is_fused
+from slao_kernels.layers import is_fused
 
 base = pytest.importorskip("axolotl.integrations.base", reason="axolotl is not installed (pip install axolotl)")
 

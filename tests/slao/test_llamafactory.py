@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import slao_kernels
 from slao.integrations.llamafactory import LlamaFactoryCallback, register_kernel
-from slao_kernels.called_base import is_fused
+from slao_kernels.layers import is_fused
 
 os.environ.setdefault("DISABLE_VERSION_CHECK", "1")  # it asks for an older PEFT than this library does
 pytest.importorskip("llamafactory", reason="llamafactory is not installed (pip install --no-deps llamafactory)")
