@@ -151,7 +151,7 @@ def _linear_grads(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         dx, dsource, dAs, dBs, g = op(dys, read, *args[2:], *rest)
     elif operators.batched(dys):
         _refuse_a_seed(seed)
-        dx, dsource, dAs, dBs, g = reference.grads(*args, wanted)
+        dx, dsource, dAs, dBs, g = operators.without_autocast(reference.grads, *args, wanted)
     else:
         products = operators.products_of(call.backend, seed, call.dropout)
         run = products.wide_backward if call.wide else products.backward
@@ -216,7 +216,9 @@ class LoraAdd(torch.autograd.Function):
         (scaling,) = call.scalings
         if dispatch.direct():
             out = y if in_place else torch.empty(y.shape, dtype=y.dtype, device=y.device)
-            t = operators.products_of(call.backend, seed, call.dropout).add(x, y, A, B, scaling, out)
+            # What the base returned may be wider than autocast's dtype, and the branch is computed in that.
+            run = operators.products_of(call.backend, seed, call.dropout).add
+            t = operators.without_autocast(run, x, y, A, B, scaling, out)
             if in_place:
                 ctx.mark_dirty(y)
         else:
@@ -238,7 +240,7 @@ def _add_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, dA, dB = op(dy, x, t, A, B, scaling, *needs, call.backend, seed, call.dropout)
     elif operators.batched((dy,)):
         _refuse_a_seed(seed)
-        dx, dA, dB = reference.add_grads(x, dy, t, A, B, scaling)
+        dx, dA, dB = operators.without_autocast(reference.add_grads, x, dy, t, A, B, scaling)
     else:
         run = operators.products_of(call.backend, seed, call.dropout).add_backward
         dx, dA, dB = operators.without_autocast(run, x, dy, t, A, B, scaling, needs)
