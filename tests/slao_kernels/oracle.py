@@ -102,6 +102,17 @@ def make(
     return {name: value.to(device) for name, value in found.items()}
 
 
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """Equal values in other strides; NaN in the gaps."""
+    if layout == "transposed":
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "every other":
+        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0]
+    if layout == "columns":
+        return torch.cat([tensor, torch.full_like(tensor, torch.nan)], -1)[..., : tensor.shape[-1]]
+    return tensor[:1].expand(tensor.shape) if layout == "expanded" and len(tensor) else tensor
+
+
 # The calls that layers.py makes
 
 

@@ -30,21 +30,26 @@ on_device = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def interpreted(file: str, at_least: int) -> Callable[[], None] | None:
-    """The test that runs `file` under the interpreter and sees that many tests pass; None where it is that run."""
+def interpreted(file: str, at_least: int, exhaustive: int = 0) -> Callable[[str, int], None] | None:
+    """The test that runs `file` under the interpreter and sees that many tests pass; None where it is that run.
+
+    exhaustive: how many more of them are marked so; those are run by a test that is marked so too.
+    """
     if INTERPRETED:
         return None
+    more = [pytest.param("exhaustive", exhaustive, marks=pytest.mark.exhaustive)] if exhaustive else []
 
     @pytest.mark.slow
     @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
     @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of Triton's kernels run on the GPU here")
-    def test() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    @pytest.mark.parametrize(("which", "count"), [("not exhaustive", at_least), *more])
+    def test(which: str, count: int) -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, file]
         env = os.environ | {"TRITON_INTERPRET": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=590, cwd=Path(file).parent)
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
         (passed,) = re.findall(r"(\d+) passed", done.stdout)
-        assert int(passed) >= at_least, done.stdout[-2000:]
+        assert int(passed) >= count, done.stdout[-2000:]
 
     return test
 

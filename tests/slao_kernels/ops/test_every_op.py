@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from on_triton import interpreted
-from oracle import DROPPING, DTYPES, INTERPRETED, MAIN, OPS, PLACES, SHAPES, check, exact, layers_of_one_x, make, ours
-from torch import Tensor
+from oracle import DROPPING, DTYPES, INTERPRETED, MAIN, OPS, PLACES, SHAPES, check, exact, laid_out, layers_of_one_x, make, ours
 
 from slao_kernels.testing import TOLERANCE, error_ratio
 
@@ -49,17 +48,6 @@ def test_value_and_gradients(op, shape, dtypes, place, poisoned):
     assert all(torch.equal(found[name], again[name]) for name in found)
     if op == "core alone":  # x sees it, A and B train through core_delta only
         assert not (found["A"].any() or found["B"].any() or found["core"].any())
-
-
-def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """Equal values in other strides; NaN in the gaps."""
-    if layout == "transposed":
-        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "every other":
-        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0]
-    if layout == "columns":
-        return torch.cat([tensor, torch.full_like(tensor, torch.nan)], -1)[..., : tensor.shape[-1]]
-    return tensor[:1].expand(tensor.shape) if layout == "expanded" and len(tensor) else tensor
 
 
 LAYOUTS = ["dense", "transposed", "every other", "columns", "expanded"]
