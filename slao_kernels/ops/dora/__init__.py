@@ -30,7 +30,7 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(z, c)
+        ctx.save_for_backward(z if c.requires_grad else None, c)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return _run("scale", z, c, bias)
 
@@ -42,6 +42,7 @@ class _Scale(torch.autograd.Function):
 def _scale_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     z, c = ctx.saved_tensors
     need_z, need_c, need_bias = ctx.needs_input_grad
+    z = dy if z is None else z  # of the same shape and dtype, and not read
     if dispatch.direct() and operators.batched((dy,)):
         dz, dc = (dy * c).to(z.dtype), (dy * z.to(c.dtype)).reshape(-1, c.shape[0]).sum(0)
     else:

@@ -239,7 +239,7 @@ def _add_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, dA, dB = op(dy, x, t, A, B, scaling, *needs, call.backend, seed, call.dropout)
     elif operators.batched((dy,)):
         _refuse_a_seed(seed)
-        dx, dA, dB = reference.add_grads(x, dy, t, A, B, scaling)
+        dx, dA, dB = operators.without_autocast(reference.add_grads, x, dy, t, A, B, scaling)
     else:
         run = operators.products_of(call.backend, seed, call.dropout).add_backward
         dx, dA, dB = operators.without_autocast(run, x, dy, t, A, B, scaling, needs)

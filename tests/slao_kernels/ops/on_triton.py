@@ -16,12 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
-import test_lora_linear as eager_tests
 import torch
 from torch import Tensor
 
-from slao_kernels.ops.lora_linear import reference
 from slao_kernels.testing import error_ratio
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,24 +28,28 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 on_device = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAMES = ("x", "weight", "bias", "A", "B")
 
 
-def interpreted(file: str, at_least: int) -> Callable[[], None] | None:
-    """The test that runs `file` under the interpreter and sees that many tests pass; None where it is that run."""
+def interpreted(file: str, at_least: int, exhaustive: int = 0) -> Callable[[str, int], None] | None:
+    """The test that runs `file` under the interpreter and sees that many tests pass; None where it is that run.
+
+    exhaustive: how many more of them are marked so; those are run by a test that is marked so too.
+    """
     if INTERPRETED:
         return None
+    more = [pytest.param("exhaustive", exhaustive, marks=pytest.mark.exhaustive)] if exhaustive else []
 
     @pytest.mark.slow
     @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
     @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of Triton's kernels run on the GPU here")
-    def test() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    @pytest.mark.parametrize(("which", "count"), [("not exhaustive", at_least), *more])
+    def test(which: str, count: int) -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, file]
         env = os.environ | {"TRITON_INTERPRET": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=590, cwd=Path(file).parent)
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
         (passed,) = re.findall(r"(\d+) passed", done.stdout)
-        assert int(passed) >= at_least, done.stdout[-2000:]
+        assert int(passed) >= count, done.stdout[-2000:]
 
     return test
 
@@ -61,8 +64,8 @@ def empty(*size: int, dtype: torch.dtype) -> Tensor:
 
 
 def make(*shape, **options) -> dict[str, Tensor]:
-    """The inputs of test_lora_linear.py, on the device."""
-    return {name: value.to(DEVICE) for name, value in eager_tests.make(*shape, **options).items()}
+    """The inputs of oracle.py, on the device."""
+    return oracle.make(*shape, **options, device=DEVICE)
 
 
 def close(found: Tensor, exact: Tensor, torchs: Tensor) -> None:
@@ -73,7 +76,7 @@ def close(found: Tensor, exact: Tensor, torchs: Tensor) -> None:
 
 
 def philox_mask(seed: int, rows: int, columns: int, p: float) -> np.ndarray:
-    """The mask of kernels.py's docstring, from Philox4x32-10 as its paper writes it (Salmon et al., SC'11)."""
+    """The mask of triton.py's docstring, from Philox4x32-10 as its paper writes it (Salmon et al., SC'11)."""
     groups = -(-columns // 8)
     c = [np.zeros((rows, groups), np.uint64) for _ in range(4)]
     c[0] += np.arange(groups, dtype=np.uint64)[None, :]
@@ -92,11 +95,12 @@ def philox_mask(seed: int, rows: int, columns: int, p: float) -> np.ndarray:
     return halves.reshape(rows, -1)[:, :columns] < max(1, round((1 - p) * 65536))
 
 
-def with_mask(inputs: dict[str, Tensor], mask: Tensor, names: tuple[str, ...], s: float = 0.7) -> dict[str, Tensor]:
-    """Value and gradients in fp64, by autograd through an explicit mask."""
+def mask_of_the_next_call(x: Tensor, p: float) -> Tensor:
+    """Seeds torch's generator, and gives what the next call of an op with dropout p multiplies x (..., K) with."""
+    from slao_kernels.ops.lora_linear.triton import keep_below
 
-    def function(t: dict[str, Tensor]) -> Tensor:
-        core, delta = t.get("core"), t.get("core_delta")
-        return reference.lora_linear(t["x"], t["x"] * mask, t["weight"], t.get("bias"), t["A"], t["B"], s, core, delta)
-
-    return eager_tests.run(function, {name: value.double() for name, value in inputs.items()}, names)
+    torch.manual_seed(3)
+    seed = torch.randint(2**63 - 1, (1,), device=DEVICE).item()
+    torch.manual_seed(3)
+    kept = philox_mask(seed, x.numel() // x.shape[-1], x.shape[-1], p)
+    return torch.from_numpy(kept).to(DEVICE).view(x.shape) * (65536 / keep_below(p))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import test_lora_linear as eager_tests
 import torch
-from on_triton import DEVICE, DTYPES, NAMES, empty, interpreted, make, on_device, philox_mask, with_mask
+from on_triton import DEVICE, draw, interpreted, mask_of_the_next_call, on_device, philox_mask
+from oracle import DROPPING, NAMES, OPS, check, compare, exact, make, ours
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -13,10 +13,11 @@ import slao_kernels
 from slao_kernels.testing import TOLERANCE, error_ratio
 
 pytest.importorskip("triton", reason="triton is not installed")
-from slao_kernels.ops.lora_linear import kernels
+from slao_kernels.ops.lora_linear import triton as kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-test_under_the_interpreter = interpreted(__file__, at_least=20)
+test_under_the_interpreter = interpreted(__file__, at_least=50)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_the_tests_own_philox():
@@ -35,28 +36,23 @@ SEEDS = [0, 12345, 2**32 + 7, 2**63 - 2]
 @pytest.mark.parametrize("p", [0.1, 0.95])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_masks_are_philoxs(seed, p):
-    """In shrink, grad_A and dx the same mask, at tiles that differ; columns far from the first too."""
+    """In shrink, grad_A and grad_source the same mask, at tiles that differ; columns far from the first too."""
     (m, k), columns = (80, 496), slice(330, 490)
-    products = kernels.TritonProducts(torch.tensor([seed], device=DEVICE), p)
+    products = kernels.products(torch.tensor([seed], device=DEVICE), p)
     kept = torch.from_numpy(philox_mask(seed, m, k, p)).to(DEVICE)
     scale = 65536 / kernels.keep_below(p)
     x, A = torch.ones(m, k, device=DEVICE), torch.eye(k, device=DEVICE)[columns]
     assert torch.equal(products.shrink(x, A), kept[:, columns] * scale)
-    dA = empty(m, k, dtype=x.dtype)
-    products.grad_A(torch.eye(m, device=DEVICE), x, dA)
-    assert torch.equal(dA, kept * scale)
-    dx = empty(m, k, dtype=x.dtype)
-    backward = kernels._DroppedBackward(products.seed, p)
-    backward.expand_(dx, torch.ones(m, 1, device=DEVICE), torch.ones(1, k, device=DEVICE).t(), 1.0)
-    assert torch.equal(dx, kept * scale)
+    assert torch.equal(products.grad_A(torch.eye(m, device=DEVICE), x), kept * scale)
+    ones = torch.ones(m, 1, device=DEVICE), torch.ones(1, k, device=DEVICE)
+    assert torch.equal(products.grad_source(*ones), kept * scale)
 
 
 @on_device
 def test_rate_and_mean():
     p, m, k = 0.3, 400, 256
-    kept = kernels.TritonProducts(torch.tensor([99], device=DEVICE), p).shrink(
-        torch.ones(m, k, device=DEVICE), torch.eye(k, device=DEVICE)
-    )
+    products = kernels.products(torch.tensor([99], device=DEVICE), p)
+    kept = products.shrink(torch.ones(m, k, device=DEVICE), torch.eye(k, device=DEVICE))
     share = (kept != 0).double().mean().item()
     assert abs(share - 0.7) < 5 * (0.3 * 0.7 / (m * k)) ** 0.5
     assert kept.double().mean().item() == pytest.approx(1.0, abs=0.02)
@@ -66,58 +62,41 @@ def test_rate_and_mean():
 
 @on_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [((7,), 33, 17, 1), ((2, 50), 40, 24, 12), ((33,), 48, 32, 20), ((150,), 96, 80, 64)], ids=str
-)
-def test_dropout_gradients(shape, dtype):
-    inputs = make(*shape, dtype)
-    torch.manual_seed(3)
-    seed = torch.randint(2**63 - 1, (1,), device=DEVICE).item()
-    rows, k = inputs["x"].numel() // shape[1], shape[1]
-    mask = torch.from_numpy(philox_mask(seed, rows, k, 0.4)).to(DEVICE) * (65536 / kernels.keep_below(0.4))
-    expected = with_mask(inputs, mask.view(inputs["x"].shape), NAMES)
-    torch.manual_seed(3)
-    found = eager_tests.ours(inputs, NAMES, dropout=0.4, backend="triton")
+@pytest.mark.parametrize("op", DROPPING)
+@pytest.mark.parametrize("shape", [((7,), 33, 17, 1), ((2, 50), 40, 24, 12), ((150,), 96, 80, 64)], ids=str)
+def test_value_and_gradients(shape, op, dtype):
+    """The mask that the documented counters give, in forward and in every gradient; several layers see the same one."""
+    inputs = make(*shape, dtype, device=DEVICE)
+    mask = mask_of_the_next_call(inputs["x"], 0.4)
+    found = ours(op, inputs, dropout=0.4, backend="triton")
+    expected = exact(op, {**inputs, "mask": mask})
     # The branch's share of dx is rounded before it is masked and joined.
-    eager_tests.compare(found, expected, 1.5 * TOLERANCE[dtype])
+    compare(found, expected, 1.5 * OPS[op].slack * TOLERANCE[dtype])
 
 
 @on_device
-def test_dropout_with_a_routing_core():
-    names = ("x", "weight", "A", "B", "core", "core_delta")
-    inputs = make((40,), 48, 40, 8, torch.float32)
-    torch.manual_seed(3)
-    seed = torch.randint(2**63 - 1, (1,), device=DEVICE).item()
-    mask = torch.from_numpy(philox_mask(seed, 40, 48, 0.2)).to(DEVICE) * (65536 / kernels.keep_below(0.2))
-    torch.manual_seed(3)
-    found = eager_tests.ours(inputs, names, dropout=0.2, backend="triton")
-    eager_tests.compare(found, with_mask(inputs, mask, names), 1.5 * TOLERANCE[torch.float32])
-
-
-@on_device
-@pytest.mark.parametrize("case", ["fp64", "adapter precision", "p = 1", "empty batch", "rank 257"])
+@pytest.mark.parametrize("case", ["fp64", "adapter precision", "p = 1", "empty batch", "rank 257", "three layers of 261"])
 def test_dropout_that_the_kernels_do_not_draw(case):
     """Then it is torch's own, with torch's own mask."""
-    dtype = torch.float64 if case == "fp64" else torch.bfloat16 if case == "adapter precision" else torch.float32
-    inputs = eager_tests.make((0,) if case == "empty batch" else (20,), 32, 24, 257 if case == "rank 257" else 4, dtype)
-    inputs = {name: value.to(DEVICE) for name, value in inputs.items()}
-    options = {"dropout": 0.4}
-    if case == "adapter precision":
-        inputs |= {name: inputs[name].float() for name in ("A", "B")}
-        options["precision"] = "adapter"
-    if case == "p = 1":
-        from slao_kernels.ops.lora_linear import apply
+    dtype = {"fp64": torch.float64, "adapter precision": torch.bfloat16}.get(case, torch.float32)
+    op = "three layers" if case.startswith("three") else "linear"
+    r = 257 if case == "rank 257" else 4 if op == "linear" else 103  # and 51 and 106
+    wide = torch.float32 if case == "adapter precision" else None
+    inputs = make((0,) if case == "empty batch" else (20,), 32, 24, r, dtype, wide, device=DEVICE)
+    if case == "p = 1":  # a layer's nn.Dropout may have it
+        from oracle import layers_of_one_x
 
-        y = apply(*(inputs[name] for name in NAMES), 0.7, dropout=1.0, backend="triton")
+        (y,) = layers_of_one_x(inputs["x"], [inputs[name] for name in NAMES[1:]], backend="triton", dropout=1.0)
         assert error_ratio(y, inputs["x"] @ inputs["weight"].t() + inputs["bias"]) <= TOLERANCE[dtype]
         return
-    torch.manual_seed(3)
-    found = eager_tests.ours(inputs, NAMES, backend="triton", **options)
-    torch.manual_seed(3)
-    expected = eager_tests.ours(inputs, NAMES, backend="eager", **options)
-    if case == "adapter precision":  # the mask is torch's, the products are not
-        for name, value in expected.items():
-            assert error_ratio(found[name], value) <= TOLERANCE[value.dtype], name
+    precision = "adapter" if wide else "base"
+    results = []
+    for backend in ("triton", "eager"):
+        torch.manual_seed(3)
+        results.append(ours(op, inputs, backend=backend, dropout=0.4, precision=precision))
+    found, expected = results
+    if case in ("adapter precision", "three layers of 261"):  # the mask is torch's, the products are not
+        check(op, found, {name: value.double() for name, value in expected.items()}, inputs, precision)
     else:
         assert all(torch.equal(found[name], expected[name]) for name in found)
 
@@ -125,7 +104,7 @@ def test_dropout_that_the_kernels_do_not_draw(case):
 @on_device
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_draws_the_same_masks(reentrant):
-    inputs = make((60,), 40, 40, 8, torch.float32)
+    inputs = make((60,), 40, 40, 8, torch.float32, device=DEVICE)
     leaves = {name: inputs[name].requires_grad_() for name in NAMES}
 
     def block(x: Tensor) -> Tensor:
@@ -138,7 +117,7 @@ def test_checkpointing_draws_the_same_masks(reentrant):
     for recompute in (False, True):
         torch.manual_seed(11)
         y = checkpoint(block, leaves["x"], use_reentrant=reentrant) if recompute else block(leaves["x"])
-        y.backward(inputs["dy"])
+        y.backward(inputs["y"])
         results.append([y.detach(), *(leaf.grad for leaf in leaves.values())])
         for leaf in leaves.values():
             leaf.grad = None
@@ -147,11 +126,10 @@ def test_checkpointing_draws_the_same_masks(reentrant):
 
 @on_device
 def test_calls_differ_and_seeds_repeat():
-    inputs = make((20,), 40, 24, 8, torch.float32)
-    leaves = [inputs[name] for name in NAMES]
+    inputs = make((20,), 40, 24, 8, torch.float32, device=DEVICE)
 
     def call() -> Tensor:
-        return slao_kernels.lora_linear(*leaves, 0.7, dropout=0.3, backend="triton")
+        return OPS["linear"].ours(inputs, dropout=0.3, backend="triton")
 
     torch.manual_seed(5)
     first, second = call(), call()
@@ -162,11 +140,29 @@ def test_calls_differ_and_seeds_repeat():
 
 
 @on_device
-def test_dropout_keeps_no_mask_and_no_copy():
+@pytest.mark.parametrize("op", ["linear", "add"])
+def test_dropout_keeps_no_mask_and_no_copy(op):
     """Kept for backward: x, weight, t, the adapters, and one number."""
-    inputs = make((96,), 64, 48, 4, torch.float32)
-    leaves = [inputs[name].requires_grad_(name in ("x", "A", "B")) for name in NAMES]
-    saved: list[torch.Size] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        slao_kernels.lora_linear(*leaves, 0.5, dropout=0.1, backend="triton")
-    assert sorted(map(tuple, saved)) == sorted([(96, 64), (48, 64), (96, 4), (4, 64), (48, 4), (1,)])
+    inputs = make((96,), 64, 48, 4, torch.float32, device=DEVICE)
+    leaves = {name: value.requires_grad_(name in ("x", "A", "B")) for name, value in inputs.items()}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        OPS[op].ours(leaves, dropout=0.1, backend="triton")
+    expected = [(96, 64), (96, 4), (4, 64), (48, 4), (1,), *([(48, 64)] if op == "linear" else [])]
+    assert sorted(tuple(t.shape) for t in saved) == sorted(expected)
+    assert any(t.data_ptr() == inputs["x"].data_ptr() for t in saved)
+
+
+@on_device
+@pytest.mark.parametrize("op", DROPPING)
+def test_many_gradients_at_once_are_refused(op):
+    """No kernel reads such gradients, and the mask exists nowhere else: one line that says what to do."""
+    inputs = make((5,), 12, 9, 3, torch.float32, device=DEVICE)
+    x = inputs["x"].requires_grad_()
+    y = OPS[op].ours(inputs, dropout=0.3, backend="triton")
+    dys = draw(2, *y.shape)
+    with pytest.raises(RuntimeError, match=r"^many gradients at once [^\n]*backend='eager'[^\n]*$"):
+        torch.autograd.grad(y, x, dys, is_grads_batched=True)
+    torch.manual_seed(3)
+    y = OPS[op].ours(inputs, dropout=0.0, backend="triton")
+    assert torch.autograd.grad(y, x, dys, is_grads_batched=True)[0].shape == (2, 5, 12)

@@ -1,0 +1,335 @@
+"""Every op as a node of a graph: what it saves, second passes, many gradients at once, autocast, torch.compile."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from on_triton import interpreted
+from oracle import (
+    INTERPRETED,
+    MAIN,
+    OPS,
+    PLACES,
+    Tensors,
+    check,
+    compare,
+    equal,
+    exact,
+    layers_of_one_x,
+    lora_dora,
+    make,
+    ours,
+    run,
+)
+from torch import Tensor, nn
+
+import slao_kernels
+from slao_kernels.testing import TOLERANCE
+
+test_under_the_interpreter = interpreted(__file__, at_least=80)
+every_op = pytest.mark.parametrize("op", MAIN)
+every_place = pytest.mark.parametrize("place", PLACES)
+fp64, fp32, bf16 = torch.float64, torch.float32, torch.bfloat16
+# The reference is plain PyTorch: it saves what torch saves, and differentiates twice.
+NODES = [place for place in PLACES if place.values[0][0] != "reference"]
+
+
+def leaves_of(op: str, inputs: Tensors) -> list[Tensor]:
+    return [inputs[name].requires_grad_() for name in OPS[op].names]
+
+
+@every_op
+@every_place
+def test_inputs_stay_as_they_were_and_backward_runs_twice(op, place):
+    inputs = make((6, 5), 32, 24, 4, fp32, device=place[1])
+    before = {name: value.clone() for name, value in inputs.items()}
+    leaves = leaves_of(op, inputs)
+    y = OPS[op].ours(inputs, backend=place[0])
+    dy = inputs["dy"][..., : y.shape[-1]].contiguous()
+    kept = dy.clone()
+    passes = [torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True) for _ in range(2)]
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*passes, strict=True))
+    equal(inputs, before)
+    assert torch.equal(dy, kept)
+
+
+@every_op
+@every_place
+def test_without_a_graph_the_value_is_the_same(op, place):
+    inputs = make((6, 5), 32, 24, 4, bf16, fp32, device=place[1])
+    graph = ours(op, inputs, backend=place[0])["out"]
+    for quiet in (torch.no_grad, torch.inference_mode):
+        with quiet():
+            found = OPS[op].ours(inputs, backend=place[0])
+        assert not found.requires_grad
+        assert torch.equal(found, graph)
+
+
+@every_op
+@pytest.mark.parametrize("place", NODES)
+def test_double_backward_is_refused_in_one_line(op, place):
+    inputs = make((3,), 8, 8, 2, fp32, device=place[1])
+    leaves = leaves_of(op, inputs)
+    y = OPS[op].ours(inputs, backend=place[0])
+    grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True, allow_unused=True)
+    for name, grad in zip(OPS[op].names, grads, strict=True):
+        if name in ("core", "y"):  # none, and dy itself, which torch differentiates
+            continue
+        with pytest.raises(RuntimeError, match=r"^[^\n]*differentiate twice[^\n]*once_differentiable[^\n]*$"):
+            grad.sum().backward(retain_graph=True)
+
+
+@every_op
+@every_place
+@pytest.mark.parametrize("dtypes", [(fp64, None), (bf16, fp32)], ids=str)
+def test_many_gradients_at_once(op, place, dtypes):
+    """is_grads_batched: each of them is the gradient that it would be alone."""
+    precision = "base" if dtypes[1] is None else "adapter"
+    inputs = make((2, 5), 12, 9, 3, *dtypes, device=place[1])
+    names = tuple(name for name in OPS[op].names if name != "core")  # which has none
+    leaves = {name: inputs[name].clone().requires_grad_() for name in names}
+    y = OPS[op].ours({**inputs, **leaves}, precision=precision, backend=place[0])
+    dys = torch.stack([inputs["dy"][..., : y.shape[-1]], 0.3 * inputs["dy"][..., : y.shape[-1]].flip(0)])
+    grads = torch.autograd.grad(y, list(leaves.values()), dys, is_grads_batched=True)
+    for i, dy in enumerate(dys):
+        found = {"out": y, **{name: grad[i] for name, grad in zip(names, grads, strict=True)}}
+        check(op, found, exact(op, {**inputs, "dy": dy}, names), inputs, "base")
+
+
+@every_op
+@every_place
+def test_vectorized_jacobian(op, place):
+    inputs = make((3,), 5, 4, 2, fp64, device=place[1])
+
+    def of_x(which):
+        def function(x: Tensor) -> Tensor:
+            return which({**inputs, "x": x})
+
+        return torch.autograd.functional.jacobian(function, inputs["x"], vectorize=True)
+
+    found = of_x(lambda t: OPS[op].ours(t, backend=place[0]))
+    compare({"J": found}, {"J": of_x(OPS[op].exact)}, OPS[op].slack * TOLERANCE[fp64])
+
+
+def saved_by(call, inputs: Tensors, wanted: tuple[str, ...]) -> list[Tensor]:
+    leaves = {name: value.detach().requires_grad_(name in wanted) for name, value in inputs.items()}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        call(leaves)
+    return saved
+
+
+# (M, K, N, r) = (64, 24, 40, 3); the other layers have N 45 and 37, r 1 and 6.
+SAVED = {
+    "linear": [(64, 24), (64, 3), (40, 24), (3, 24), (40, 3)],
+    "core and delta": [(64, 24), (64, 3), (40, 24), (3, 24), (40, 3), (3, 3), (3, 3)],
+    "three layers": [(64, 24), (64, 10), (40, 24), (45, 24), (37, 24)]
+    + [(3, 24), (1, 24), (6, 24), (40, 3), (45, 1), (37, 6)],
+    "add": [(64, 24), (64, 3), (3, 24), (40, 3)],
+    "add in place": [(64, 24), (64, 3), (3, 24), (40, 3)],
+    "add with a bias": [(64, 24), (64, 4), (3, 24), (40, 4)],
+}
+
+
+@pytest.mark.parametrize("op", SAVED)
+@pytest.mark.parametrize("dtypes", [(fp32, None), (bf16, fp32)], ids=str)
+@pytest.mark.parametrize("place", NODES)
+def test_saved_are_x_and_t_and_what_is_as_small_as_an_adapter(op, place, dtypes):
+    """Nothing (M, N), and x as it is, without a copy in the adapters' dtype."""
+    inputs = make((64,), 24, 40, 3, *dtypes, device=place[1])
+    precision = "base" if dtypes[1] is None else "adapter"
+    saved = saved_by(
+        lambda t: OPS[op].ours(t, precision=precision, backend=place[0]), inputs, ("x", "A", "B", "core_delta")
+    )
+    assert sorted(tuple(t.shape) for t in saved) == sorted(SAVED[op])
+    assert any(t.data_ptr() == inputs["x"].data_ptr() for t in saved)
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "a weight trains"])
+@pytest.mark.parametrize("op", ["linear", "three layers"])
+@pytest.mark.skipif(INTERPRETED, reason="Triton's kernels draw their own dropout")
+def test_x_itself_is_saved_beside_a_dropped_one_only_for_a_weight(op, trains):
+    inputs = make((64,), 24, 40, 3, fp32)
+    wanted = ("A", "B", *(["weight"] if trains else []))
+    saved = saved_by(lambda t: OPS[op].ours(t, dropout=0.4, backend="eager"), inputs, wanted)
+    as_x = [t for t in saved if t.shape == (64, 24)]
+    assert [t.data_ptr() == inputs["x"].data_ptr() for t in as_x] == ([False, True] if trains else [False])
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "magnitude trains"])
+def test_dora_saves_one_tensor_of_the_outputs_size_for_the_magnitude(trains):
+    inputs = make((64,), 24, 40, 3, fp32)
+    wanted = ("A", "B", *(["magnitude"] if trains else []))
+    saved = saved_by(OPS["DoRA"].ours, inputs, wanted)
+    assert sum(t.numel() == 64 * 40 for t in saved) == trains
+
+
+@every_place
+def test_same_layer_twice_in_one_graph(place):
+    inputs = make((9,), 24, 24, 4, fp64, device=place[1])
+    inputs["dy"] = inputs["dy"][:, :24].contiguous()
+
+    def twice(function):
+        return lambda t: function({**t, "x": function(t)})
+
+    found = run(twice(lambda t: OPS["linear"].ours(t, backend=place[0])), inputs, OPS["linear"].names)
+    compare(found, run(twice(OPS["linear"].exact), inputs, OPS["linear"].names), 1e-13)
+
+
+@every_op
+@pytest.mark.parametrize("adapter", [fp32, bf16], ids=str)
+@pytest.mark.parametrize("base", [fp32, bf16], ids=str)
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("precision", ["base", "adapter"])
+def test_autocast_computes_in_its_dtype(op, precision, inside, base, adapter):
+    """Each gradient in its tensor's dtype; `precision` changes nothing, as PEFT's layers cast everything then too."""
+    inputs = make((33,), 48, 40, 4, base, adapter)
+    names = tuple(name for name in OPS[op].names if name != "core")
+    leaves = {**inputs, **{name: inputs[name].clone().requires_grad_() for name in names}}
+    backend = "triton" if INTERPRETED else "auto"
+    with torch.autocast("cpu", bf16):
+        y = OPS[op].ours(leaves, precision=precision, backend=backend)
+        dy = inputs["dy"][:, : y.shape[1]].to(y.dtype)
+        if inside:
+            grads = torch.autograd.grad(y, [leaves[name] for name in names], dy)
+    if not inside:
+        grads = torch.autograd.grad(y, [leaves[name] for name in names], dy)
+    assert y.dtype == (base if op.startswith("add") else bf16)
+    assert [grad.dtype for grad in grads] == [inputs[name].dtype for name in names]
+    # fp32 inputs are rounded too: one unit more.
+    expected = exact(op, {**inputs, "dy": dy}, names)
+    compare({"out": y, **dict(zip(names, grads, strict=True))}, expected, 1.5 * OPS[op].slack * TOLERANCE[bf16])
+
+
+@every_op
+@every_place
+def test_compiles_without_a_graph_break(op, place):
+    torch._dynamo.reset()
+    inputs = make((4, 9), 24, 20, 3, fp32, device=place[1])
+    function = torch.compile(lambda t: OPS[op].ours(t, backend=place[0]), fullgraph=True, backend="aot_eager")
+    check(op, run(function, inputs, OPS[op].names), exact(op, inputs), inputs)
+
+
+class Called(nn.Linear):
+    """A base layer of an unknown class: it is called, and the branch added to what it returns."""
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Inductor has Triton compile, not interpret")
+@pytest.mark.parametrize("base", [nn.Linear, Called])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_lora_bias_compiled(compiler, base):
+    """torch 2.13 has miscompiled scaled additions inside autograd functions, and Inductor before 2.11 LoRA's gradients:
+    value and gradients of a patched layer, compiled, against the same layer not compiled, and fp64."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"], lora_bias=True, init_lora_weights=False)
+    model = peft.inject_adapter_in_model(config, nn.Sequential(base(24, 20)))
+    nn.init.normal_(model[0].lora_B["default"].bias)
+    assert slao_kernels.patch(model)
+    layer, x, dy = model[0], torch.randn(7, 24, requires_grad=True), torch.randn(7, 20)
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"]
+    leaves = [x, down, up.weight, up.bias]
+
+    def results(function, x: Tensor) -> list[Tensor]:
+        y = function(x)
+        return [y, *torch.autograd.grad(y, leaves if x.dtype == fp32 else wide, dy.to(x.dtype))]
+
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    weight, bias = (getattr(layer.base_layer, name).double() for name in ("weight", "bias"))
+
+    def formula(x: Tensor) -> Tensor:
+        return x @ weight.T + bias + 5 / 3 * (x @ wide[1].T @ wide[2].T + wide[3])
+
+    expected, plain = results(formula, wide[0]), results(model, x)
+    compiled = results(torch.compile(model, fullgraph=True, backend=compiler), x)
+    names = ("y", "x", "A", "B", "own")
+    for found in (plain, compiled):
+        compare(dict(zip(names, found, strict=True)), dict(zip(names, expected, strict=True)), TOLERANCE[fp32])
+
+
+# Operators
+
+
+def check_operator(name: str, *arguments) -> None:
+    """torch's own checks of schema, fake function, mutation and tracing."""
+    torch.library.opcheck(getattr(torch.ops.slao_kernels, name).default, arguments)
+
+
+def some_or_all(parts: int):
+    """Which gradients are asked for: all, each alone."""
+    return [(True,) * parts, *(tuple(i == j for j in range(parts)) for i in range(parts))]
+
+
+@pytest.mark.parametrize("dropout", ["none", "torch", "kernels"])
+@pytest.mark.parametrize("wide", [False, True], ids=["base", "adapter"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("place", NODES)
+def test_lora_linear_operators(place, count, wide, dropout):
+    backend, device = place
+    if dropout == "kernels" and (backend != "triton" or wide):
+        pytest.skip("only Triton's kernels draw dropout, and not with wide adapters")
+    t = make((2, 3), 16, 24, 4, bf16 if wide else fp32, fp32, device=device)
+    lists = [[t.get(part + i) for i in ("", "1", "2")[:count]] for part in ("weight", "bias", "A", "B")]
+    weights, _, As, Bs = lists
+    source = 1.5 * t["x"] if dropout == "torch" else None
+    drawn = (torch.tensor([7], device=device), 0.3) if dropout == "kernels" else (None, 0.0)
+    scalings = [0.5, 1.0, 2.0][:count]
+    check_operator("lora_linear", t["x"], source, *lists, scalings, wide, backend, *drawn)
+    ys, saved = torch.ops.slao_kernels.lora_linear(t["x"], source, *lists, scalings, wide, backend, *drawn)
+    read = t["x"] if source is None else source
+    for needs in some_or_all(2 + 2 * count):
+        if needs[1] and source is None:
+            continue  # there is none
+        split = *needs[:2], list(needs[2 : 2 + count]), list(needs[2 + count :])
+        arguments = [0.1 * y for y in ys], read, weights, saved, As, Bs, scalings, wide, *split, backend, *drawn
+        check_operator("lora_linear_backward", *arguments)
+        dx, dsource, dAs, dBs, _ = torch.ops.slao_kernels.lora_linear_backward(*arguments)
+        assert [part.numel() > 0 for part in (dx, dsource, *dAs, *dBs)] == list(needs)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", [fp32, bf16], ids=str)
+@pytest.mark.parametrize("place", NODES)
+def test_lora_add_operators(place, dtype, bias, p):
+    """A and B as wide as x or wider."""
+    backend, device = place
+    if p and (backend != "triton" or dtype == bf16):
+        pytest.skip("only Triton's kernels draw dropout, and not with wide adapters")
+    t = make((2, 9), 24, 20, 4, dtype, fp32, device=device)
+    B = torch.cat([t["B"], t["own"][:, None]], 1) if bias else t["B"]
+    drawn = (torch.tensor([7], device=device) if p else None, p)
+    check_operator("lora_add", t["y"], t["x"], t["A"], B, 0.7, backend, *drawn)
+    _, saved = torch.ops.slao_kernels.lora_add(t["y"], t["x"], t["A"], B, 0.7, backend, *drawn)
+    for needs in some_or_all(3):
+        arguments = t["y"], t["x"], saved, t["A"], B, 0.7, *needs, backend, *drawn
+        check_operator("lora_add_backward", *arguments)
+        assert [part.numel() > 0 for part in torch.ops.slao_kernels.lora_add_backward(*arguments)] == list(needs)
+
+
+@pytest.mark.parametrize("dtype", [fp32, bf16], ids=str)
+def test_dora_operators(dtype):
+    t = make((2, 9), 24, 20, 4, dtype, fp32)
+    check_operator("dora_norm", t["weight"], t["A"], t["B"], 0.7)
+    for bias in (t["bias"], None):
+        check_operator("dora_scale", t["y"], t["magnitude"], bias)
+    for needs in some_or_all(2):
+        arguments = t["y"] * 2, t["y"], t["magnitude"], *needs
+        check_operator("dora_scale_backward", *arguments)
+        assert [part.numel() > 0 for part in torch.ops.slao_kernels.dora_scale_backward(*arguments)] == list(needs)
+
+
+@pytest.mark.parametrize("shapes", [(4, 9), (3, 5)], ids=str)
+@pytest.mark.parametrize("name", ["orthogonal_init_", "scaled_merge_", "fold_"])
+def test_operators_on_lists(name, shapes):
+    r, n = shapes
+    As, Bs = [torch.randn(r, n), torch.randn(2, n)], [torch.randn(6, r), torch.randn(6, 2)]
+    if name == "orthogonal_init_":
+        status = torch.empty(2, dtype=torch.int32)
+        check_operator(name, As, [torch.empty(r, r), torch.empty(2, 2)], status, "reference")
+        check_operator(name, As, [], status, "reference")
+    elif name == "scaled_merge_":
+        check_operator(name, As, [torch.randn(r, n), torch.randn(2, n)], [0.3, 0.8], "reference")
+    else:
+        check_operator(name, [torch.randn(6, n), torch.randn(6, n)], As, Bs, [0.3, 1.0], "reference")
