@@ -34,6 +34,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _OWN = ("_active_adapter", "_disable_adapters", "merged_adapters")  # of PEFT's layer
 _DICTIONARIES = ("_modules", "scaling", "lora_variant")
 Facts = Any
+Place = tuple[dict[str, Any], str]  # a dictionary and a key in it
 
 
 class LayerPlan:
@@ -59,12 +60,16 @@ class LayerPlan:
         own = layer.__dict__
         self.owner, self.own = id(own), [_copied(own.get(name)) for name in _OWN]
         self.dictionaries = list(map(own.get, _DICTIONARIES))
-        slots = _modules_of(layer)
+        containers, slots = _modules_of(layer)
         modules = [parent[key] for parent, key in slots]
         self.modules = modules
         self.kinds = list(map(type, modules))
-        same: list[tuple[dict[str, Any], str]] = [*slots, *((module.__dict__, "forward") for module in modules)]
-        for name in active_adapters(layer):
+        # Somebody may give a module another dictionary of hooks.
+        same = [*containers, *slots, *((module.__dict__, name) for module in modules for name in ("forward", *_HOOKS))]
+        for name in layer.active_adapters:
+            if name not in layer.lora_A:  # it may get one
+                same.append((layer.lora_A._modules, name))
+                continue
             same += [(own["scaling"], name), (own["lora_variant"], name)]
             same.append(place(layer.lora_A[name], "bias"))
             dropout = layer.lora_dropout[name]
@@ -115,15 +120,14 @@ def active_adapters(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _modules_of(layer: Any) -> list[tuple[dict[str, Any], str]]:
-    """Where the layer keeps every module that a call may depend on."""
+def _modules_of(layer: Any) -> tuple[list[Place], list[Place]]:
+    """Where the layer keeps the dictionaries of its parts, and every module that PEFT's forward would call."""
     parts = layer._modules
+    kinds = [kind for kind in ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector") if kind in parts]
     slots = [(parts, "base_layer")]
     for name in active_adapters(layer):
-        for kind in ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"):
-            if kind in parts and name in parts[kind]._modules:
-                slots += [(parts, kind), (parts[kind]._modules, name)]
-    return slots
+        slots += [(parts[kind]._modules, name) for kind in kinds if name in parts[kind]._modules]
+    return [(parts, kind) for kind in kinds], slots
 
 
 def parameters_of(layer: Any) -> list[tuple[nn.Module, str]]:
@@ -138,7 +142,7 @@ def parameters_of(layer: Any) -> list[tuple[nn.Module, str]]:
     return found
 
 
-def place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+def place(module: nn.Module, name: str) -> Place:
     """The dictionary that holds the module's tensor; a DataParallel replica's are plain attributes."""
     for holder in (module._parameters, module._buffers):
         if name in holder:

@@ -129,7 +129,7 @@ def test_on_a_side_stream(dtype, place, twins):
 
 
 def test_two_threads_with_streams_of_their_own(place, twins):
-    """One model, whose plans one thread needs for a call with gradients, the other without: each gets its own output."""
+    """One model and its plans, one thread with gradients, one without: each gets its own input's output."""
     if place.device == "cpu" and place.backend == "triton":
         pytest.skip("Triton's interpreter changes its language module for the time of a launch: one thread only")
     model, twin = pair(place, twins)
