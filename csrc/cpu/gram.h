@@ -8,19 +8,21 @@ namespace slao::SLAO_ISA {
 // 16 accumulators fill AVX-512's 32 registers well; the narrower sets have 16 registers.
 constexpr int kTile = kBytes == 64 ? 4 : 2;
 // fp32 sums stay short. Equal products (rows of ±1, cosines) are rounded the same way again and again: 512 of them on
-// end were 7e-6 off. So a lane adds up 16, then 8 such sums, and what comes of that goes to double.
-constexpr int kShort = 16, kShorts = 8;
-template <typename T> constexpr int64_t kRun = kShort * kShorts * Lanes<T>::n;  // columns
+// end were 7e-6 off. So a lane adds up 16 of them, then 8 such sums, and what comes of that goes to double. Where many
+// rows take few values, their products err alike, and G by r times that: sums of 8 above 16 rows.
+constexpr int64_t short_sum(int64_t r) { return r <= 16 ? 16 : 8; }
+constexpr int64_t kShorts = 8;
 // Columns of all rows that are multiplied while they are in the cache: 16 KiB of fp32 at r = 16.
-template <typename T> constexpr int64_t kChunk = min<int64_t>(1024, kRun<T>);
+template <typename T> constexpr int64_t kChunk = min<int64_t>(1024, 64 * Lanes<T>::n);
 
-// kTile × kTile dot products of `count` columns, added to the vectors in `acc`; kDiagonal: the lower triangle of x xᵀ.
+// kTile × kTile dot products of `count` columns, `length` of them on end, added to the vectors in `acc`; kDiagonal: the
+// lower triangle of x xᵀ.
 // `ahead`: two rows of the next columns, asked for on the way: 16 rows are more streams than a processor follows by
 // itself, and a burst of requests would hold up the multiplications.
 template <bool kDiagonal, typename T>
-void gram_tile(const T* const* x, const T* const* y, int64_t count, typename Lanes<T>::V* acc, const T* const* ahead) {
+void gram_tile(const T* const* x, const T* const* y, int64_t count, int64_t length, typename Lanes<T>::V* acc,
+               const T* const* ahead) {
   using V = typename Lanes<T>::V;
-  const int64_t length = sizeof(T) == 8 ? count : kShort * Lanes<T>::n;
   for (int64_t k = 0; k < count;) {
     V sums[kTile][kTile] = {};
     for (const int64_t end = min(count, k + length); k < end; k += Lanes<T>::n) {
@@ -45,7 +47,8 @@ template <typename T> class Gram {
  public:
   // For matrices of r rows.
   Gram(Arena& arena, int64_t r)
-      : r_(r), tiles_((r + kTile - 1) / kTile), padded_(tiles_ * kTile), vectors_(tiles_ * (tiles_ + 1) / 2 * kTile * kTile),
+      : r_(r), length_(short_sum(r) * n), tiles_((r + kTile - 1) / kTile),
+        padded_(tiles_ * kTile), vectors_(tiles_ * (tiles_ + 1) / 2 * kTile * kTile),
         acc_(arena.take<V>(vectors_)), scratch_(arena.take<T>(r * kColumns)), zeros_(arena.take<T>(kColumns)),
         rows_(arena.take<const T*>(padded_)), next_(arena.take<const T*>(padded_ + 2)) {}
 
@@ -76,7 +79,7 @@ template <typename T> class Gram {
       }
       multiply(round_up(count, n));
       begin += count;
-      if ((in_run += count) >= kRun<T> || begin == m.cols) flush(G), in_run = 0;
+      if ((in_run += count) >= kShorts * length_ || begin == m.cols) flush(G), in_run = 0;
     }
   }
 
@@ -87,10 +90,10 @@ template <typename T> class Gram {
     const T* const* const last = next_ + padded_;
     for (int64_t I = 0; I < tiles_; ++I) {
       for (int64_t J = 0; J < I; ++J, acc += kTile * kTile) {
-        gram_tile<false>(rows_ + I * kTile, rows_ + J * kTile, count, acc, ahead);
+        gram_tile<false>(rows_ + I * kTile, rows_ + J * kTile, count, length_, acc, ahead);
         ahead = min(ahead + 2, last);
       }
-      gram_tile<true>(rows_ + I * kTile, rows_ + I * kTile, count, acc, ahead);
+      gram_tile<true>(rows_ + I * kTile, rows_ + I * kTile, count, length_, acc, ahead);
       ahead = min(ahead + 2, last);
       acc += kTile * kTile;
     }
@@ -106,7 +109,7 @@ template <typename T> class Gram {
     fill(acc_, vectors_, V{});
   }
 
-  int64_t r_, tiles_, padded_, vectors_;
+  int64_t r_, length_, tiles_, padded_, vectors_;
   V* acc_;
   T *scratch_, *zeros_;
   const T **rows_, **next_;

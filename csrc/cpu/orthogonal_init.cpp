@@ -14,11 +14,22 @@ namespace {
 
 // Squared sine of a row's angle to the rows before it, below which an fp64 Gram has too few digits left: 1e-6².
 constexpr double kPivot = 1e-12;
-// Bounds of 1/σ²_min (see `factor`). One pass leaves up to 7e-8 of it (seen at (2, 3), where errors do not average), so
-// fp32 stays within the contract's 1e-6. SLAO's A and fresh random ones are below 4; 16-bit storage rounds by far more.
+// Bounds of 1/σ²_min (see `factor`). With a Gram matrix in fp64, one pass in fp32 leaves at most 4e-7 up to here; SLAO's A
+// are below 3, and fresh random ones of up to 64 rows. 16-bit storage rounds by far more.
 constexpr double kOnePass = 8, kOnePass16 = 1e4;
-// The fp32 Gram is wrong by about 1e-8: this bound leaves 1e-3, which a second pass removes.
-constexpr double kNarrow = 1e5;
+// An fp32 Gram matrix is wrong by up to 3e-7 where all products are alike (1e-8 where they are not), and the result by
+// that times 1/σ²_min: up to here that is within the contract's 1e-6. Where many rows take few values it grows with r:
+// 130,000 tables of two and three values left 9.9e-7 at up to 64 rows.
+constexpr double kNarrow = 3, kNarrow16 = 300;
+constexpr int64_t kNarrowRows = 64;
+// Of two passes, the first may leave 1e-3.
+constexpr double kNarrowFirst = 1e4;
+// Products that are rounded before they are added are alike in whole blocks of G, which then is r times as wrong.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
 
 // --- G = L Lᵀ, and L⁻¹ -------------------------------------------------------------------------------------------
 
@@ -32,9 +43,10 @@ double dot(const double* x, const double* y, int64_t count) {
   return total;
 }
 
-// Lower triangles, row-major r×r. False when a pivot is too small (or not a number). condition: at least 1/σ²_min of
-// the matrix with its rows scaled to length 1 (row scaling costs no accuracy): their σ² sum to r, so the inverse squares
-// of the others sum to r - 2 or more, and all inverse squares are ‖L⁻¹‖²_F. length: scratch for r numbers.
+// Lower triangles, row-major r×r. False when a pivot is too small (or not a number). length: scratch for r numbers.
+// condition: at least 1/σ²_min = x of the matrix with its rows scaled to length 1 (row scaling costs no accuracy). For
+// each of its σ², 1/σ² - 1 + ln σ² >= 0; their sum is known, since ‖L⁻¹‖²_F is the sum of all 1/σ² and Π L²_ii the
+// product of all σ². So x - 1 - ln x is at most that sum. It does not loosen with r as norms of L⁻¹ do.
 bool factor(double* L, double* inverse, int64_t r, double* length, double* condition) {
   for (int64_t i = 0; i < r; ++i) length[i] = sqrt(L[i * r + i]);
   for (int64_t i = 0; i < r; ++i) {
@@ -59,13 +71,18 @@ bool factor(double* L, double* inverse, int64_t r, double* length, double* condi
     }
     for (int64_t j = 0; j < i; ++j) row[j] *= row[i];
   }
-  double squares = 0;
-  for (int64_t i = 0; i < r; ++i)
+  double excess = 0;
+  for (int64_t i = 0; i < r; ++i) {
+    const double sine = L[i * r + i] / length[i];
+    excess += 2 * log(sine) - 1;
     for (int64_t j = 0; j <= i; ++j) {
       const double m = inverse[i * r + j] * length[j];
-      squares += m * m;
+      excess += m * m;
     }
-  *condition = squares - r + 2;
+  }
+  excess = max(excess, 0.0);
+  *condition = 2 * excess + 2;  // above the root of x = excess + 1 + ln x, and so is each step towards it
+  for (int step = 0; step < 8; ++step) *condition = excess + 1 + log(*condition);
   return true;
 }
 
@@ -178,19 +195,22 @@ bool all_finite(const Matrix& m, double* row) {
   return true;
 }
 
+bool is_short(const Matrix& m) { return element_size(m.dtype) == 2; }
 bool needs_second_pass(const Matrix& m, const Plan& plan) {
-  return plan.condition > (element_size(m.dtype) == 2 ? kOnePass16 : kOnePass);
+  return plan.condition > (is_short(m) ? kOnePass16 : kOnePass);
 }
 
-// Whether an fp32 Gram matrix was good enough for a first pass.
+// Whether an fp32 Gram matrix was good enough.
 bool narrow_suffices(const Matrix& m, Plan& plan, Inspection& work) {
-  if (m.dtype == Dtype::f64) return false;
+  if (m.dtype == Dtype::f64 || !kFused) return false;
   work.narrow_gram(m, plan.L);
   for (int64_t i = 0; i < m.rows; ++i) {  // far from where squares overflow or lose digits; false for NaN
     const double square = plan.L[i * m.rows + i];
     if (!(square > 1e-24 && square < 1e+24)) return false;
   }
-  return factor(plan.L, plan.inverse, m.rows, work.row, &plan.condition) && plan.condition <= kNarrow;
+  if (!factor(plan.L, plan.inverse, m.rows, work.row, &plan.condition)) return false;
+  if (needs_second_pass(m, plan)) return plan.condition <= kNarrowFirst;
+  return plan.condition <= (is_short(m) ? kNarrow16 : m.rows <= kNarrowRows ? kNarrow : 0);
 }
 
 // Whether L⁻¹A may be computed in fp32: one pass is enough (of two, the first one's error would not be in R: R Q would
