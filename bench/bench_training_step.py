@@ -20,9 +20,9 @@ import pytest
 import rivals
 import torch
 import transformers as hf
-from contestants import adapted, assert_ran_fused, fused, lora_modules, twin
+from contestants import adapted, fell_back, fused, lora_modules, twin
 from models import CASES, Case, on_device
-from race import Medians, best, interleave, record
+from race import Check, Medians, best, checker, first_line, interleave, record
 from torch import Tensor, nn
 
 from slao_kernels.testing import error_ratio
@@ -67,10 +67,10 @@ class Training:
         return loss.detach(), torch.cat([grad.flatten().float() for grad in grads])
 
 
-def agree(found: dict[str, Training]) -> dict[str, str]:
+def agree(found: dict[str, Training], check: Check) -> dict[str, str]:
     """A fast wrong answer is no benchmark: loss and gradients against PEFT's, before anything is trained.
 
-    Returns who of the others (rivals.py), which are not this project's to repair, failed, and why.
+    Returns who cannot run, and why: of others (rivals.py), which are not this project's to repair, who is wrong too.
     """
     loss, grads = found["PEFT"].first_pass()
     bounds = list(AGREEMENT[found["PEFT"].embeddings.dtype])
@@ -89,16 +89,21 @@ def agree(found: dict[str, Training]) -> dict[str, str]:
         foreign = name in rivals.NAMES.values()
         try:
             off = errors(name)
-        except Exception as problem:  # whatever another project's code raises
-            if not foreign:
+        except Exception as problem:
+            if name == "ours" or isinstance(problem, torch.OutOfMemoryError):
                 raise
-            failed[name] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+            failed[name] = first_line(problem)
+            check(name, foreign, failed[name])
             continue
+        fine = all(error <= bound for error, bound in zip(off, bounds, strict=True))
+        what = f"does not compute what PEFT does: loss and gradients differ by {off}"
+        if foreign:
+            failed |= {} if fine else {name: what}
+            continue
+        check(name, fine, what)
         if name.startswith("ours"):
-            assert_ran_fused(training.model)
-        if any(error > bound for error, bound in zip(off, bounds, strict=True)):
-            failed[name] = f"does not compute what PEFT does: loss and gradients differ by {off}"
-            assert foreign, f"{name} {failed[name]}"
+            reasons = fell_back(training.model)
+            check(name, not reasons, f"runs PEFT's own forward: {reasons}")
     return failed
 
 
@@ -186,7 +191,7 @@ def test_step(case: str, dtype: str, benchmark: Any, device: str, request: pytes
     others, left_out = rivals.load(options.getoption("--rivals")) if device == "cuda" else ({}, {})
     try:
         found = contestants(chosen, DTYPES[dtype], device, options.getoption("--compile"), others)
-        failed = agree(found)
+        failed = agree(found, checker(benchmark, device))
         found = {name: training for name, training in found.items() if name not in failed}
         calls: dict[str, Callable[[], object]] = {name: training.step for name, training in found.items()}
         best_of = options.getoption("--best-of")

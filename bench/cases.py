@@ -129,10 +129,13 @@ def _of_a_race(info: dict[str, Any], where: str) -> dict[str, Any]:
     floor = next((name for name in FLOORS if name in ms), None)
     over_floor, over_ours = {}, {}
     peers = [name for name in ms if not is_floor(name) and name.split(",")[0] != "ours"]
-    if floor is not None and "races" not in info:  # recorded against ours
-        base = number(info, f"{floor} / ours", where)
-        over_floor = {name: number(info, f"{name} / ours", where) / base for name in peers} | {"ours": 1 / base}
-        over_ours = {name: number(info, f"{name} / ours", where) for name in peers}
+    if floor is not None and "races" not in info:  # recorded against ours, what was replayed from graphs against theirs
+        for suffix in ["", ", graph"] if f"{floor}, graph / ours, graph" in info else [""]:
+            mine = f"ours{suffix}"
+            base = number(info, f"{floor}{suffix} / {mine}", where)
+            own = [name for name in peers if name.endswith(", graph") == bool(suffix)]
+            over_ours |= {name: number(info, f"{name} / {mine}", where) for name in own}
+            over_floor |= {name: over_ours[name] / base for name in own} | {mine: 1 / base}
     elif floor is not None:  # recorded against the floor
         graphs = {name for name in ms if name.endswith(", graph")}
         for name in ms:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # shapes, race
+
+from reports import aligned, cell
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rounds", default=None, type=int, help="at most so many rounds: figures are then worth little")
     parser.addoption("--peft-svd", default="", help="shapes, see bench/bench_weighted_merge.py (slow)")
     parser.addoption("--merge-dtype", default="float32", help="of the adapters on the disk, see bench/disk_merge.py")
+    parser.addoption("--lines", default=None, help="a file that gets a line of JSON for every bench as it ends")
     parser.addoption("--rivals", default="axolotl,unsloth", help="on a GPU, where installed; see bench/rivals.py")
 
 
@@ -34,7 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(optionalhook=True)  # pytest-benchmark's
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """What a figure depends on besides the machine goes into the JSON too."""
-    from gpu import PACKAGES, version
+    machine_info["slao_kernels"] = how(config)
+
+
+def how(config: pytest.Config) -> dict[str, Any]:
+    """Versions, options and backends of this run."""
+    from environment import PACKAGES, version
 
     from slao_kernels import dispatch, native
 
@@ -46,13 +55,51 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         except ValueError as error:  # a wish that this op cannot meet; not to lose all figures over it
             return str(error)
 
-    options = {name: config.getoption(f"--{name}") for name in ("model", "rounds", "threads", "best-of", "compile")}
-    machine_info["slao_kernels"] = {
+    return {
         "versions": {package: version(package) for package in PACKAGES},
-        "options": options,
+        "options": {
+            name: config.getoption(f"--{name}") for name in ("model", "rounds", "threads", "best-of", "compile")
+        },
         "backends": {op: chosen(op) for op in dispatch.OPS},
         "instruction set": native.instruction_set() if device == "cpu" else None,
     }
+
+
+# What was measured is written down at once: a run may be killed.
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    write_line(session.config, how(session.config))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call" or report.outcome != "passed":
+        benchmark = getattr(item, "funcargs", {}).get("benchmark")
+        statistics = getattr(benchmark, "stats", None)
+        why = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longreprtext
+        line = {"name": item.name, "fullname": item.nodeid, "outcome": report.outcome, "seconds": report.duration}
+        line["why"] = last_line(why)
+        line["params"] = getattr(getattr(item, "callspec", None), "params", None)
+        line["extra_info"] = getattr(benchmark, "extra_info", {})
+        line["lap_s"] = None if statistics is None else statistics.stats.median
+        write_line(item.config, line)
+    return report
+
+
+def last_line(text: str) -> str:
+    """The line that says what went wrong: of a traceback the last one marked E."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    marked = [line[2:] for line in lines if line.startswith("E ")]
+    return (marked[:1] or lines[-1:] or [""])[0].strip()
+
+
+def write_line(config: pytest.Config, line: dict[str, Any]) -> None:
+    path = config.getoption("--lines")
+    if path is not None:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, default=str) + "\n")
 
 
 @pytest.fixture
@@ -73,10 +120,13 @@ def layers(request: pytest.FixtureRequest) -> list[tuple[int, int]]:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
-    against_frozen, rows, left_out = [], [], {}
+    against_frozen, rows, wrong, left_out = [], [], [], {}
     for bench in getattr(session, "benchmarks", []):
         info = bench.extra_info
         left_out |= info.get("left out", {})
+        wrong += [f"WRONG: {bench.name}: {who} {what}" for who, what in info.get("wrong", {}).items()]
+        if "ours_ms" not in info:  # interrupted, or failed, before its figures were recorded
+            continue
         if "rows" in info:
             rows += [{"": bench.name.removeprefix("test_"), **row} for row in info["rows"]]
             continue
@@ -85,13 +135,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             continue
         cells = [f"ours {info['ours_ms']:.2f} ms"]
         for key, value in info.items():
-            if key.endswith(" / ours"):
-                peer = key.removesuffix(" / ours")
+            peer, slash, _ = key.partition(" / ours")  # a graph's is to the graph of ours
+            if slash:
                 cells.append(f"{peer} {info[f'{peer} ms']:.2f} ms = {value:.2f}x")
         if "worst residual" in info:
             cells.append(f"worst residual {info['worst residual']:.1e}")
         terminalreporter.write_line(f"{bench.name}: " + ", ".join(cells))
-    for line in frozen_table(against_frozen) + rows_table(rows):
+    for line in frozen_table(against_frozen) + rows_table(rows) + wrong:
         terminalreporter.write_line(line)
     for name, reason in left_out.items():
         terminalreporter.write_line(f"left out: {name}: {reason}")
@@ -101,23 +151,8 @@ def rows_table(rows: list[dict[str, Any]]) -> list[str]:
     """Lines of benches that wrote their own rows; those with the same columns share a table. None is an empty cell."""
     tables: dict[tuple[str, ...], list[list[str]]] = {}
     for row in rows:
-        tables.setdefault(tuple(row), []).append([_cell(value) for value in row.values()])
+        tables.setdefault(tuple(row), []).append([cell(value) for value in row.values()])
     return [line for head, body in tables.items() for line in aligned(head, body)]
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return "" if value is None else str(value)
-
-
-def aligned(head: Sequence[str], body: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    lines = []
-    for row in (head, *body):
-        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([row[0].ljust(len(first)), *rest]))
-    return lines
 
 
 def frozen_table(rows: list[tuple[str, dict[str, Any]]]) -> list[str]:

@@ -50,9 +50,13 @@ def fused(model: nn.Module, backend: str = "auto") -> nn.Module:
     return model
 
 
+def fell_back(model: nn.Module) -> set[str]:
+    """After a call: why layers ran PEFT's own forward, which would then be under our name."""
+    return {why for layer in lora_modules(model) for why in layer.slao_options.fallbacks.values()}
+
+
 def assert_ran_fused(model: nn.Module) -> None:
-    """After a call: a layer that falls back while running would be PEFT under our name."""
-    reasons = {why for layer in lora_modules(model) for why in layer.slao_options.fallbacks.values()}
+    reasons = fell_back(model)
     assert not reasons, f"runs PEFT's own forward: {reasons}"
 
 

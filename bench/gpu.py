@@ -1,15 +1,21 @@
 """`make gpu`: everything that needs a GPU, in one command: the tests marked `gpu` and all benches on CUDA.
 
-python bench/gpu.py [PART ...] [--out FILE] [--commit HASH] [--look] [-- arguments of pytest]
+python bench/gpu.py [PART ...] [--out FILE] [--deadline SECONDS] [--quick] [--log FILE] [-- arguments of pytest]
 
-A part is tests, layers, steps or rest; without any, all of them. Each takes minutes, so that one fits into a short
-loan of a machine; FILE (build/gpu.json) keeps the parts of earlier runs. A part carries the environment that it ran
-in: device, driver, clocks as found before and after, versions, date, commit. FILE is written after every file of
-benches, so that what was measured survives an interruption. Nothing of the card's settings is changed.
+A part is tests, kernels, layers, steps or rest (without any, these), host or tune; parts.py says what each runs. Every
+process of a part has a limit and is interrupted at it; after --deadline nothing begins any more. --quick takes the
+headline figures of each part in minutes, for a machine on loan.
+
+FILE (build/gpu.json) keeps the parts of earlier runs and is written after every process. Beside it: FILE's .jsonl with
+a line for every bench as it ends, the tests' report (.xml), the tuner's table. At the end a table of at most 60 lines
+is printed from FILE; --table prints it alone. A part carries the environment that it ran in: device, driver, clocks as
+found before and after, versions, date, commit. Nothing of the card's settings is changed.
+
 --look: only whether it is worth installing torch here to ask it; for any Python, and at once.
+--dry: tiny runs on the CPU, to see that every part starts, keeps to its limit and writes its files.
 
-Where nothing can be installed: `python setup.py build_ext --inplace` builds the compiled core in the checkout, and
-this file, called by its path, runs from there.
+Where nothing can be installed this file, called by its path, runs from the checkout, in which
+`python setup.py build_ext --inplace` builds the compiled core; what runs its CUDA kernels is refused without it.
 """
 
 from __future__ import annotations
@@ -18,65 +24,62 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
-import subprocess
 import sys
-import tempfile
 import time
-from datetime import datetime, timezone
-from importlib import metadata
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parents[1]
-# Part -> what pytest is called with, one call after another.
-PARTS = {
-    "tests": [["tests", "-m", "gpu"]],
-    "layers": [["bench/bench_lora_kernels.py"], ["bench/bench_lora_linear.py"]],
-    "steps": [["bench/bench_training_step.py"]],
-    "rest": [
-        [f"bench/bench_{name}.py"]
-        for name in ("orthogonal_init", "scaled_merge", "fold", "transition", "interference", "weighted_merge")
-    ],
-}
-# What a part cannot do without, beside torch; hypothesis is what some of the tests are written with.
-NEEDED = {"tests": ("pytest", "peft", "transformers", "triton", "hypothesis")}
-NEEDED |= dict.fromkeys(("layers", "steps", "rest"), ("pytest", "pytest_benchmark", "peft", "transformers", "triton"))
-PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy", "pytest-benchmark", "axolotl", "unsloth")
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # an isolated Python (-I) does not look there
+
+import limits
+from environment import ROOT, card, environment, said
+from parts import DRY, NEEDED, OF_THE_CORE, ON_REQUEST, QUICK, TABLE, WHOLE, Call, workers
+from reports import benchmarks, brief, outcomes
+
 # Where a driver is loaded: NVIDIA's, its boards', AMD's, and WSL's for either.
 DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/kfd", "/dev/dxg")
-ASKED = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
-ASKED += ("temperature.gpu", "persistence_mode", "utilization.gpu")
+_LEAST = 8.0  # seconds in which a process can still do something
 
 
 def main(arguments: list[str]) -> int:
-    """0 if all went well, 1 if a test or a bench failed, 2 if nothing could be run."""
+    """0 if all went well; 1 if something failed, is wrong, or did not end in time; 2 if nothing could be run."""
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(prog="bench/gpu.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu.json")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(WHOLE)}")
+    parser.add_argument("--out", type=Path, default=None, help="default: build/gpu.json, build/gpu-dry.json")
+    parser.add_argument("--log", type=Path, default=None, help="where the processes' output goes, not to the terminal")
+    parser.add_argument("--deadline", type=float, default=None, metavar="SECONDS", help="of all parts together")
+    parser.add_argument("--quick", action="store_true", help="the headline figures alone")
+    parser.add_argument("--dry", action="store_true", help="tiny, without a GPU")
+    parser.add_argument("--without-core", action="store_true", help="even where the CUDA kernels are missing")
     parser.add_argument("--commit", default=None, help="where there is no git: the commit that this is")
+    parser.add_argument("--table", action="store_true", help="run nothing: print the table of FILE")
     parser.add_argument("--look", action="store_true", help="run nothing: is there a driver of a GPU at all?")
     options = parser.parse_args(arguments[:cut])
-    parts = options.parts or list(PARTS)
-    refusal = why_never(parts) if options.look else why_not(parts)
+    parts = options.parts or [part for part in WHOLE if part not in ON_REQUEST]
+    out = options.out or ROOT / "build" / ("gpu-dry.json" if options.dry else "gpu.json")
+    if options.table:
+        return table(out)
+    refusal = why_never(parts) if options.look else why_not(parts, options.dry, options.without_core)
     if refusal is not None:
         print(f"make gpu: {refusal}", file=sys.stderr)
         return 2
     if options.look:
         return 0
-    found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"parts": {}}
-    failed = False
+    calls = DRY if options.dry else QUICK if options.quick else WHOLE
+    run = Run(out, options.commit, options.deadline, options.log, arguments[cut + 1 :])
     for part in parts:
-        failed |= run(part, found, options.out, options.commit, arguments[cut + 1 :]) != 0
-    print(f"make gpu: {', '.join(parts)}: {'something FAILED' if failed else 'all passed'}; figures in {options.out}")
-    return int(failed)
+        if not run.interrupted:
+            run.part(part, calls[part])
+    table(out)
+    print(f"make gpu: {', '.join(parts)}: {'something FAILED' if run.failed else 'all passed'}; figures in {out}")
+    return int(run.failed)
 
 
 def unknown(parts: list[str]) -> str | None:
-    wrong = [part for part in parts if part not in PARTS]
-    return f"unknown part {', '.join(wrong)}; choose from {', '.join(PARTS)}" if wrong else None
+    wrong = [part for part in parts if part not in WHOLE]
+    return f"unknown part {', '.join(wrong)}; choose from {', '.join(WHOLE)}" if wrong else None
 
 
 def why_never(parts: list[str]) -> str | None:
@@ -88,7 +91,7 @@ def why_never(parts: list[str]) -> str | None:
     return None
 
 
-def why_not(parts: list[str]) -> str | None:
+def why_not(parts: list[str], dry: bool = False, without_core: bool = False) -> str | None:
     """Why this machine cannot run `parts`, in one line; None if it can."""
     if wrong := unknown(parts):
         return wrong
@@ -96,35 +99,106 @@ def why_not(parts: list[str]) -> str | None:
         return "torch is not installed"
     import torch
 
-    if not torch.cuda.is_available():
+    if not (dry or torch.cuda.is_available()):
         return f"no CUDA or ROCm device here (torch {torch.__version__} sees none)"
     missing = {name for part in parts for name in NEEDED[part] if importlib.util.find_spec(name) is None}
     if missing:
         return f"{', '.join(sorted(missing))} not installed: pip install -e '.[dev]', or choose other parts"
+    of_the_core = [part for part in parts if part in OF_THE_CORE]
+    if of_the_core and not (dry or without_core) and torch.version.hip is None:
+        return no_cuda_kernels(of_the_core)
     return None
 
 
-def run(part: str, found: dict[str, Any], out: Path, commit: str | None, extra: list[str]) -> int:
-    """Run one part, put it into `found` and that into `out`; returns the worst exit status."""
-    here: dict[str, Any] = {"environment": environment(commit), "exit": 0}
-    found["parts"][part] = here
-    for call in PARTS[part]:
-        with tempfile.TemporaryDirectory() as folder:
-            report, figures = Path(folder, "report.xml"), Path(folder, "figures.json")
-            command = [sys.executable, "-m", "pytest", *call, f"--junitxml={report}", *extra]
-            command += [] if part == "tests" else ["--device=cuda", f"--benchmark-json={figures}"]
-            started = time.monotonic()
-            status = subprocess.run(command, cwd=ROOT, env=importing_from_here()).returncode
-            done = {"seconds": round(time.monotonic() - started, 1), "exit": status, **outcomes(report)}
-            here.setdefault("calls", {})[call[0]] = done
-            found_here, how = benchmarks(figures)
-            here.setdefault("benchmarks", []).extend(found_here)
-            if how is not None:
-                here["slao_kernels"] = how
-        here["exit"] = max(here["exit"], status)
-        here["after"] = card()
-        write(out, found)
-    return int(here["exit"])
+def no_cuda_kernels(parts: list[str]) -> str | None:
+    """Why `parts` would not run the CUDA kernels: as a rule the checkout, which comes first, has none built."""
+    sys.path[:0] = [str(ROOT)]
+    try:
+        from slao_kernels import native
+
+        missing = native.why_not("cuda")
+    finally:
+        sys.path.remove(str(ROOT))
+    if missing is None:
+        return None
+    return (
+        f"{missing}, and {', '.join(parts)} would not run it: `python setup.py build_ext --inplace` where nvcc is, "
+        "in this checkout and with this Python; or choose other parts, or --without-core"
+    )
+
+
+class Run:
+    """Runs parts and keeps what they found in FILE; what a process prints goes to the terminal, or to `log`."""
+
+    def __init__(
+        self, out: Path, commit: str | None, deadline: float | None, log: Path | None, extra: list[str]
+    ) -> None:
+        self.out, self.commit, self.log, self.extra = out.resolve(), commit, log, extra
+        self.found = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"parts": {}}
+        self.ends = None if deadline is None else time.monotonic() + deadline
+        self.failed = self.interrupted = False
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def part(self, name: str, calls: list[Call]) -> None:
+        here: dict[str, Any] = {"environment": environment(self.commit), "exit": 0, "calls": {}, "benchmarks": []}
+        self.found["parts"][name] = here
+        for call in calls:
+            if self.interrupted:
+                break
+            done = here["calls"][call.words[0]] = self._call(name, call, here)
+            here["exit"] |= int(done["exit"] != 0)
+            here["after"] = card()
+            write(self.out, self.found)
+        self.failed |= here["exit"] != 0
+
+    def _call(self, part: str, call: Call, here: dict[str, Any]) -> dict[str, Any]:
+        """How it ended, with the counts; what benches measured goes into `here`."""
+        seconds = self._seconds(call)
+        if seconds < _LEAST:
+            self._tell(f"{part}: no time was left")
+            return {"exit": 1, "stopped": "no time was left"}
+        report, lines = self.out.with_name(f"{self.out.stem}-{part}.xml"), self.out.with_suffix(".jsonl")
+        report.unlink(missing_ok=True)
+        before = lines.stat().st_size if lines.is_file() else 0
+        started = time.monotonic()
+        with nullcontext() if self.log is None else self.log.open("a", encoding="utf-8") as output:
+            where = {"cwd": ROOT, "env": importing_from_here() | call.environment, "stdout": output, "stderr": output}
+            ended = limits.run(self._command(call, report, lines), seconds, **where)
+        took = time.monotonic() - started
+        done: dict[str, Any] = {"seconds": round(took, 1), "limit": round(seconds), "exit": ended.status}
+        done |= {"stopped": ended.stopped} if ended.stopped else {}
+        if call.kind == "bench":
+            measured, counts, how = benchmarks(lines, before)
+            here["benchmarks"].extend(measured)
+            here |= {"slao_kernels": how} if how is not None else {}
+            done |= counts | {"exit": ended.status or int(bool(counts["wrong"]))}
+        else:
+            done |= outcomes(report)
+        self._tell(f"{part}: exit {ended.status} after {took:.0f} s of at most {seconds:.0f}")
+        self.interrupted = ended.interrupted
+        return done
+
+    def _seconds(self, call: Call) -> float:
+        """What a process may take: its own limit, or what is left, less the time to end it in."""
+        if self.ends is None:
+            return call.seconds
+        return min(call.seconds, self.ends - time.monotonic() - limits.GRACE)
+
+    def _command(self, call: Call, report: Path, lines: Path) -> list[str]:
+        table = str(self.out.with_name(f"{self.out.stem}-tiles.json"))
+        words = [table if word == TABLE else word for word in call.words]
+        if call.kind == "script":
+            return [sys.executable, *words]
+        own = [f"--junitxml={report}", *workers()]
+        if call.kind == "bench":
+            own = [f"--device={call.device}", f"--lines={lines}"]
+        return [sys.executable, "-m", "pytest", *words, *own, *self.extra]
+
+    def _tell(self, line: str) -> None:
+        print(f"== {line}", flush=True)
+        if self.log is not None:
+            with self.log.open("a", encoding="utf-8") as log:
+                log.write(f"== {line}\n")
 
 
 def importing_from_here() -> dict[str, str]:
@@ -140,85 +214,13 @@ def write(out: Path, found: dict[str, Any]) -> None:
     temporary.replace(out)
 
 
-def outcomes(report: Path) -> dict[str, Any]:
-    """Counts of a JUnit file, and the names of what failed; nothing where pytest did not get as far as writing it."""
-    if not report.is_file():
-        return {}
-    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
-    total, skipped, bad = (
-        sum(int(suite.get(name, 0)) for suite in suites for name in names)
-        for names in (("tests",), ("skipped",), ("failures", "errors"))
-    )
-    cases = [case for suite in suites for case in suite.iter("testcase")]
-    names = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    return {"passed": total - skipped - bad, "skipped": skipped, "failed": bad, "failures": names}
-
-
-def benchmarks(figures: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """What counts of pytest-benchmark's file: names, parameters, our own figures, its median; and how they were run."""
-    if not figures.is_file() or not figures.stat().st_size:  # no bench ran
-        return [], None
-    whole = json.loads(figures.read_text(encoding="utf-8"))
-    keep = ("name", "fullname", "params", "extra_info")
-    listed = [{key: bench[key] for key in keep} | {"lap_s": bench["stats"]["median"]} for bench in whole["benchmarks"]]
-    return listed, whole["machine_info"].get("slao_kernels")
-
-
-def environment(commit: str | None = None) -> dict[str, Any]:
-    """What a figure means nothing without. Values that cannot be had here are None."""
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or git("rev-parse", "HEAD"),
-        "changed since": None if (changed := git("status", "--porcelain")) is None else bool(changed),
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
-        "device": device(),
-        "as found": card(),
-    }
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def device() -> dict[str, Any] | None:
-    """The first GPU as torch sees it; None where there is none."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    seen = torch.cuda.get_device_properties(0)
-    return {
-        "name": seen.name,
-        "count": torch.cuda.device_count(),
-        "capability": f"{seen.major}.{seen.minor}",
-        "multiprocessors": seen.multi_processor_count,
-        "memory": seen.total_memory,
-        "CUDA": torch.version.cuda,
-        "ROCm": torch.version.hip,
-    }
-
-
-def card() -> dict[str, str] | None:
-    """Driver, clocks and the like of the first GPU, as they are now; None without nvidia-smi. Reads only."""
-    answer = said("nvidia-smi", "--id=0", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader")
-    return None if answer is None else dict(zip(ASKED, (cell.strip() for cell in answer.split(",")), strict=False))
-
-
-def git(*command: str) -> str | None:
-    return said("git", "-C", str(ROOT), *command)
-
-
-def said(*command: str) -> str | None:
-    """What a command prints; None if there is no such command, or it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+def table(out: Path) -> int:
+    """Print what FILE says in few lines; 2 if there is none."""
+    if not out.is_file():
+        print(f"make gpu: there is no file {out}", file=sys.stderr)
+        return 2
+    print("\n".join(brief(json.loads(out.read_text(encoding="utf-8")))))
+    return 0
 
 
 if __name__ == "__main__":

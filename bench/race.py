@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
@@ -12,6 +12,11 @@ import torch
 
 # On a GPU a lap is so many calls or so many seconds, whichever comes first: the queue has to fill, as in training.
 GPU_CALLS, GPU_SECONDS = 20, 0.02
+
+# Whose calls `race` replays from a graph too: ours, and the floors.
+IN_GRAPHS = ("ours", "triton", "copy floor", "in-place read+write")
+
+Check = Callable[[str, bool, str], None]
 
 at_most: int | None = None  # rounds of any race, for a run that only shows that all works (--rounds)
 
@@ -52,13 +57,64 @@ def graphed(function: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
+def in_graphs(
+    calls: dict[str, Callable[[], object]], names: Iterable[str], device: str
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """(those of `names` captured, as "NAME, graph"; who is left out, and why)."""
+    if device != "cuda":
+        return {}, {"graphs": "a CPU has none"}
+    found: dict[str, Callable[[], object]] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        if name in calls:
+            try:
+                found[f"{name}, graph"] = graphed(calls[name])
+            except RuntimeError as problem:
+                left_out[f"{name}, graph"] = first_line(problem)
+    return found, left_out
+
+
+def first_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}".splitlines()[0]
+
+
+def checker(benchmark: Any, device: str) -> Check:
+    """check(contestant, fine, what): a fast wrong answer is no benchmark, so on a CPU one is an error.
+
+    A GPU is lent for minutes: there what is wrong is written beside the figures, and the race goes on without a
+    verdict. Reports leave such a bench out.
+    """
+
+    def check(name: str, fine: bool, what: str) -> None:
+        if not fine:
+            assert device == "cuda", f"{name} {what}"
+            benchmark.extra_info.setdefault("wrong", {})[name] = what
+
+    return check
+
+
 def race(
     benchmark: Any, ours: Callable[[], object], peers: dict[str, Callable[[], object]], device: str, rounds: int = 9
 ) -> dict[str, float]:
     """Run `ours` under pytest-benchmark with every peer before each round; returns peer median / our median.
 
-    The ratios, and the median milliseconds of all, go into the benchmark's extra_info (and so into its JSON).
+    On a GPU also ours and the floor replayed from CUDA graphs: without the host's time, which alone may be longer.
+    A peer that raises there is left out; if it is of ours, it is wrong.
+    The ratios, of graphs to that of ours, and the median milliseconds of all go into the benchmark's extra_info.
     """
+    check, raised = checker(benchmark, device), {}
+    ours()
+    for name, peer in peers.items():
+        try:
+            peer()
+        except Exception as problem:
+            if device != "cuda":
+                raise
+            raised[name] = first_line(problem)
+            check(name, name not in IN_GRAPHS, raised[name])
+    peers = {name: peer for name, peer in peers.items() if name not in raised}
+    graphs, without = in_graphs({"ours": ours, **peers}, IN_GRAPHS, device)
+    peers |= graphs
     times: dict[str, list[float]] = {name: [] for name in peers}
     mine: list[float] = []
 
@@ -66,18 +122,17 @@ def race(
         for name, peer in peers.items():
             times[name].append(clock(peer, device))
 
-    for function in (ours, *peers.values()):
-        function()
     benchmark.pedantic(lambda: mine.append(clock(ours, device)), setup=run_peers, rounds=capped(rounds), iterations=1)
-    us = median(mine)
-    ratios = {name: median(values) / us for name, values in times.items()}
-    benchmark.extra_info |= {
-        "ours_ms": us * 1e3,
-        **{f"{name} ms": median(values) * 1e3 for name, values in times.items()},
-        **{f"{name} / ours": ratio for name, ratio in ratios.items()},
-        **machine(device),
-    }
-    return ratios
+    medians = {"ours": median(mine)} | {name: median(values) for name, values in times.items()}
+    ratios = {}
+    for name in peers:
+        against = "ours, graph" if name in graphs and "ours, graph" in graphs else "ours"
+        if name != against:
+            ratios[f"{name} / {against}"] = medians[name] / medians[against]
+    info = benchmark.extra_info
+    info |= {"ours_ms": medians["ours"] * 1e3, **{f"{name} ms": medians[name] * 1e3 for name in peers}}
+    info |= ratios | machine(device) | {"left out": info.get("left out", {}) | raised | without}
+    return {name: medians[name] / medians["ours"] for name in peers}
 
 
 def triton_too(

@@ -139,7 +139,15 @@ def _commit(commit: Any, changed: Any) -> str:
 
 
 def _cases(benches: list[Any], where: str) -> tuple[list[Case], dict[str, str]]:
+    """Those that count, and what is left out: contestants, and benches in which ours computed something else."""
     left_out: dict[str, str] = {}
+    found = []
     for bench in benches:
-        left_out |= need(bench, "extra_info", f"{where}: a benchmark", dict).get("left out") or {}
-    return [case(bench, f"{where}: {bench.get('name', 'a benchmark')}") for bench in benches], left_out
+        info = need(bench, "extra_info", f"{where}: a benchmark", dict)
+        left_out |= info.get("left out") or {}
+        name = bench.get("name", "a benchmark")
+        if wrong := info.get("wrong"):
+            left_out[name] = "; ".join(f"{contestant} {what}" for contestant, what in wrong.items())
+        else:
+            found.append(case(bench, f"{where}: {name}"))
+    return found, left_out

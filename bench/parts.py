@@ -1,0 +1,97 @@
+"""The parts of `make gpu`, and what each runs: as a whole, quickly on a lent machine, and dry, where there is no GPU.
+
+A dry run is tiny and on the CPU: it shows that every part starts, keeps to its time and writes its files.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Call:
+    """One process. command: pytest's arguments, or Python's for what is no test ("script"), as in a shell. seconds: the
+    most it may take."""
+
+    kind: str  # "tests", "bench" or "script"
+    command: str
+    seconds: int
+    device: str = "cuda"
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.command)
+
+
+def of(*names: str) -> str:
+    return " ".join(f"bench/bench_{name}.py" for name in names)
+
+
+REST = ("orthogonal_init", "scaled_merge", "fold", "transition", "interference", "weighted_merge")
+# TABLE stands for the file that the tuner writes, beside the figures.
+TABLE = "TABLE"
+TUNER = f"bench/tune_lora_gemm.py --device-json {TABLE}"
+
+# Limits are several times what is expected: they end what hangs.
+WHOLE = {
+    "tests": [Call("tests", "tests -m gpu", 1200)],
+    "kernels": [Call("bench", of("lora_kernels"), 600)],
+    "layers": [Call("bench", of("lora_linear"), 900)],
+    "steps": [Call("bench", of("training_step"), 1200)],
+    "rest": [Call("bench", of(name), 300) for name in REST],
+    "host": [Call("bench", of("host"), 300, "cpu")],
+    "tune": [Call("script", f"{TUNER} --seconds 540", 600)],
+}
+
+# The headline figures: about six minutes on an H100 (counted, not measured), limits that together make eight.
+KERNELS = "8192x4096-bf16-16 or 8192x4096-bf16-48 or reduce[bf16-16]"
+BETWEEN = "init[16] or merge[fp32] or merge[bf16] or fold[bf16-bf16]"
+QUICK = {
+    "tests": [Call("tests", "tests/slao_kernels -m gpu --timeout=60", 170)],
+    "kernels": [Call("bench", f"{of('lora_kernels')} --timeout=30 -k '{KERNELS}'", 45)],
+    "layers": [Call("bench", f"{of('lora_linear')} --timeout=45 -k '8192x4096x4096 and bf16'", 60)],
+    "steps": [Call("bench", f"{of('training_step')} --timeout=60 -k 1b-4x2048-bf16", 75)],
+    "rest": [Call("bench", f"{of(*REST[:3])} --timeout=30 -k '{BETWEEN}'", 45)],
+    "host": [Call("bench", f"{of('host')} --timeout=30 -k 'block and bf16 and autocast'", 45, "cpu")],
+    "tune": [Call("script", f"{TUNER} --models llama-3.2-1b --tokens 8192 --ranks 16 --rounds 9 --seconds 50", 60)],
+}
+
+SMALL = "--model=minilm --rounds=1 --threads=1 -p no:cacheprovider"
+DRY = {
+    "tests": [Call("tests", "tests/slao_kernels/test_cuda.py -m gpu -p no:cacheprovider", 60, "cpu")],
+    "kernels": [Call("bench", f"{of('lora_kernels')} {SMALL} -k shrink-1024x384-bf16-16", 60, "cpu")],
+    "layers": [Call("bench", f"{of('lora_linear')} {SMALL} -k 'test_layer and 32x384x384-bf16-forward]'", 60, "cpu")],
+    "steps": [Call("bench", f"{of('training_step')} {SMALL} -k minilm-2x16-bf16", 60, "cpu")],
+    "rest": [
+        Call("bench", f"{of(*REST[:3])} {SMALL} -k 'init[16] or merge[fp32] or fold[bf16-bf16]'", 60, "cpu"),
+    ],
+    "host": [Call("bench", f"{of('host')} {SMALL} -k 'forward-fp32-layer'", 60, "cpu")],
+    "tune": [
+        Call(
+            "script",
+            f"{TUNER} --models minilm --tokens 32 --ranks 8 --rounds 1 --seconds 5",
+            60,
+            "cpu",
+            {"TRITON_INTERPRET": "1"},
+        )
+    ],
+}
+
+# What a part cannot do without, beside torch; hypothesis is what some of the tests are written with.
+NEEDED = dict.fromkeys(WHOLE, ("pytest", "pytest_benchmark", "peft", "transformers", "triton"))
+NEEDED |= {"tests": ("pytest", "peft", "transformers", "triton", "hypothesis"), "tune": ("triton",)}
+# Where NVIDIA's GPUs are: parts that run the CUDA kernels of the compiled core.
+OF_THE_CORE = ("tests", "rest")
+# Not in a run that names no part: the tuner's table is for this machine, and the host's time needs no GPU.
+ON_REQUEST = ("host", "tune")
+
+
+def workers() -> list[str]:
+    """pytest's option for tests in several processes, which spend their time in compilers. Never for a bench."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(8, os.cpu_count() or 1))]
