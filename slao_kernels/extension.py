@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from . import eligibility
 from .layers import FusedLoraLinear, FusedOptions, make_plan, peft_class, run_linear
 from .ops.lora_linear import reference
-from .ops.lora_linear.autograd import drop, linear
+from .ops.lora_linear.autograd import linear
 
 _NAMES = ("slao_core", "slao_core_delta", "slao_frozen_A", "slao_frozen_B", "slao_frozen_scale")
 
@@ -55,7 +55,7 @@ class ExtendedLoraLinear(FusedLoraLinear):
             base, call = self.base_layer, plan.call
             weight = base.weight if type(base) is nn.Linear else base.weight.t()  # Conv1D stores (K, N)
             cores = () if self.slao_core is self.slao_core_delta is None else (self.slao_core, self.slao_core_delta)
-            return linear(call)(call, x, *drop(call, x), weight, base.bias, A, B, *cores)
+            return linear(call)(call, x, weight, base.bias, A, B, *cores)
         y = self.base_layer(x, *args, **kwargs)
         source = self.lora_dropout[name](x.to(A.dtype))
         branch = reference.routed(source, A, B, self.slao_core, self.slao_core_delta)

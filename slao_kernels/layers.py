@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 from . import dispatch, eligibility
 from .holders import FRESH, holders, writable
 from .ops import dora
-from .ops.lora_linear.autograd import Call, add, call_for, drop, linear
+from .ops.lora_linear.autograd import Call, add, call_for, linear
 from .plan import LayerPlan, active_adapters, parameters_of
 
 logger = logging.getLogger("slao_kernels")
@@ -139,8 +139,7 @@ def run_linear(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args:
     weight, bias, A, B, _ = tensors
     weight = weight if type(layer.base_layer) is nn.Linear else weight.t()  # Conv1D stores (K, N)
     call = plan.call
-    dropped, seed = drop(call, x) if call.dropout else (None, None)
-    return linear(call)(call, x, dropped, seed, weight, bias, A, B)
+    return linear(call)(call, x, weight, bias, A, B)
 
 
 def run_stacked(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: Any, kwargs: Any) -> Tensor:
@@ -150,8 +149,7 @@ def run_stacked(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args
     A, B = stacked(layer, plan, pairs)
     bias = with_own_bias(layer, plan, pairs, bias)
     call = plan.call = plan.call or _call(layer, plan, x, [weight, bias, A, B])
-    dropped, seed = drop(call, x) if call.dropout else (None, None)
-    return linear(call)(call, x, dropped, seed, weight, bias, A, B)
+    return linear(call)(call, x, weight, bias, A, B)
 
 
 def run_dora(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: Any, kwargs: Any) -> Tensor:
@@ -180,10 +178,9 @@ def run_add(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: An
     if made is not y.dtype:
         call = _call(layer, plan, x, [None, None, A, B], y.dtype)
         plan.made = y.dtype, call
-    dropped, seed = drop(call, x) if call.dropout else (None, None)
     # Counted here, where nothing but this frame's variable holds what the base has just made.
     alone = dispatch.direct() and FRESH is not None and holders(y) == FRESH and writable(y)
-    return add(call)(call, y, x if dropped is None else dropped, seed, A, B, alone)
+    return add(call)(call, y, x, A, B, alone)
 
 
 _RUNS = {"peft": run_peft, "linear": run_linear, "dora": run_dora, "add": run_add}

@@ -21,9 +21,9 @@ from .. import dispatch
 LIBRARY = torch.library.Library("slao_kernels", "DEF")
 
 
-def products_of(backend: str, seed: Tensor | None = None, p: float = 0.0) -> Any:
-    """The backend's products (lora_linear/products.py); with a seed, those that draw dropout on x themselves."""
-    return dispatch.implementation("lora_linear", backend).products(seed, p)
+def products_of(backend: str, drawn: Tensor | None = None, p: float = 0.0) -> Any:
+    """The backend's products (lora_linear/products.py) under the dropout that was drawn, if any."""
+    return dispatch.implementation("lora_linear", backend).products(drawn, p)
 
 
 def without_autocast(run: Any, x: Tensor, *args: Any) -> Any:
@@ -40,20 +40,21 @@ def batched(dys: Sequence[Tensor]) -> bool:
 
 
 # One or more layers of one x: ys[i] = x Wᵢᵀ + biasᵢ + scalingᵢ tᵢ Bᵢᵀ, shaped (*x.shape[:-1], Nᵢ); t = source Aᵀ
-# (M, Σr), the Aᵢ one below the other, source = x, or x after dropout by torch.
+# (M, Σr), the Aᵢ one below the other, source = x, or x after dropout by torch (then drawn is of no interest).
 # A and B share one dtype: x's; or a wider one, in which the branch is then computed and t kept (wide, for
 # precision="adapter"), or which the backend rounds itself while it reads them ("native").
-# seed (one int64 on x's device): the backend draws dropout of probability p on x itself; source is then x.
+# drawn, of a dropout of probability p: torch's mask (bool, x's shape), or a seed (one int64 on x's device) from which
+# the backend draws it itself, forward and backward; source is then x.
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor? source, Tensor[] weights, Tensor?[] biases, Tensor[] As, Tensor[] Bs, "
-    "float[] scalings, bool wide, str backend, Tensor? seed=None, float p=0.) -> (Tensor[] ys, Tensor t)"
+    "float[] scalings, bool wide, str backend, Tensor? drawn=None, float p=0.) -> (Tensor[] ys, Tensor t)"
 )
-# With gᵢ = scalingᵢ dyᵢ Bᵢ side by side in g (M, Σr): dx = Σ dyᵢ Wᵢ + g A, dAᵢ = gᵢᵀ source, dBᵢ = scalingᵢ dyᵢᵀ tᵢ.
-# need_source: dx is Σ dyᵢ Wᵢ alone and dsource g A. With a seed, source and g A are masked as in forward.
+# With gᵢ = scalingᵢ dyᵢ Bᵢ side by side in g (M, Σr): dx = Σ dyᵢ Wᵢ + g A, what is drawn applied to g A as to x in
+# forward; dAᵢ = gᵢᵀ source, dBᵢ = scalingᵢ dyᵢᵀ tᵢ.
 LIBRARY.define(
     "lora_linear_backward(Tensor[] dys, Tensor source, Tensor[] weights, Tensor t, Tensor[] As, Tensor[] Bs, "
-    "float[] scalings, bool wide, bool need_x, bool need_source, bool[] need_As, bool[] need_Bs, str backend, "
-    "Tensor? seed=None, float p=0.) -> (Tensor dx, Tensor dsource, Tensor[] dAs, Tensor[] dBs, Tensor g)"
+    "float[] scalings, bool wide, bool need_x, bool[] need_As, bool[] need_Bs, str backend, Tensor? drawn=None, "
+    "float p=0.) -> (Tensor dx, Tensor[] dAs, Tensor[] dBs, Tensor g)"
 )
 
 
@@ -67,10 +68,10 @@ def _lora_linear(
     scalings: Sequence[float],
     wide: bool,
     backend: str,
-    seed: Tensor | None = None,
+    drawn: Tensor | None = None,
     p: float = 0.0,
 ) -> tuple[list[Tensor], Tensor]:
-    products = products_of(backend, seed, p)
+    products = products_of(backend, drawn, p)
     run = products.wide_forward if wide else products.forward
     return without_autocast(run, x, source, weights, biases, As, Bs, scalings)
 
@@ -85,7 +86,7 @@ def _lora_linear_fake(
     scalings: Sequence[float],
     wide: bool,
     backend: str,
-    seed: Tensor | None = None,
+    drawn: Tensor | None = None,
     p: float = 0.0,
 ) -> tuple[list[Tensor], Tensor]:
     tokens = x.shape[:-1]
@@ -103,22 +104,21 @@ def _lora_linear_backward(
     scalings: Sequence[float],
     wide: bool,
     need_x: bool,
-    need_source: bool,
     need_As: Sequence[bool],
     need_Bs: Sequence[bool],
     backend: str,
-    seed: Tensor | None = None,
+    drawn: Tensor | None = None,
     p: float = 0.0,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
-    products = products_of(backend, seed, p)
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    products = products_of(backend, drawn, p)
     run = products.wide_backward if wide else products.backward
-    needs = need_x, need_source, need_As, need_Bs
-    dx, dsource, dAs, dBs, g = without_autocast(run, source, dys, weights, t, As, Bs, scalings, needs)
+    needs = need_x, need_As, need_Bs
+    dx, dAs, dBs, g = without_autocast(run, source, dys, weights, t, As, Bs, scalings, needs)
 
     def found(tensor: Tensor | None) -> Tensor:
         return source.new_empty(0) if tensor is None else tensor
 
-    return found(dx), found(dsource), list(map(found, dAs)), list(map(found, dBs)), found(g)
+    return found(dx), list(map(found, dAs)), list(map(found, dBs)), found(g)
 
 
 def _lora_linear_backward_fake(
@@ -131,45 +131,58 @@ def _lora_linear_backward_fake(
     scalings: Sequence[float],
     wide: bool,
     need_x: bool,
-    need_source: bool,
     need_As: Sequence[bool],
     need_Bs: Sequence[bool],
     backend: str,
-    seed: Tensor | None = None,
+    drawn: Tensor | None = None,
     p: float = 0.0,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     nothing = source.new_empty
     dAs = [torch.empty_like(A) if need else nothing(0) for A, need in zip(As, need_As, strict=True)]
     dBs = [torch.empty_like(B) if need else nothing(0) for B, need in zip(Bs, need_Bs, strict=True)]
-    dx, dsource = (nothing(source.shape if need else 0) for need in (need_x, need_source))
-    needs_g = need_x or need_source or any(need_As)
-    return dx, dsource, dAs, dBs, torch.empty_like(t) if needs_g else nothing(0)
+    g = torch.empty_like(t) if need_x or any(need_As) else nothing(0)
+    return nothing(source.shape if need_x else 0), dAs, dBs, g
 
 
 # A branch on what a base layer, called, returned: out = y + scaling (x Aᵀ) Bᵀ in y's dtype and shape (..., N), a fresh
 # tensor. B (N, r); or (N, r + 1), then its last column is a bias: out = y + scaling (x Aᵀ B[:, :r]ᵀ + B[:, r]).
-# t = x Aᵀ (M, r), with a column of ones for the bias. A, B and t have the branch's dtype, as wide as x and y or wider.
+# x is what the branch reads, after torch's dropout; with a seed in drawn, before the backend's. t = x Aᵀ (M, r), with a
+# column of ones for the bias. A, B and t have the branch's dtype, as wide as x and y or wider.
 LIBRARY.define(
-    "lora_add(Tensor y, Tensor x, Tensor A, Tensor B, float scaling, str backend, Tensor? seed=None, float p=0.) "
+    "lora_add(Tensor y, Tensor x, Tensor A, Tensor B, float scaling, str backend, Tensor? drawn=None, float p=0.) "
     "-> (Tensor out, Tensor t)"
 )
-# With g = scaling dy B (M, r): dx = g A, dA = gᵀ x, dB = scaling dyᵀ t, as wide as B. With a seed, x and g A are
-# masked as in forward. y's gradient is dy, and none of the operator's business.
+# With g = scaling dy B (M, r): dx = g A under what was drawn, dA = gᵀ x, dB = scaling dyᵀ t, as wide as B. y's gradient
+# is dy, and none of the operator's business.
 LIBRARY.define(
     "lora_add_backward(Tensor dy, Tensor x, Tensor t, Tensor A, Tensor B, float scaling, bool need_x, bool need_A, "
-    "bool need_B, str backend, Tensor? seed=None, float p=0.) -> (Tensor dx, Tensor dA, Tensor dB)"
+    "bool need_B, str backend, Tensor? drawn=None, float p=0.) -> (Tensor dx, Tensor dA, Tensor dB)"
 )
 
 
 def _lora_add(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, backend: str, seed: Tensor | None = None, p: float = 0.0
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    backend: str,
+    drawn: Tensor | None = None,
+    p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     out = y.new_empty(y.shape)
-    return out, without_autocast(products_of(backend, seed, p).add, x, y, A, B, scaling, out)
+    return out, without_autocast(products_of(backend, drawn, p).add, x, y, A, B, scaling, out)
 
 
 def _lora_add_fake(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, backend: str, seed: Tensor | None = None, p: float = 0.0
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    backend: str,
+    drawn: Tensor | None = None,
+    p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape), B.new_empty((x.shape[:-1].numel(), B.shape[1]))
 
@@ -185,10 +198,10 @@ def _lora_add_backward(
     need_A: bool,
     need_B: bool,
     backend: str,
-    seed: Tensor | None = None,
+    drawn: Tensor | None = None,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run, needs = products_of(backend, seed, p).add_backward, (need_x, need_A, need_B)
+    run, needs = products_of(backend, drawn, p).add_backward, (need_x, need_A, need_B)
     dx, dA, dB = without_autocast(run, x, dy, t, A, B, scaling, needs)
     return (
         x.new_empty(0) if dx is None else dx,
@@ -208,7 +221,7 @@ def _lora_add_backward_fake(
     need_A: bool,
     need_B: bool,
     backend: str,
-    seed: Tensor | None = None,
+    drawn: Tensor | None = None,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (

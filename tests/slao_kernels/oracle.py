@@ -122,7 +122,7 @@ def layers_of_one_x(
     """The node with weight, bias, A and B of each layer."""
     scalings = SCALINGS[: len(layers) // 4]
     call = autograd.call_for(x, layers, scalings, precision, backend, dropout)
-    ys = autograd.linear(call)(call, x, *autograd.drop(call, x), *layers)
+    ys = autograd.linear(call)(call, x, *layers)
     return ys if isinstance(ys, tuple) else (ys,)
 
 
@@ -139,8 +139,7 @@ def lora_add(
 ) -> Tensor:
     """The node that adds a branch to what a called base returned."""
     call = autograd.call_for(x, (None, None, A, B), (s,), precision, backend, dropout, y.dtype)
-    dropped, seed = autograd.drop(call, x)
-    return autograd.add(call)(call, y, x if dropped is None else dropped, seed, A, B, in_place)
+    return autograd.add(call)(call, y, x, A, B, in_place)
 
 
 def lora_dora(

@@ -161,7 +161,7 @@ def test_which_results_are_overwritten(kind, grad, twins):
 def overwritten(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """The branch written into y, whoever else has it."""
     call = call_for(x, [None, None, A, B], (0.5,), made=y.dtype)
-    return add(call)(call, y, x, None, A, B, True)
+    return add(call)(call, y, x, A, B, True)
 
 
 def test_a_saved_result_must_not_be_overwritten(twins):

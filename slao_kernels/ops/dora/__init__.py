@@ -74,8 +74,8 @@ def run(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, magnitude: T
     scale = _Scale.apply if torch.is_grad_enabled() else _scale_only
     if call.wide:  # c dy, were it rounded to the base's dtype, would narrow the branch's gradients
         y = scale(F.linear(x, weight), c, bias)
-        return add(call)(call, y, x, None, A, c[:, None] * B, dispatch.direct())
-    z = linear(call)(call, x, None, None, weight, None, A, B)
+        return add(call)(call, y, x, A, c[:, None] * B, dispatch.direct())
+    z = linear(call)(call, x, weight, None, A, B)
     return scale(z, c, bias)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .autograd import PRECISIONS, call_for, drop, linear
+from .autograd import PRECISIONS, call_for, linear
 
 __all__ = ["PRECISIONS", "lora_linear"]
 
@@ -45,7 +45,7 @@ def lora_linear(
     layers = weight, bias, A, B
     call = call_for(x, layers, (float(scaling),), precision, backend, p)
     cores = () if core is core_delta is None else (core, core_delta)
-    return linear(call)(call, x, *drop(call, x), *layers, *cores)
+    return linear(call)(call, x, *layers, *cores)
 
 
 def _check(

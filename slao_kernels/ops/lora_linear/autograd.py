@@ -82,54 +82,56 @@ def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     return torch.promote_types(narrow, wide) is wide
 
 
-def drop(call: Call, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(x after dropout, None), or (None, the seed from which the backend drops); both None where nothing is dropped."""
-    if not call.dropout:
-        return None, None
+def drop(call: Call, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(what the branch reads, what was drawn): x after torch's dropout and the mask, or x and the backend's seed."""
     if call.draws:
         # A tensor: reading it back would stop the GPU, and a captured graph draws a new one at each replay.
-        return None, torch.randint(2**63 - 1, (1,), device=x.device)
-    return F.dropout(x, call.dropout), None
+        return x, torch.randint(2**63 - 1, (1,), device=x.device)
+    return torch.native_dropout(x, call.dropout, True)
 
 
 class LoraLinear(torch.autograd.Function):
-    """yᵢ = x Wᵢᵀ + bᵢ + sᵢ · source Aᵢᵀ (core + core_delta)ᵀ Bᵢᵀ, source being x, dropped or not.
+    """yᵢ = x Wᵢᵀ + bᵢ + sᵢ · dropout(x) Aᵢᵀ (core + core_delta)ᵀ Bᵢᵀ.
 
     tensors: weight (N, K), bias (N) or None, A (r, K) and B (N, r) of each layer; with one layer also core and
     core_delta (r, r), either None. Returns y (..., N), or a tuple of them. Saves what the branch read, t (M, Σr) and
-    tensors of the adapters' size, nothing (M, N); x itself beside a dropped one only where a weight trains.
+    tensors of the adapters' size, nothing (M, N); with torch's dropout also the mask, and x where a weight trains.
 
     C-LoRA's routing R = core + core_delta costs only r×r products: the kernels see B R in the forward pass and R A in
     the backward one, and what they return is multiplied by core_deltaᵀ afterwards.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x: Tensor, dropped: Tensor | None, seed: Tensor | None, *tensors: Any) -> Any:
-        stored, source, end = x, dropped, 4 * len(call.scalings)
+    def forward(ctx: Any, call: Call, x: Tensor, *tensors: Any) -> Any:
+        stored, end = x, 4 * len(call.scalings)
         weights: Sequence[Any] = tensors[0:end:4]
         biases, As, Bs = tensors[1:end:4], tensors[2:end:4], tensors[3:end:4]
         if not call.uniform:
-            x, source = cast((x, source), call.dtype)
+            x = x if x.dtype is call.dtype else x.to(call.dtype)
             weights, biases = cast(weights, call.dtype), cast(biases, call.dtype)
             if call.factor is not None:
                 As, Bs = cast(As, call.factor), cast(Bs, call.factor)
+        read, drawn = drop(call, x) if call.dropout else (x, None)
+        source = None if read is x else read
         values = Bs
         if len(tensors) > end:
             B = tensors[3]
             values = cast((B @ routing(tensors).to(B.dtype),), Bs[0].dtype)
         if dispatch.direct():
-            products = operators.products_of(call.backend, seed, call.dropout)
+            products = operators.products_of(call.backend, drawn, call.dropout)
             run = products.wide_forward if call.wide else products.forward
             ys, t = run(x, source, weights, biases, As, values, call.scalings)
         else:
-            op, drawn = torch.ops.slao_kernels.lora_linear, (seed, call.dropout)
-            ys, t = op(x, source, weights, biases, As, values, call.scalings, call.wide, call.backend, *drawn)
-        trains = source is not None and any(weight.requires_grad for weight in tensors[:end:4])
-        more = (x if trains else None, seed, *tensors[end:]) if trains or seed is not None or len(tensors) > end else ()
-        ctx.save_for_backward(x if source is None else source, t, *weights, *As, *Bs, *more)
+            op, args = torch.ops.slao_kernels.lora_linear, (x, source, weights, biases, As, values, call.scalings)
+            ys, t = op(*args, call.wide, call.backend, drawn, call.dropout)
+        more: tuple[Any, ...] = ()
+        if call.dropout or len(tensors) > end:
+            trains = any(weight.requires_grad for weight in tensors[:end:4])
+            more = (x if trains else None, drawn, *tensors[end:])
+        ctx.save_for_backward(read, t, *weights, *As, *Bs, *more)
         ctx.call = call
         if not call.uniform:
-            ctx.dtypes = [None, *(None if p is None else p.dtype for p in (stored, dropped, seed, *tensors))]
+            ctx.dtypes = [None, *(None if p is None else p.dtype for p in (stored, *tensors))]
         return ys[0] if len(ys) == 1 else tuple(ys)
 
     @staticmethod
@@ -139,33 +141,31 @@ class LoraLinear(torch.autograd.Function):
 
 def _linear_grads(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
     call, saved, count = ctx.call, ctx.saved_tensors, len(dys)
-    _, need_x, need_source, _, *needs = ctx.needs_input_grad
+    _, need_x, *needs = ctx.needs_input_grad
     read, t, weights, As, Bs = saved[0], saved[1], *(saved[2 + i * count : 2 + (i + 1) * count] for i in range(3))
-    x, seed, *cores = saved[2 + 3 * count :] or (None, None)
+    x, drawn, *cores = saved[2 + 3 * count :] or (read, None)
     need_As, need_Bs = needs[2::4], needs[3::4]
     if cores:
         need_As, As = [need_As[0] or needs[5]], [routing(cores).to(As[0].dtype) @ As[0]]
-    wanted = need_x, need_source, need_As, need_Bs
+    args, wanted = (read, dys, weights, t, As, Bs, call.scalings), (need_x, need_As, need_Bs)
     if not dispatch.direct():
-        op, drawn = torch.ops.slao_kernels.lora_linear_backward, (call.backend, seed, call.dropout)
-        dx, dsource, dAs, dBs, g = op(dys, read, weights, t, As, Bs, call.scalings, call.wide, *wanted, *drawn)
+        op = torch.ops.slao_kernels.lora_linear_backward
+        dx, dAs, dBs, g = op(dys, read, *args[2:], call.wide, *wanted, call.backend, drawn, call.dropout)
     elif operators.batched(dys):
-        _refuse_a_seed(seed)
-        dx, dsource, dAs, dBs, g = reference.grads(read, dys, weights, t, As, Bs, call.scalings, wanted)
+        dx, dAs, dBs, g = operators.without_autocast(reference.grads, *args, _kept(call, drawn))
     else:
-        products = operators.products_of(call.backend, seed, call.dropout)
+        products = operators.products_of(call.backend, drawn, call.dropout)
         run = products.wide_backward if call.wide else products.backward
-        args = read, dys, weights, t, As, Bs, call.scalings, wanted
-        dx, dsource, dAs, dBs, g = operators.without_autocast(run, *args)
-    grads: list[Any] = [None, dx, dsource if need_source else None, None]
+        dx, dAs, dBs, g = operators.without_autocast(run, *args, wanted)
+    grads: list[Any] = [None, dx]
     for i, dy in enumerate(dys):
         dW = db = None
         if needs[4 * i] or needs[4 * i + 1]:
-            b_dtype = dy.dtype if call.uniform else ctx.dtypes[4 * i + 5]
-            dW, db = _base_grads(dy, read if x is None else x, needs[4 * i : 4 * i + 2], b_dtype)
+            b_dtype = dy.dtype if call.uniform else ctx.dtypes[4 * i + 3]
+            dW, db = _base_grads(dy, x, needs[4 * i : 4 * i + 2], b_dtype)
         grads += dW, db, dAs[i], dBs[i]
     if cores:
-        grads[6:] = _through_cores(cores[1], g, t, dAs[0], dBs[0], needs[2:])
+        grads[4:] = _through_cores(cores[1], g, t, dAs[0], dBs[0], needs[2:])
     if not call.uniform:
         grads = [None if one is None else one.to(dtype) for one, dtype in zip(grads, ctx.dtypes, strict=True)]
     if dispatch.direct():
@@ -198,31 +198,30 @@ def _through_cores(
 
 
 class LoraAdd(torch.autograd.Function):
-    """y + scaling · x Aᵀ Bᵀ in y's dtype and shape (..., N): x (..., K), dropped or not, A (r, K), B (N, r).
+    """y + scaling · dropout(x) Aᵀ Bᵀ in y's dtype and shape (..., N): x (..., K), A (r, K), B (N, r).
 
-    B may be (N, r + 1) with a bias as its last column. Saves x, t and the adapters; nothing (M, N), and of y nothing
-    at all: its gradient is dy. in_place: y is nobody else's, and is written into.
+    B may be (N, r + 1) with a bias as its last column. Saves what the branch read, t and the adapters, and torch's
+    mask; nothing (M, N), and of y nothing at all: its gradient is dy. in_place: y is nobody else's and is written into.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, call: Call, y: Tensor, x: Tensor, seed: Tensor | None, A: Tensor, B: Tensor, in_place: bool
-    ) -> Tensor:
+    def forward(ctx: Any, call: Call, y: Tensor, x: Tensor, A: Tensor, B: Tensor, in_place: bool) -> Tensor:
         ctx.call, ctx.dtypes = call, (x.dtype, A.dtype, B.dtype)
         if not _holds(call.factor, x.dtype):  # autocast's is narrower; an x that is narrower still is read as it is
             x = x.to(call.factor)
         A, B = cast((A, B), call.factor)
         (scaling,) = call.scalings
+        x, drawn = drop(call, x) if call.dropout else (x, None)
         if dispatch.direct():
             out = y if in_place else torch.empty(y.shape, dtype=y.dtype, device=y.device)
             # The branch may be wider than what autocast would make of it: a called base returns what it likes.
-            run = operators.products_of(call.backend, seed, call.dropout).add
+            run = operators.products_of(call.backend, drawn, call.dropout).add
             t = operators.without_autocast(run, x, y, A, B, scaling, out)
             if in_place:
                 ctx.mark_dirty(y)
         else:
-            out, t = torch.ops.slao_kernels.lora_add(y, x, A, B, scaling, call.backend, seed, call.dropout)
-        ctx.save_for_backward(x, t, A, B, seed)
+            out, t = torch.ops.slao_kernels.lora_add(y, x, A, B, scaling, call.backend, drawn, call.dropout)
+        ctx.save_for_backward(x, t, A, B, drawn)
         return out
 
     @staticmethod
@@ -231,24 +230,22 @@ class LoraAdd(torch.autograd.Function):
 
 
 def _add_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    call, (scaling,), (x, t, A, B, seed) = ctx.call, ctx.call.scalings, ctx.saved_tensors
-    _, need_y, need_x, _, need_A, need_B, _ = ctx.needs_input_grad
-    needs = need_x, need_A, need_B
+    call, (scaling,), (x, t, A, B, drawn) = ctx.call, ctx.call.scalings, ctx.saved_tensors
+    _, need_y, need_x, need_A, need_B, _ = ctx.needs_input_grad
+    args, needs = (x, dy, t, A, B, scaling), (need_x, need_A, need_B)
     if not dispatch.direct():
         op = torch.ops.slao_kernels.lora_add_backward
-        dx, dA, dB = op(dy, x, t, A, B, scaling, *needs, call.backend, seed, call.dropout)
+        dx, dA, dB = op(dy, x, *args[2:], *needs, call.backend, drawn, call.dropout)
     elif operators.batched((dy,)):
-        _refuse_a_seed(seed)
-        dx, dA, dB = operators.without_autocast(reference.add_grads, x, dy, t, A, B, scaling)
+        dx, dA, dB = operators.without_autocast(reference.add_grads, *args, _kept(call, drawn))
     else:
-        run = operators.products_of(call.backend, seed, call.dropout).add_backward
-        dx, dA, dB = operators.without_autocast(run, x, dy, t, A, B, scaling, needs)
+        run = operators.products_of(call.backend, drawn, call.dropout).add_backward
+        dx, dA, dB = operators.without_autocast(run, *args, needs)
     x_dtype, A_dtype, B_dtype = ctx.dtypes
     return (
         None,
         dy if need_y else None,
         dx.to(x_dtype) if need_x else None,
-        None,
         dA.to(A_dtype) if need_A else None,
         dB.to(B_dtype) if need_B else None,
         None,
@@ -294,8 +291,9 @@ class _NoGraph:
 _linear_without_graph, _add_without_graph = partial(LoraLinear.forward, _NoGraph), partial(LoraAdd.forward, _NoGraph)
 
 
-def _linear_by_reference(call: Call, x: Tensor, dropped: Tensor | None, seed: None, *tensors: Any) -> Any:
-    (x, dropped), end = cast((x, dropped), call.dtype), 4 * len(call.scalings)
+def _linear_by_reference(call: Call, x: Tensor, *tensors: Any) -> Any:
+    (x,), end = cast((x,), call.dtype), 4 * len(call.scalings)
+    dropped = F.dropout(x, call.dropout) if call.dropout else None
     cores, ys = cast(tensors[end:], call.factor), []
     for i, scaling in enumerate(call.scalings):
         weight, bias = cast(tensors[4 * i : 4 * i + 2], call.dtype)
@@ -304,7 +302,8 @@ def _linear_by_reference(call: Call, x: Tensor, dropped: Tensor | None, seed: No
     return ys[0] if len(ys) == 1 else tuple(ys)
 
 
-def _add_by_reference(call: Call, y: Tensor, x: Tensor, seed: None, A: Tensor, B: Tensor, in_place: bool) -> Tensor:
+def _add_by_reference(call: Call, y: Tensor, x: Tensor, A: Tensor, B: Tensor, in_place: bool) -> Tensor:
+    x = F.dropout(x, call.dropout) if call.dropout else x
     A, B = cast((A, B), call.factor)
     return reference.lora_add(y, x, A, B, call.scalings[0])
 
@@ -327,9 +326,13 @@ def once(grads: Callable[..., Any], ctx: Any, *dys: Tensor) -> Any:
     return once_differentiable(grads)(ctx, *dys)
 
 
-def _refuse_a_seed(seed: Tensor | None) -> None:
-    if seed is not None:
+def _kept(call: Call, drawn: Tensor | None) -> Tensor | float:
+    """The factor of each x in what the branch read. RuntimeError where only a kernel could tell."""
+    if drawn is None:
+        return 1.0
+    if call.draws:
         raise RuntimeError(
             "many gradients at once (is_grads_batched, vectorize=True) through dropout that Triton's kernels draw: "
             "take them one by one, in eval mode, or patch with backend='eager'"
         )
+    return drawn / (1.0 - call.dropout) if call.dropout < 1.0 else drawn.to(torch.float32)

@@ -71,14 +71,12 @@ class CpuProducts(TorchProducts):
         needs: Needs,
     ) -> Grads:
         """As TorchProducts'; one layer of bf16 in one call: g, dx's part, dA and dB while dy is in the cache."""
-        need_x, need_source, need_As, need_Bs = needs
+        need_x, need_As, need_Bs = needs
         A, B, dy = As[0], Bs[0], rows_of(dys[0])
-        one = len(As) == 1 and not need_source and t.is_contiguous()
+        one = len(As) == 1 and self.mask is None and t.is_contiguous()
         if not (one and source.is_contiguous() and dy.stride(1) == 1 and _serves(source, A, B)):
-            dx, dsource, dAs, dBs, g = super().backward(
-                source, dys, weights, t, *_rounded(t.dtype, As, Bs), scalings, needs
-            )
-            return dx, dsource, _as_wide(dAs, As), _as_wide(dBs, Bs), g
+            dx, dAs, dBs, g = super().backward(source, dys, weights, t, *_rounded(t.dtype, As, Bs), scalings, needs)
+            return dx, _as_wide(dAs, As), _as_wide(dBs, Bs), g
         (n, r), k = B.shape, source.shape[-1]
         dx = torch.empty_like(source) if need_x else None
         g = torch.empty_like(t) if need_x or need_As[0] else None
@@ -90,7 +88,7 @@ class CpuProducts(TorchProducts):
         _core()[0].lora_backward(*of_x, torch.get_num_threads(), *of_dy)
         if dx is not None:
             rows_of(dx).addmm_(dy, weights[0])
-        return dx, None, [dA], [dB], g
+        return dx, [dA], [dB], g
 
     def shrink(self, x: Tensor, A: Tensor) -> Tensor:
         if not _reads(x, A.shape[0], A):
@@ -130,8 +128,8 @@ class CpuProducts(TorchProducts):
         if not (_reads(g, A.shape[0], A) and A.shape[1] > 0):
             return super().grad_source(g, A)
         dx = g.new_empty((g.shape[0], A.shape[1]))
-        _expand(g, A, dx, 1.0, None)
-        return dx
+        _expand(g, A, dx, self.scale, None)
+        return dx if self.mask is None else dx.mul_(rows_of(self.mask))
 
     # The core has no shrink whose t is fp32, and no expand that adds: those of precision="adapter" are torch's.
     def outer_wide(self, t: Tensor, x: Tensor, scaling: float) -> Tensor:
@@ -198,7 +196,6 @@ def _fp32_outer(g: Tensor, x: Tensor) -> Tensor:
 _CPU = CpuProducts()
 
 
-def products(seed: Tensor | None = None, p: float = 0.0) -> CpuProducts:
-    """The backend "native". It draws no dropout: torch does, before."""
-    assert seed is None
-    return _CPU
+def products(drawn: Tensor | None = None, p: float = 0.0) -> CpuProducts:
+    """The backend "native"."""
+    return _CPU if drawn is None else CpuProducts(drawn, p)

@@ -42,6 +42,9 @@ _BLOCK_ELSEWHERE = 1 << 24
 class WideProducts:
     """x (M, K) and y (M, N) are narrow, all else has the adapters' dtype, any strides. Here by torch's own GEMMs."""
 
+    mask: Tensor | None  # of torch's dropout, and what it scaled by
+    scale: float
+
     def shrink_wide(self, x: Tensor, A: Tensor, scaling: float) -> Tensor:
         """scaling x Aᵀ, a fresh (M, r): A (r, K)."""
         if has_fp32_products(x, A):
@@ -69,6 +72,12 @@ class WideProducts:
             return
         for rows in row_blocks(y):
             y[rows].copy_(torch.addmm(y[rows].to(t.dtype), t[rows], B.t(), alpha=scaling))
+
+    def grad_source_wide(self, x: Tensor, g: Tensor, A: Tensor) -> Tensor:
+        """g A where dropout kept x, in x's dtype and shape (..., K): g (M, r), A (r, K)."""
+        dx = x.new_zeros(x.shape)
+        self.add_wide_(rows_of(dx), g, A.t(), self.scale)
+        return dx if self.mask is None else dx.mul_(self.mask)
 
     def wide_forward(
         self,
@@ -98,13 +107,12 @@ class WideProducts:
         As: Sequence[Tensor],
         Bs: Sequence[Tensor],
         scalings: Sequence[float],
-        needs: tuple[bool, bool, Sequence[bool], Sequence[bool]],
-    ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
+        needs: tuple[bool, Sequence[bool], Sequence[bool]],
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
         """What the operator `lora_linear_backward` computes, gradients of A and B and g in the adapters' dtype."""
-        need_x, need_source, need_As, need_Bs = needs
-        need_g, read, gs = need_x or need_source or any(need_As), rows_of(source), []
+        need_x, need_As, need_Bs = needs
+        need_g, read, gs = need_x or any(need_As), rows_of(source), []
         dx = source.new_empty(source.shape) if need_x else None
-        dsource = source.new_zeros(source.shape) if need_source else None
         dAs: list[Tensor | None] = []
         dBs: list[Tensor | None] = []
         ts = t.split([A.shape[0] for A in As], 1)
@@ -117,12 +125,14 @@ class WideProducts:
             if need_g:
                 gs.append(self.shrink_wide(dy2, B.t(), scaling))
             dAs.append(self.outer_wide(gs[-1], read, 1.0) if need_As[i] else None)
-        into = dx if dsource is None else dsource
-        if into is not None:
+        if dx is not None:
             # After the last base product, which is rounded before the branch joins.
             for g, A in zip(gs, As, strict=True):
-                self.add_wide_(rows_of(into), g, A.t(), 1.0)
-        return dx, dsource, dAs, dBs, (torch.cat(gs, 1) if len(gs) > 1 else gs[0]) if gs else None
+                if self.mask is None:
+                    self.add_wide_(rows_of(dx), g, A.t(), 1.0)
+                else:
+                    dx += self.grad_source_wide(source, g, A)
+        return dx, dAs, dBs, (torch.cat(gs, 1) if len(gs) > 1 else gs[0]) if gs else None
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -18,14 +18,21 @@ from torch import Tensor
 
 from .precise import WideProducts, rows_of
 
-# Which gradients are wanted: of x, of x after torch's dropout, of each A and of each B.
-Needs = tuple[bool, bool, Sequence[bool], Sequence[bool]]
-# None where not needed: (dx, dsource, dAs, dBs, g).
-Grads = tuple["Tensor | None", "Tensor | None", "list[Tensor | None]", "list[Tensor | None]", "Tensor | None"]
+# Which gradients are wanted: of x, of each A and of each B.
+Needs = tuple[bool, Sequence[bool], Sequence[bool]]
+# None where not needed: (dx, dAs, dBs, g).
+Grads = tuple["Tensor | None", "list[Tensor | None]", "list[Tensor | None]", "Tensor | None"]
 
 
 class TorchProducts(WideProducts):
-    """Everything by torch. `wide_forward` and `wide_backward` (precise.py) serve adapters that are wider than x."""
+    """Everything by torch. `wide_forward` and `wide_backward` (precise.py) serve adapters that are wider than x.
+
+    drawn: the mask of torch's dropout with probability p, if there was one; what the branch reads is dropped already.
+    """
+
+    def __init__(self, drawn: Tensor | None = None, p: float = 0.0) -> None:
+        self.mask = drawn
+        self.scale = 1.0 if drawn is None or p >= 1.0 else 1.0 / (1.0 - p)
 
     def shrink(self, x: Tensor, A: Tensor) -> Tensor:
         """x Aᵀ: x (M, K), A (r, K); (M, r)."""
@@ -53,8 +60,8 @@ class TorchProducts(WideProducts):
         return torch.mm(g.t(), x)
 
     def grad_source(self, g: Tensor, A: Tensor) -> Tensor:
-        """g A (M, K), the gradient of what the branch read: g (M, r), A (r, K)."""
-        return torch.mm(g, A)
+        """g A (M, K) where dropout kept x, the branch's part of dx: g (M, r), A (r, K)."""
+        return torch.mm(g, A) if self.mask is None else torch.mm(g * self.scale, A).mul_(rows_of(self.mask))
 
     def grad_x(self, dy: Tensor, W: Tensor, g: Tensor, A: Tensor) -> Tensor:
         """dy W + g A (M, K): dy (M, N), W (N, K), g (M, r), A (r, K)."""
@@ -92,28 +99,24 @@ class TorchProducts(WideProducts):
         needs: Needs,
     ) -> Grads:
         """What the operator `lora_linear_backward` computes; see operators.py."""
-        need_x, need_source, need_As, need_Bs = needs
+        need_x, need_As, need_Bs = needs
         rows, need_A, gs, dBs = list(map(rows_of, dys)), any(need_As), [], []
-        need_g, dx, dsource = need_x or need_source or need_A, None, None
+        need_g, dx = need_x or need_A, None
         for i, own in enumerate(by_layer(t, Bs)):
             g, dB = self.grad_t(rows[i], own, Bs[i], scalings[i], need_g, need_Bs[i])
             gs.append(g)
             dBs.append(dB)
         if not need_g:
-            return None, None, [None] * len(As), dBs, None
+            return None, [None] * len(As), dBs, None
         g, A = stacked(gs, 1), stacked(As)
         # By one product: what the branch read is large, and read once.
         dA = self.grad_A(g, rows_of(source)) if need_A else None
-        if need_source:
-            dsource = self.grad_source(g, A).view(source.shape)
-            dx = torch.mm(rows[0], weights[0]) if need_x else None
-        elif need_x:
+        if need_x:
             dx = self.grad_x(rows[0], weights[0], g, A)
-        if dx is not None:
             for dy, weight in zip(rows[1:], weights[1:], strict=True):
                 dx.addmm_(dy, weight)
             dx = dx.view(source.shape)
-        return dx, dsource, split_as(dA, As, need_As), dBs, g
+        return dx, split_as(dA, As, need_As), dBs, g
 
     def add(self, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float, out: Tensor) -> Tensor:
         """Writes y + scaling x Aᵀ Bᵀ into `out` (contiguous; y itself, or as large) and returns t; see `lora_add`."""
@@ -155,8 +158,7 @@ class TorchProducts(WideProducts):
         else:
             dA = self.outer_wide(g, x2, 1.0) if need_A else None
             if need_x:
-                dx = x.new_zeros(x.shape)
-                self.add_wide_(rows_of(dx), g, A.t(), 1.0)
+                dx = self.grad_source_wide(x, g, A)
         return dx, dA, dB
 
 
@@ -181,7 +183,6 @@ def split_as(dA: Tensor | None, As: Sequence[Tensor], needed: Sequence[bool]) ->
 _TORCH = TorchProducts()
 
 
-def products(seed: Tensor | None = None, p: float = 0.0) -> TorchProducts:
-    """The backend "eager". It draws no dropout: torch does, before."""
-    assert seed is None
-    return _TORCH
+def products(drawn: Tensor | None = None, p: float = 0.0) -> TorchProducts:
+    """The backend "eager"."""
+    return _TORCH if drawn is None else TorchProducts(drawn, p)

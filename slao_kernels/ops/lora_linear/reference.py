@@ -65,29 +65,29 @@ def grads(
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     scalings: Sequence[float],
-    needs: Any,
+    kept: Tensor | float,
 ) -> tuple[Any, ...]:
-    """The backward pass of several layers in functions that torch can batch, as `TorchProducts.backward` (the same
-    arguments): (dx, dsource, dAs, dBs, g), needed or not."""
+    """The backward pass of several layers in functions that torch can batch: (dx, dAs, dBs, g) as of
+    `TorchProducts.backward`, needed or not. kept: the factor of each x (..., K) in what the branch read."""
     dtype, rows = t.dtype, source.reshape(-1, source.shape[-1]).to(t.dtype)
     flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
     gs = [s * (dy.to(dtype) @ B) for s, dy, B in zip(scalings, flat, Bs, strict=True)]
     ts = t.split([B.shape[1] for B in Bs], 1)
-    dx = sum(dy @ weight for dy, weight in zip(flat, weights, strict=True)).to(dtype)
-    branch = sum(g @ A for g, A in zip(gs, As, strict=True))
-    both = (dx if needs[1] else dx + branch).to(source.dtype)
+    dx = sum(dy @ weight for dy, weight in zip(flat, weights, strict=True)).to(dtype).reshape(source.shape)
+    branch = sum(g @ A for g, A in zip(gs, As, strict=True)).reshape(source.shape) * kept
     return (
-        both.reshape(source.shape),
-        branch.reshape(source.shape).to(source.dtype),
+        (dx + branch).to(source.dtype),
         [g.transpose(0, 1) @ rows for g in gs],
         [s * (dy.to(dtype).transpose(0, 1) @ own) for s, dy, own in zip(scalings, flat, ts, strict=True)],
         torch.cat(gs, 1),
     )
 
 
-def add_grads(x: Tensor, dy: Tensor, t: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_grads(
+    x: Tensor, dy: Tensor, t: Tensor, A: Tensor, B: Tensor, scaling: float, kept: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB) of `lora_add` in functions that torch can batch."""
     wide = dy.reshape(-1, dy.shape[-1]).to(B.dtype)
     g = scaling * (wide @ B[:, : A.shape[0]])
-    dx = (g @ A).reshape(x.shape).to(x.dtype)
+    dx = ((g @ A).reshape(x.shape) * kept).to(x.dtype)
     return dx, g.transpose(0, 1) @ x.reshape(-1, x.shape[-1]).to(g.dtype), scaling * (wide.transpose(0, 1) @ t)

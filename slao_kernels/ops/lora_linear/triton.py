@@ -35,16 +35,18 @@ def keep_below(p: float) -> int:
 class TritonProducts(TorchProducts):
     """With a seed, `shrink` and `grad_A` see dropout(x, p), and `grad_source` masks what they masked."""
 
-    def __init__(self, seed: Tensor | None = None, p: float = 0.0) -> None:
-        self.seed = seed
-        self.keep_below = 65536 if seed is None else keep_below(p)
-        self.scale = 65536 / self.keep_below
+    def __init__(self, drawn: Tensor | None = None, p: float = 0.0) -> None:
+        by_torch = drawn is not None and drawn.dtype is torch.bool
+        super().__init__(drawn if by_torch else None, p)
+        self.seed = None if by_torch else drawn
+        self.keep_below = 65536 if self.seed is None else keep_below(p)
+        self.kept = 65536 / self.keep_below  # what is kept is scaled by
 
     def shrink(self, x: Tensor, A: Tensor) -> Tensor:
         if self.seed is None and not _serves(x, A.shape[0]):
             return super().shrink(x, A)
         t = x.new_empty((x.shape[0], A.shape[0]))
-        _shrink(x, A, t, self.scale, self.seed, self.keep_below)
+        _shrink(x, A, t, self.kept, self.seed, self.keep_below)
         return t
 
     # Of `linear_` the rank's part, one product of inner size r that writes all of y, is the GEMM library's: at the
@@ -73,18 +75,20 @@ class TritonProducts(TorchProducts):
         if self.seed is None and not _serves(x, g.shape[1]):
             return super().grad_A(g, x)
         dA = x.new_empty((g.shape[1], x.shape[1]))
-        _outer(g, x, dA, self.scale, self.seed, self.keep_below)
+        _outer(g, x, dA, self.kept, self.seed, self.keep_below)
         return dA
 
     def grad_source(self, g: Tensor, A: Tensor) -> Tensor:
         if self.seed is None:
             return super().grad_source(g, A)
         dx = g.new_empty((g.shape[0], A.shape[1]))
-        _expand_dropped(g, A, dx, self.scale, self.seed, self.keep_below)
+        _expand_dropped(g, A, dx, self.kept, self.seed, self.keep_below)
         return dx
 
     def grad_x(self, dy: Tensor, W: Tensor, g: Tensor, A: Tensor) -> Tensor:
-        if self.seed is None:  # else the rank's term alone is masked: never in the kernel that computes both
+        if (
+            self.seed is self.mask is None
+        ):  # else the rank's term alone is masked, and in the one kernel it is not alone
             dx = g.new_empty((g.shape[0], A.shape[1]))
             if gemm.gemm_(dx, dy, W, g, A, 1.0, None):
                 return dx
@@ -105,9 +109,9 @@ class TritonProducts(TorchProducts):
 _UNDROPPED = TritonProducts()
 
 
-def products(seed: Tensor | None = None, p: float = 0.0) -> TritonProducts:
-    """The backend "triton"."""
-    return _UNDROPPED if seed is None else TritonProducts(seed, p)
+def products(drawn: Tensor | None = None, p: float = 0.0) -> TritonProducts:
+    """The backend "triton"; drawn: torch's mask, or the seed from which the kernels draw."""
+    return _UNDROPPED if drawn is None else TritonProducts(drawn, p)
 
 
 def _serves(x: Tensor, r: int) -> bool:
