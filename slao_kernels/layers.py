@@ -102,6 +102,7 @@ def make_plan(layer: Any, x: Any, args: Any, kwargs: dict[str, Any]) -> LayerPla
     plan = LayerPlan(_RUNS[found.kind], found.why)
     if found.kind != "peft":
         plan.adapters, plan.called = tuple(active_adapters(layer)), found.called
+        plan.transposed = found.kind != "add" and type(layer.base_layer) is not nn.Linear  # Conv1D stores (K, N)
         own_bias = any(layer.lora_B[name].bias is not None for name in plan.adapters)
         # A scaling that is a tensor (PEFT's hotswap) must not be read back from a GPU: it goes into B, and so do those
         # of several adapters, and one beside which B gets a bias as another column.
@@ -137,7 +138,7 @@ def run_peft(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: A
 def run_linear(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: Any, kwargs: Any) -> Tensor:
     """One adapter, and nothing of it but A and B: base and branch in one node."""
     weight, bias, A, B, _ = tensors
-    weight = weight if type(layer.base_layer) is nn.Linear else weight.t()  # Conv1D stores (K, N)
+    weight = weight.t() if plan.transposed else weight
     call = plan.call
     return linear(call)(call, x, weight, bias, A, B)
 
@@ -145,7 +146,7 @@ def run_linear(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args:
 def run_stacked(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: Any, kwargs: Any) -> Tensor:
     """Several adapters, biases of their own, a scaling that is a tensor: as one adapter of rank Σ r."""
     weight, bias, *pairs = tensors
-    weight = weight if type(layer.base_layer) is nn.Linear else weight.t()
+    weight = weight.t() if plan.transposed else weight
     A, B = stacked(layer, plan, pairs)
     bias = with_own_bias(layer, plan, pairs, bias)
     call = plan.call = plan.call or _call(layer, plan, x, [weight, bias, A, B])
@@ -155,21 +156,22 @@ def run_stacked(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args
 def run_dora(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: Any, kwargs: Any) -> Tensor:
     """DoRA, alone and without dropout."""
     weight, bias, *pair, magnitude = tensors
-    weight = weight if type(layer.base_layer) is nn.Linear else weight.t()
+    weight = weight.t() if plan.transposed else weight
     A, B = stacked(layer, plan, pair)
     return dora.run(plan.call, x, weight, bias, magnitude, A, B)
 
 
 def run_add(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
     """The base layer is called, and one node adds the branch to what it returns."""
-    _, _, *pairs = tensors
-    A, B = stacked(layer, plan, pairs)
-    bias = with_own_bias(layer, plan, pairs, None)
-    if bias is not None:
-        B = torch.cat([B, bias[:, None]], 1)
+    _, _, A, B, *more = tensors
+    if plan.scaled or len(more) > 1:
+        A, B = stacked(layer, plan, tensors[2:])
+        bias = with_own_bias(layer, plan, tensors[2:], None)
+        if bias is not None:
+            B = torch.cat([B, bias[:, None]], 1)
     if kwargs:
         kwargs = {name: value for name, value in kwargs.items() if name not in eligibility.PEFT_ARGUMENTS}
-    y = layer.base_layer(x, *args, **kwargs)
+    y = layer._modules["base_layer"](x, *args, **kwargs)  # nn.Module's getattr takes a microsecond
     reason = eligibility.result_reason(y, x, A, B)
     if reason is not None:
         layer.slao_options.fell_back(reason)

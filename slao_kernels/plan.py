@@ -40,13 +40,14 @@ Place = tuple[dict[str, Any], str]  # a dictionary and a key in it
 class LayerPlan:
     """`run(plan, layer, x, tensors, args, kwargs)` computes the call; why: the reason where it is PEFT's own forward.
 
-    adapters: the active ones. scaled: whether their scalings go into B. called: why the base layer is called.
+    adapters: the active ones. scaled: whether their scalings go into B. transposed:
+    whether the base's weight is stored (K, N). called: why the base layer is called.
     call: what the node is given beside tensors; of a called base made has it, with the result's dtype that it is for.
     """
 
     def __init__(self, run: Callable[..., Any], why: str | None = None, adapters: tuple[str, ...] = ()) -> None:
         self.run, self.why, self.adapters = run, why, adapters
-        self.scaled = False
+        self.scaled = self.transposed = False
         self.call: Any = None
         self.made: tuple[torch.dtype | None, Any] = (None, None)
         self.called: str | None = None

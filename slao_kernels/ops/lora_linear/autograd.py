@@ -147,8 +147,8 @@ def _linear_grads(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
     need_As, need_Bs = needs[2::4], needs[3::4]
     if cores:
         need_As, As = [need_As[0] or needs[5]], [routing(cores).to(As[0].dtype) @ As[0]]
-    args, wanted = (read, dys, weights, t, As, Bs, call.scalings), (need_x, need_As, need_Bs)
-    if not dispatch.direct():
+    args, wanted, direct = (read, dys, weights, t, As, Bs, call.scalings), (need_x, need_As, need_Bs), dispatch.direct()
+    if not direct:
         op = torch.ops.slao_kernels.lora_linear_backward
         dx, dAs, dBs, g = op(dys, read, *args[2:], call.wide, *wanted, call.backend, drawn, call.dropout)
     elif operators.batched(dys):
@@ -156,7 +156,9 @@ def _linear_grads(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
     else:
         products = operators.products_of(call.backend, drawn, call.dropout)
         run = products.wide_backward if call.wide else products.backward
-        dx, dAs, dBs, g = operators.without_autocast(run, *args, wanted)
+        if torch.is_autocast_enabled(read.device.type):
+            run = partial(operators.without_autocast, run)
+        dx, dAs, dBs, g = run(*args, wanted)
     grads: list[Any] = [None, dx]
     for i, dy in enumerate(dys):
         dW = db = None
@@ -168,7 +170,7 @@ def _linear_grads(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         grads[4:] = _through_cores(cores[1], g, t, dAs[0], dBs[0], needs[2:])
     if not call.uniform:
         grads = [None if one is None else one.to(dtype) for one, dtype in zip(grads, ctx.dtypes, strict=True)]
-    if dispatch.direct():
+    if direct:
         return tuple(grads)
     # An operator gives something for everything.
     return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))
