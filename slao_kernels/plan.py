@@ -65,8 +65,7 @@ class LayerPlan:
         modules = [parent[key] for parent, key in slots]
         self.modules = modules
         self.kinds = list(map(type, modules))
-        # Somebody may give a module another dictionary of hooks.
-        same = [*containers, *slots, *((module.__dict__, name) for module in modules for name in ("forward", *_HOOKS))]
+        same = [*containers, *slots, *((module.__dict__, "forward") for module in modules)]
         for name in layer.active_adapters:
             if name not in layer.lora_A:  # it may get one
                 same.append((layer.lora_A._modules, name))
@@ -78,8 +77,9 @@ class LayerPlan:
                 same += [(dropout.__dict__, "training"), (dropout.__dict__, "p")]
         self.parents, self.keys = map(list, zip(*same, strict=True))
         self.objects = list(map(dict.get, self.parents, self.keys))
-        self.empty = (*GLOBAL_HOOKS, *(module.__dict__[hooks] for module in modules for hooks in _HOOKS))
-        self.hooks, self.hooked = list(map(bool, self.empty)), any(self.empty)
+        # Somebody may give a module another dictionary of hooks: they are looked for anew.
+        self.hooked_by = [module.__dict__ for module in modules for _ in _HOOKS], _HOOKS * len(modules)
+        self.hooks = self._hooks()
         places = [place(module, name) for module, name in parameters_of(layer)]
         self.holders, self.names = map(list, zip(*places, strict=True))
         self.facts = _facts_of(list(map(dict.get, self.holders, self.names)))
@@ -89,12 +89,17 @@ class LayerPlan:
         self.modes = _modes(self.device_type)
         return self
 
+    def _hooks(self) -> list[bool] | None:
+        """Which dictionaries of hooks have any; None where none has."""
+        found = [bool(hooks) for hooks in (*map(dict.get, *self.hooked_by), *GLOBAL_HOOKS)]
+        return found if any(found) else None
+
     def tensors(self, own: dict[str, Any], x: Any) -> list[Any] | None:
         """The tensors of `parameters_of`, as they are now, if the plan holds for the layer of this __dict__ and x."""
         if self.owner != id(own) or list(map(own.get, _OWN)) != self.own:
             return None
-        hooked = any(self.empty)
-        if hooked is not self.hooked or (hooked and list(map(bool, self.empty)) != self.hooks):
+        hooked = self.hooks is not None or any(map(dict.get, *self.hooked_by)) or any(GLOBAL_HOOKS)
+        if hooked and self._hooks() != self.hooks:
             return None
         if not all(map(is_, map(own.get, _DICTIONARIES), self.dictionaries)):
             return None
