@@ -50,7 +50,10 @@ def write_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) ->
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_state` wrote. ValueError when the file is absent, no state, of a newer format, or damaged."""
+    """What `write_state` wrote, `settled`.
+
+    Raises ValueError when the file is absent, no state, of a newer format, or damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -58,7 +61,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # Copies: what safetensors gives is the mapped file itself, at whatever address its header leaves.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if "slao" not in header:
@@ -69,6 +73,17 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if header.get("sha256") != _digest(tensors, header["slao"]):
         raise ValueError(f"{path} is damaged: its checksum does not match")
     return tensors, meta
+
+
+def settled(tensor: Tensor) -> Tensor:
+    """`tensor` as `read_state` gives it: row after row, from a multiple of 64 bytes on. Itself where it is so already.
+
+    BLAS and LAPACK choose the order of their sums by a matrix's strides, and some by the address that it begins at, so
+    that the same numbers give other last bits elsewhere. 64 is what torch's CPU allocator aligns every tensor to.
+    """
+    if tensor.is_contiguous() and tensor.data_ptr() % 64 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:

@@ -131,7 +131,9 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     energy, calm, tolerance = 0.0, 0, 1e-12 if matrix.dtype == torch.float64 else 1e-6
     while True:
         block = block[:, : m - basis.shape[1]]
-        for _ in range(2):  # where the block's columns are dependent, the first QR's Q is not orthogonal to the basis
+        # What is left of a block that the basis holds already is rounding, and its Q points into the basis again; a
+        # second pass may leave little of a column, whose QR is then as inexact; a third has whole columns.
+        for _ in range(3):
             block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
         basis, seen = torch.cat([basis, block], 1), torch.cat([seen, matrix.T @ block], 1)
         values = torch.linalg.eigvalsh(seen.double().T @ seen.double())[-rank:]

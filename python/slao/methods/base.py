@@ -99,6 +99,7 @@ class Method:
                 with sharding.together():
                     self._refuse_broken_weights()
             self._begin(self.task + 1)
+            self._settle()
         self.names.append(str(name))
 
     def end_task(self) -> None:
@@ -111,6 +112,7 @@ class Method:
             with sharding.together():
                 self._refuse_broken_weights()
             lam = self._end(self.task)
+            self._settle()
             cosines = self._new_to_merged()
         self.lambdas.append(lam)
         self.cosines.append(cosines)
@@ -283,11 +285,16 @@ class Method:
         return {}
 
     def _state(self) -> dict[str, Tensor]:
-        """Further tensors to save, named `<layer>.<key>`."""
+        """Further tensors to save, named `<layer>.<key>`: the method's own, no copies."""
         return {}
 
     def _load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take them back; ValueError before anything is changed if they do not fit."""
+
+    def _settle(self) -> None:
+        """What is kept lies in memory as `load` would put it there, so that both go on with the same bits."""
+        for tensor in self._state().values():
+            tensor.data = checkpoint.settled(tensor)
 
     def _refuse_while_swapped(self, what: str) -> None:
         if self._swapped:

@@ -139,12 +139,20 @@ def test_the_leading_part_is_found_without_a_gap(shape, dtype, excess):
         assert (factor.T @ factor - torch.eye(8)).abs().max() <= (1e-12 if dtype == torch.float64 else 1e-5)
 
 
-def test_the_leading_part_of_less_rank_and_of_zero():
-    thin = torch.randn(60, 2, dtype=torch.float64) @ torch.randn(2, 50, dtype=torch.float64)
-    for matrix in (thin, torch.zeros(60, 50, dtype=torch.float64)):
+@pytest.mark.parametrize("seed", range(10))
+def test_the_leading_part_of_less_rank_and_of_zero(seed):
+    """Products and QRs are backward stable: off by c · eps of the matrix's norm, c at most a few for each of a sum's
+    m + n terms if errors have no common sign (measured in 1500 draws: 6). A basis that is not orthogonal shows here:
+    of QRs of what is in it already there are many, and two passes leave a hundred to ten thousand eps."""
+    m, n = 60, 50
+    generator = torch.Generator().manual_seed(seed)
+    factors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((m, 2), (2, n))]
+    tolerance = (m + n) * torch.finfo(torch.float64).eps
+    for matrix in (factors[0] @ factors[1], torch.zeros(m, n, dtype=torch.float64)):
         U, S, V = product.leading(matrix, 5)
-        assert (matrix - (U * S) @ V.T).abs().max() <= 1e-12
-        assert (V.T @ V - torch.eye(5)).abs().max() <= 1e-12
+        assert (matrix - (U * S) @ V.T).norm() <= tolerance * matrix.norm()
+        for factor in (U, V):
+            assert (factor.T @ factor - torch.eye(5)).norm() <= tolerance
 
 
 def dense_opcm(taus: list[Tensor], alpha: float = 0.5) -> Tensor:
