@@ -66,7 +66,11 @@ def why_not_lora(device_type: str) -> str | None:
     """Why the compiled core, where there is one, has no rank-r products for `lora_linear`; None if it has."""
     if device_type != "cpu":
         return "the core's rank-r products are for CPUs"
-    return None if core().lora_rank else "the core has no rank-r products for this processor (it takes AVX-512 BF16 or AMX)"
+    return (
+        None
+        if core().lora_rank
+        else "the core has no rank-r products for this processor (it takes AVX-512 BF16 or AMX)"
+    )
 
 
 def core() -> ModuleType:

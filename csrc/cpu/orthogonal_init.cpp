@@ -18,10 +18,10 @@ constexpr double kPivot = 1e-12;
 // are below 3, and fresh random ones of up to 64 rows. 16-bit storage rounds by far more.
 constexpr double kOnePass = 8, kOnePass16 = 1e4;
 // An fp32 Gram matrix is wrong by up to 3e-7 where all products are alike (1e-8 where they are not), and the result by
-// that times 1/σ²_min: up to here that is within the contract's 1e-6. Where many rows take few values it grows with r:
-// 130,000 tables of two and three values left 9.9e-7 at up to 64 rows.
+// that times 1/σ²_min: up to here that is within the contract's 1e-6.
 constexpr double kNarrow = 3, kNarrow16 = 300;
-constexpr int64_t kNarrowRows = 64;
+// More rows of a few values each would be worse: their products err alike, and G by r times that (60 rows: 1.4e-6).
+constexpr int64_t kAlikeRows = 32, kSample = 16;
 // Of two passes, the first may leave 1e-3.
 constexpr double kNarrowFirst = 1e4;
 // Products that are rounded before they are added are alike in whole blocks of G, which then is r times as wrong.
@@ -200,9 +200,22 @@ bool needs_second_pass(const Matrix& m, const Plan& plan) {
   return plan.condition > (is_short(m) ? kOnePass16 : kOnePass);
 }
 
+// Whether one of every fourth row's first kSample numbers repeats another's magnitude: surely so where rows have fewer
+// values than that, hardly ever where they are trained or random.
+bool few_values(const Matrix& m, double* row) {
+  for (int64_t i = 0; i < m.rows; i += 4) {
+    load_span(m, i, 0, kSample, row);
+    for (int j = 1; j < kSample; ++j)
+      for (int k = 0; k < j; ++k)
+        if (fabs(row[j]) == fabs(row[k])) return true;
+  }
+  return false;
+}
+
 // Whether an fp32 Gram matrix was good enough.
 bool narrow_suffices(const Matrix& m, Plan& plan, Inspection& work) {
-  if (m.dtype == Dtype::f64 || !kFused) return false;
+  if (m.dtype == Dtype::f64 || !kFused || (!is_short(m) && m.rows > kAlikeRows && few_values(m, work.row)))
+    return false;
   work.narrow_gram(m, plan.L);
   for (int64_t i = 0; i < m.rows; ++i) {  // far from where squares overflow or lose digits; false for NaN
     const double square = plan.L[i * m.rows + i];
@@ -210,7 +223,7 @@ bool narrow_suffices(const Matrix& m, Plan& plan, Inspection& work) {
   }
   if (!factor(plan.L, plan.inverse, m.rows, work.row, &plan.condition)) return false;
   if (needs_second_pass(m, plan)) return plan.condition <= kNarrowFirst;
-  return plan.condition <= (is_short(m) ? kNarrow16 : m.rows <= kNarrowRows ? kNarrow : 0);
+  return plan.condition <= (is_short(m) ? kNarrow16 : kNarrow);
 }
 
 // Whether L⁻¹A may be computed in fp32: one pass is enough (of two, the first one's error would not be in R: R Q would

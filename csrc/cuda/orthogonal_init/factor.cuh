@@ -2,7 +2,7 @@
 #pragma once
 #include "plan.h"
 
-namespace slao::cuda {
+namespace slao::cuda::SLAO_TABLES {
 
 // Every thread gets the sum over all threads, added in a fixed order. slots: kThreads doubles of shared memory.
 __device__ inline double block_sum(double x, double* slots) {
@@ -57,4 +57,4 @@ __device__ inline double condition(const double* F, const double* lengths, int r
   return block_sum(squares, slots) - r + 2;
 }
 
-}  // namespace slao::cuda
+}  // namespace slao::cuda::SLAO_TABLES

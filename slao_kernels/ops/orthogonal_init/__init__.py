@@ -98,8 +98,9 @@ def orthogonal_init_(
         else:
             if kept and device.type == "cpu":
                 _refuse_not_finite(As)  # the copies come first here
-            for A, copy in zip(As, kept, strict=False):
-                copy.copy_(A)
+            if kept:  # a merge with weight 1 copies bits, all in one launch
+                copies = dispatch.choose("scaled_merge", device.type, backend)
+                torch.ops.slao_kernels.scaled_merge_(kept, As, [1.0] * len(As), copies)
             torch.ops.slao_kernels.orthogonal_init_(As, r, status, chosen)
     report = OrthogonalInitReport(r if return_r else None, status)
     if device.type == "cpu":
