@@ -166,12 +166,17 @@ class BuildNative(build_ext):
             source = ROOT / "csrc" / "cpu" / "lora_linear.cpp"
             compile_one(source, f"lora_linear.{isa}.o", [f"-DSLAO_ISA={isa}", *flags])
         if cuda:
-            lines += ["rule nvcc", f"  command = {cuda.nvcc} {' '.join(cuda.flags)} -MMD -MF $out.d -c $in -o $out"]
+            lines += [
+                "rule nvcc",
+                f"  command = {cuda.nvcc} {' '.join(cuda.flags)} $tables -MMD -MF $out.d -c $in -o $out",
+            ]
             lines += ["  depfile = $out.d", "  deps = gcc"]
-            for stem in KERNELS:
-                objects.append(f"{stem}.cuda.o")
+            # Every kernel for either size of tables (csrc/cuda/launch.h); the driver is asked at run time.
+            sources = [(stem, tables) for stem in KERNELS for tables in ("few", "many")] + [("driver", "many")]
+            for stem, tables in sources:
+                objects.append(f"{stem}.{tables}.cuda.o")
                 source = str(ROOT / "csrc" / "cuda" / f"{stem}.cu").replace(" ", "$ ")
-                lines.append(f"build {stem}.cuda.o: nvcc {source}")
+                lines += [f"build {objects[-1]}: nvcc {source}", f"  tables = -DSLAO_TABLES={tables}"]
         if cuda:
             linker = " ".join([cuda.nvcc, *cuda.flags, *cuda.link, "-Xlinker=--strip-all"])
             linker += " -Xcompiler=-fopenmp" if openmp else ""

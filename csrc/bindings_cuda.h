@@ -14,7 +14,7 @@ inline void define_cuda(pybind11::module_& module) {
       [](const py::buffer& table, const py::buffer& lam, int device, uintptr_t stream) {
         const auto records = merge_records(table, lam);
         py::gil_scoped_release release;
-        cuda::scaled_merge(records.data(), int64_t(records.size()), device, stream);
+        SLAO_CUDA_CALL(scaled_merge(records.data(), int64_t(records.size()), device, stream));
       },
       py::arg("table"), py::arg("lam"), py::arg("device"), py::arg("stream"));
   module.def(
@@ -22,14 +22,14 @@ inline void define_cuda(pybind11::module_& module) {
       [](const py::buffer& table, const py::buffer& scalings, int device, uintptr_t stream) {
         const auto records = fold_records(table, scalings);
         py::gil_scoped_release release;
-        cuda::fold(records.data(), int64_t(records.size()), device, stream);
+        SLAO_CUDA_CALL(fold(records.data(), int64_t(records.size()), device, stream));
       },
       py::arg("table"), py::arg("scalings"), py::arg("device"), py::arg("stream"));
   module.def(
       "cuda_orthogonal_init_workspace",
       [](const py::buffer& table) {
         const auto m = matrices_of(table, 1);
-        return cuda::orthogonal_init_workspace(m.data, m.size);
+        return cuda::many::orthogonal_init_workspace(m.data, m.size);
       },
       py::arg("table"));
   // status and workspace: addresses on the device.
@@ -41,8 +41,8 @@ inline void define_cuda(pybind11::module_& module) {
         const auto r = matrices_of(triangles, 1);
         if (r.size && r.size != m.size) throw std::invalid_argument("one R a matrix");
         py::gil_scoped_release release;
-        cuda::orthogonal_init(m.data, r.size ? r.data : nullptr, reinterpret_cast<int32_t*>(status), m.size,
-                              reinterpret_cast<char*>(workspace), device, stream);
+        SLAO_CUDA_CALL(orthogonal_init(m.data, r.size ? r.data : nullptr, reinterpret_cast<int32_t*>(status), m.size,
+                                       reinterpret_cast<char*>(workspace), device, stream));
       },
       py::arg("table"), py::arg("triangles"), py::arg("status"), py::arg("workspace"), py::arg("device"),
       py::arg("stream"));

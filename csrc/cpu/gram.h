@@ -13,7 +13,7 @@ constexpr int kTile = kBytes == 64 ? 4 : 2;
 constexpr int64_t short_sum(int64_t r) { return r <= 16 ? 16 : 8; }
 constexpr int64_t kShorts = 8;
 // Columns of all rows that are multiplied while they are in the cache: 16 KiB of fp32 at r = 16.
-template <typename T> constexpr int64_t kChunk = min<int64_t>(1024, 64 * Lanes<T>::n);
+template <typename T> constexpr int64_t kChunk = sizeof(T) == 8 ? 1024 : min<int64_t>(1024, 64 * Lanes<T>::n);
 
 // kTile × kTile dot products of `count` columns, `length` of them on end, added to the vectors in `acc`; kDiagonal: the
 // lower triangle of x xᵀ.
@@ -47,7 +47,7 @@ template <typename T> class Gram {
  public:
   // For matrices of r rows.
   Gram(Arena& arena, int64_t r)
-      : r_(r), length_(short_sum(r) * n), tiles_((r + kTile - 1) / kTile),
+      : r_(r), length_(sizeof(T) == 8 ? kColumns : short_sum(r) * n), tiles_((r + kTile - 1) / kTile),
         padded_(tiles_ * kTile), vectors_(tiles_ * (tiles_ + 1) / 2 * kTile * kTile),
         acc_(arena.take<V>(vectors_)), scratch_(arena.take<T>(r * kColumns)), zeros_(arena.take<T>(kColumns)),
         rows_(arena.take<const T*>(padded_)), next_(arena.take<const T*>(padded_ + 2)) {}
@@ -79,7 +79,7 @@ template <typename T> class Gram {
       }
       multiply(round_up(count, n));
       begin += count;
-      if ((in_run += count) >= kShorts * length_ || begin == m.cols) flush(G), in_run = 0;
+      if ((sizeof(T) == 4 && (in_run += count) >= kShorts * length_) || begin == m.cols) flush(G), in_run = 0;
     }
   }
 

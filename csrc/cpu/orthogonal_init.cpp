@@ -4,24 +4,21 @@
 // written at all), nearly dependent rows (flagged: left to Householder), or how to factor it. The second applies L⁻¹;
 // where one pass would not be as orthonormal as Householder's Q, it repeats Gram and apply on the result, which is
 // still in the cache. A matrix is one thread's work, in a fixed order: the answer does not depend on the threads.
-#include <math.h>
-
-#include "gram.h"
 #include "isa.h"
+#include "orthogonal_init/apply.h"
+#include "orthogonal_init/factor.h"
 
 namespace slao::SLAO_ISA {
 namespace {
 
-// Squared sine of a row's angle to the rows before it, below which an fp64 Gram has too few digits left: 1e-6².
-constexpr double kPivot = 1e-12;
 // Bounds of 1/σ²_min (see `factor`). With a Gram matrix in fp64, one pass in fp32 leaves at most 4e-7 up to here; SLAO's A
 // are below 3, and fresh random ones of up to 64 rows. 16-bit storage rounds by far more.
 constexpr double kOnePass = 8, kOnePass16 = 1e4;
 // An fp32 Gram matrix is wrong by up to 3e-7 where all products are alike (1e-8 where they are not), and the result by
-// that times 1/σ²_min: up to here that is within the contract's 1e-6. Where many rows take few values it grows with r:
-// 130,000 tables of two and three values left 9.9e-7 at up to 64 rows.
+// that times 1/σ²_min: up to here that is within the contract's 1e-6.
 constexpr double kNarrow = 3, kNarrow16 = 300;
-constexpr int64_t kNarrowRows = 64;
+// More rows of a few values each would be worse: their products err alike, and G by r times that (60 rows: 1.4e-6).
+constexpr int64_t kAlikeRows = 32, kSample = 16;
 // Of two passes, the first may leave 1e-3.
 constexpr double kNarrowFirst = 1e4;
 // Products that are rounded before they are added are alike in whole blocks of G, which then is r times as wrong.
@@ -30,145 +27,6 @@ constexpr bool kFused = true;
 #else
 constexpr bool kFused = false;
 #endif
-
-// --- G = L Lᵀ, and L⁻¹ -------------------------------------------------------------------------------------------
-
-double dot(const double* x, const double* y, int64_t count) {
-  vd sums[2] = {};
-  int64_t k = 0;
-  for (; k + 2 * kDoubles <= count; k += 2 * kDoubles)
-    for (int j = 0; j < 2; ++j) sums[j] += loadu<vd>(x + k + j * kDoubles) * loadu<vd>(y + k + j * kDoubles);
-  double total = k ? sum(sums[0] + sums[1]) : 0.0;
-  for (; k < count; ++k) total += x[k] * y[k];
-  return total;
-}
-
-// Lower triangles, row-major r×r. False when a pivot is too small (or not a number). length: scratch for r numbers.
-// condition: at least 1/σ²_min = x of the matrix with its rows scaled to length 1 (row scaling costs no accuracy). For
-// each of its σ², 1/σ² - 1 + ln σ² >= 0; their sum is known, since ‖L⁻¹‖²_F is the sum of all 1/σ² and Π L²_ii the
-// product of all σ². So x - 1 - ln x is at most that sum. It does not loosen with r as norms of L⁻¹ do.
-bool factor(double* L, double* inverse, int64_t r, double* length, double* condition) {
-  for (int64_t i = 0; i < r; ++i) length[i] = sqrt(L[i * r + i]);
-  for (int64_t i = 0; i < r; ++i) {
-    const double diagonal = L[i * r + i];
-    for (int64_t j = 0; j <= i; ++j) {
-      const double s = L[i * r + j] - dot(L + i * r, L + j * r, j);
-      if (j < i) {
-        L[i * r + j] = s * inverse[j * r + j];
-      } else {
-        if (!(s > kPivot * diagonal)) return false;
-        L[i * r + i] = sqrt(s);
-        inverse[i * r + i] = 1 / L[i * r + i];
-      }
-    }
-  }
-  for (int64_t i = 0; i < r; ++i) {  // row i of L⁻¹ = -(L_i,:i L⁻¹_:i,:) / L_ii
-    double* row = inverse + i * r;
-    fill(row, i, 0.0);
-    for (int64_t k = 0; k < i; ++k) {
-      const double l = L[i * r + k];
-      for (int64_t j = 0; j <= k; ++j) row[j] -= l * inverse[k * r + j];
-    }
-    for (int64_t j = 0; j < i; ++j) row[j] *= row[i];
-  }
-  double excess = 0;
-  for (int64_t i = 0; i < r; ++i) {
-    const double sine = L[i * r + i] / length[i];
-    excess += 2 * log(sine) - 1;
-    for (int64_t j = 0; j <= i; ++j) {
-      const double m = inverse[i * r + j] * length[j];
-      excess += m * m;
-    }
-  }
-  excess = max(excess, 0.0);
-  *condition = 2 * excess + 2;  // above the root of x = excess + 1 + ln x, and so is each step towards it
-  for (int step = 0; step < 8; ++step) *condition = excess + 1 + log(*condition);
-  return true;
-}
-
-// --- X <- M X for a lower triangular M, in place ---------------------------------------------------------------------
-
-// MI rows of M, from row i on, times the first i + MI rows of x; the result replaces those MI rows.
-template <int MI, int MJ, typename T> void apply_tile(const T* M, int64_t r, int64_t i, T* x, int64_t pitch) {
-  using V = typename Lanes<T>::V;
-  constexpr int n = Lanes<T>::n;
-  const T* m = M + i * r;
-  V sums[MI][MJ] = {};
-  for (int64_t k = 0; k < i; ++k) {
-    V columns[MJ];
-    for (int j = 0; j < MJ; ++j) columns[j] = loadu<V>(x + k * pitch + j * n);
-    for (int a = 0; a < MI; ++a) {
-      const V factor = splat(m[a * r + k]);
-      for (int j = 0; j < MJ; ++j) sums[a][j] += factor * columns[j];
-    }
-  }
-  for (int k = 0; k < MI; ++k) {  // the triangle at the diagonal
-    V columns[MJ];
-    for (int j = 0; j < MJ; ++j) columns[j] = loadu<V>(x + (i + k) * pitch + j * n);
-    for (int a = k; a < MI; ++a) {
-      const V factor = splat(m[a * r + i + k]);
-      for (int j = 0; j < MJ; ++j) sums[a][j] += factor * columns[j];
-    }
-  }
-  for (int a = 0; a < MI; ++a)
-    for (int j = 0; j < MJ; ++j) storeu(x + (i + a) * pitch + j * n, sums[a][j]);
-}
-
-// From the last rows up, so that a row is overwritten only when no other needs it any more. Before each tile, the same
-// rows of the columns `ahead` further on are asked for.
-template <int MJ, typename T> void apply_columns(const T* M, int64_t r, T* x, int64_t pitch, int64_t ahead = 0) {
-  constexpr int MI = kTile;
-  constexpr int64_t line = 64 / sizeof(T), width = MJ * Lanes<T>::n;
-  int64_t i = r;
-  for (; i >= MI; i -= MI) {
-    if (ahead)
-      for (int a = 1; a <= MI; ++a)
-        for (int64_t j = 0; j < width; j += line) __builtin_prefetch(x + (i - a) * pitch + ahead + j, 1, 2);
-    apply_tile<MI, MJ>(M, r, i - MI, x, pitch);
-  }
-  for (; i >= 1; --i) apply_tile<1, MJ>(M, r, i - 1, x, pitch);
-}
-
-// One vector of columns of R rows, all in registers. Rows that lie a multiple of 4 KiB apart, as in a contiguous A of
-// 4096 columns, share one set of a small cache: it holds 8 of them and would read every line again and again.
-template <int R, typename T> void apply_registers(const T* M, T* x, int64_t pitch, int64_t ahead) {
-  using V = typename Lanes<T>::V;
-  constexpr int MI = kBytes == 64 ? 8 : 4;  // chains of multiply-adds that hide each other's latency
-  V rows[R];
-#pragma GCC unroll 16
-  for (int k = 0; k < R; ++k) {
-    rows[k] = loadu<V>(x + k * pitch);
-    __builtin_prefetch(x + k * pitch + ahead, 1, 2);
-  }
-#pragma GCC unroll 16
-  for (int i = R - MI; i >= 0; i -= MI) {
-    V sums[MI] = {};
-#pragma GCC unroll 16
-    for (int k = 0; k < i + MI; ++k)
-#pragma GCC unroll 16
-      for (int a = 0; a < MI; ++a)
-        if (k <= i + a) sums[a] += splat(M[(i + a) * R + k]) * rows[k];
-#pragma GCC unroll 16
-    for (int a = 0; a < MI; ++a) storeu(x + (i + a) * pitch, sums[a]);
-  }
-}
-
-// M (r, r) has zeros above its diagonal; x has `cols` columns and rows `pitch` apart.
-template <typename T> void apply(const T* M, int64_t r, T* x, int64_t pitch, int64_t cols, T* edge) {
-  constexpr int n = Lanes<T>::n;
-  int64_t j = 0;
-  if (r == 8)
-    for (; j + n <= cols; j += n) apply_registers<8>(M, x + j, pitch, 8 * n);
-  if (kBytes == 64 && r == 16)
-    for (; j + n <= cols; j += n) apply_registers<16>(M, x + j, pitch, 8 * n);
-  for (; j + 4 * n <= cols; j += 4 * n) apply_columns<4>(M, r, x + j, pitch, j + 16 * n <= cols ? 12 * n : 0);
-  for (; j + n <= cols; j += n) apply_columns<1>(M, r, x + j, pitch);
-  if (j == cols) return;
-  fill(edge, r * n, T(0));  // the last columns, fewer than a vector
-  for (int64_t i = 0; i < r; ++i) copy(x + i * pitch + j, cols - j, edge + i * n);
-  apply_columns<1>(M, r, edge, n);
-  for (int64_t i = 0; i < r; ++i) copy(edge + i * n, cols - j, x + i * pitch + j);
-}
 
 // --- the first phase: what each matrix needs -------------------------------------------------------------------------
 
@@ -200,9 +58,22 @@ bool needs_second_pass(const Matrix& m, const Plan& plan) {
   return plan.condition > (is_short(m) ? kOnePass16 : kOnePass);
 }
 
+// Whether one of every fourth row's first kSample numbers repeats another's magnitude: surely so where rows have fewer
+// values than that, hardly ever where they are trained or random.
+bool few_values(const Matrix& m, double* row) {
+  for (int64_t i = 0; i < m.rows; i += 4) {
+    load_span(m, i, 0, kSample, row);
+    for (int j = 1; j < kSample; ++j)
+      for (int k = 0; k < j; ++k)
+        if (fabs(row[j]) == fabs(row[k])) return true;
+  }
+  return false;
+}
+
 // Whether an fp32 Gram matrix was good enough.
 bool narrow_suffices(const Matrix& m, Plan& plan, Inspection& work) {
-  if (m.dtype == Dtype::f64 || !kFused) return false;
+  if (m.dtype == Dtype::f64 || !kFused || (!is_short(m) && m.rows > kAlikeRows && few_values(m, work.row)))
+    return false;
   work.narrow_gram(m, plan.L);
   for (int64_t i = 0; i < m.rows; ++i) {  // far from where squares overflow or lose digits; false for NaN
     const double square = plan.L[i * m.rows + i];
@@ -210,7 +81,7 @@ bool narrow_suffices(const Matrix& m, Plan& plan, Inspection& work) {
   }
   if (!factor(plan.L, plan.inverse, m.rows, work.row, &plan.condition)) return false;
   if (needs_second_pass(m, plan)) return plan.condition <= kNarrowFirst;
-  return plan.condition <= (is_short(m) ? kNarrow16 : m.rows <= kNarrowRows ? kNarrow : 0);
+  return plan.condition <= (is_short(m) ? kNarrow16 : kNarrow);
 }
 
 // Whether L⁻¹A may be computed in fp32: one pass is enough (of two, the first one's error would not be in R: R Q would

@@ -15,7 +15,7 @@
 #include "orthogonal_init/complete.cuh"
 #include "orthogonal_init/gram.cuh"
 
-namespace slao::cuda {
+namespace slao::cuda::SLAO_TABLES {
 namespace {
 
 // A vote of all threads. slots: kThreads doubles of shared memory.
@@ -236,4 +236,4 @@ void orthogonal_init(const Matrix* matrices, const Matrix* triangles, int32_t* s
   }
 }
 
-}  // namespace slao::cuda
+}  // namespace slao::cuda::SLAO_TABLES

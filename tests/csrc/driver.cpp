@@ -1,6 +1,9 @@
 // Calls the CPU kernels without Python and compares with naive double precision: every instruction set that this
 // processor has, tables of shapes, dtypes, layouts, unaligned starts, NaN and infinity, one and three threads. Meant
 // for the sanitizers (make asan) and for processors that are only emulated (make aarch64). Prints what failed; exits 1.
+#include <cstdlib>
+#include <new>
+
 #include "../../csrc/cpu/isa.h"
 #include "lora_linear.h"
 #include "orthogonal_init.h"
@@ -12,6 +15,15 @@ extern const LoraProducts lora_products;
 #endif
 
 using namespace slao;
+
+// Memory of the kernels, of which there may be too little: so many allocations succeed.
+int64_t allocations_left = std::numeric_limits<int64_t>::max();
+void* operator new(size_t bytes, std::align_val_t line) {
+  void* p = nullptr;
+  if (allocations_left-- <= 0 || posix_memalign(&p, size_t(line), bytes + !bytes)) throw std::bad_alloc();
+  return p;
+}
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
 
 namespace {
 
@@ -166,12 +178,60 @@ void check_fold(Fold kernel) {
   std::printf("%-7s fold             %5zu records\n", instruction_set.c_str(), records.size());
 }
 
+// --- too little memory: std::bad_alloc comes out, from before the first write -----------------------------------------
+
+template <typename Run> void check_memory(const std::string& label, std::vector<Tensor>& written, Run run) {
+  for (Tensor& tensor : written) tensor.lock(), tensor.unlock();
+  int64_t failed = 0;
+  for (bool done = false; !done; failed += !done) {
+    allocations_left = failed;
+    try {
+      run();
+      done = true;
+    } catch (const std::bad_alloc&) {
+      allocations_left = std::numeric_limits<int64_t>::max();
+      for (const Tensor& tensor : written) expect(tensor.unchanged(), label, "was written before memory ran out");
+    }
+    allocations_left = std::numeric_limits<int64_t>::max();
+  }
+  expect(failed > 0, label, "takes no memory");
+  for (Tensor& tensor : written) expect(!tensor.unchanged(), label, "was not written at last");
+}
+
+std::vector<Tensor> four(int64_t rows, int64_t cols, Dtype t) {
+  std::vector<Tensor> tensors;
+  for (int i = 0; i < 4; ++i) {
+    tensors.emplace_back(rows, cols, t, dense, 0);
+    tensors.back().fill([](int64_t, int64_t) { return random_numbers.normal(); });
+  }
+  return tensors;
+}
+
+void check_memory(Merge merge, Fold fold, Orthogonal orthogonal) {
+  for (Dtype t : {Dtype::f64, Dtype::bf16}) {
+    std::vector<Tensor> W = four(60, 70, t), F = four(60, 70, t), A = four(9, 70, t), B = four(60, 9, t);
+    std::vector<MergeRecord> merges;
+    std::vector<FoldRecord> folds;
+    std::vector<Matrix> matrices;
+    std::vector<Status> status(4);
+    for (int i = 0; i < 4; ++i) {
+      merges.push_back({W[i].m, F[i].m, 0.5});
+      folds.push_back({F[i].m, A[i].m, B[i].m, 0.5});
+      matrices.push_back(A[i].m);
+    }
+    check_memory("scaled_merge", W, [&] { merge(merges.data(), 4, 3); });
+    check_memory("fold", F, [&] { fold(folds.data(), 4, 3); });
+    check_memory("orthogonal_init", A, [&] { orthogonal(matrices.data(), nullptr, nullptr, status.data(), 4, 3); });
+  }
+}
+
 void check_all(const char* isa, bool here, Merge merge, Fold fold, Orthogonal orthogonal) {
   if (!here) return void(std::printf("%-7s not run: this processor does not have it\n", isa));
   instruction_set = isa;
   check_merge(merge);
   check_fold(fold);
   check_orthogonal(orthogonal);
+  check_memory(merge, fold, orthogonal);
 }
 
 }  // namespace

@@ -124,12 +124,17 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     if subprocess.run(probe, capture_output=True).returncode:
         checked = []
     include = [f"-I{_ROOT / 'tests' / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    sources = [*sorted((_ROOT / "csrc" / "cuda").glob("*.cu")), _ROOT / "tests" / "csrc" / "emulated.cpp"]
-    assert len(sources) == 4
-    objects = [str(folder / f"{source.stem}.o") for source in sources]
+    kernels = sorted((_ROOT / "csrc" / "cuda").glob("*.cu"))
+    assert len(kernels) == 4
+    # Every kernel for either size of tables, as setup.py builds them.
+    sources = [(source, tables) for source in kernels if source.stem != "driver" for tables in ("few", "many")]
+    sources += [(source, "many") for source in kernels if source.stem == "driver"]
+    sources.append((_ROOT / "tests" / "csrc" / "emulated.cpp", "many"))
+    objects = [str(folder / f"{source.stem}.{tables}.o") for source, tables in sources]
+    compile_it = [*cxx.split(), *_FLAGS.split(), *checked, *include]
     commands = [
-        [*cxx.split(), *_FLAGS.split(), *checked, *include, "-x", "c++", "-c", str(source), "-o", to]
-        for source, to in zip(sources, objects, strict=True)
+        [*compile_it, f"-DSLAO_TABLES={tables}", "-x", "c++", "-c", str(source), "-o", to]
+        for (source, tables), to in zip(sources, objects, strict=True)
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda command: _run(*command), commands))

@@ -34,6 +34,7 @@ ORDERS = [(blocks, last_thread_first) for blocks in (0, 1, 2) for last_thread_fi
 def core(emulated: ModuleType) -> Iterator[ModuleType]:
     yield emulated
     emulated.set_order(0, False)
+    emulated.set_driver(12010)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -219,6 +220,32 @@ def test_the_order_of_blocks_and_threads_does_not_matter(core):
         results.append([bits(t) for t in w + f])
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def test_an_older_driver_gets_smaller_tables(core):
+    """Before CUDA 12.1 a kernel takes 4 KiB of parameters, which the emulator holds it to: more launches, the same
+    bits."""
+    Ws, Fs = [torch.randn(3 + i % 5, 70) for i in range(100)], [torch.randn(3 + i % 5, 70) for i in range(100)]
+    lows, ups = [torch.randn(2, 70) for _ in Ws], [torch.randn(len(W), 2) for W in Ws]
+    results = []
+    for version, launches in ((12010, 2), (12000, 2 + 4)):  # 51 pairs a launch, 28 weights
+        core.set_driver(version)
+        w, f, start = [W.clone() for W in Ws], [F.clone() for F in Fs], core.launches()
+        merge(core, w, Fs, [0.3] * 100)
+        fold.on_gpu(core, f, lows, ups, [0.5] * 100, 0, 0)
+        assert core.launches() - start == launches
+        results.append([bits(t) for t in w + f])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_copies_of_a_whole_model_are_one_launch(core):
+    """orthogonal_init_(keep=...) on a GPU: a merge with weight 1, of any dtypes and layouts, NaN payloads included."""
+    As = [torch.randn(4 + i % 5, 50).to(DTYPES[i % 4]) for i in range(224)]
+    As[3], As[5][0, 0] = torch.randn(50, 7).t(), math.nan
+    kept, start = [torch.full_like(A, 7) for A in As], core.launches()
+    merge(core, kept, As, [1.0] * len(As))
+    assert core.launches() - start == 1
+    assert all(torch.equal(bits(copy), bits(A)) for copy, A in zip(kept, As, strict=True))
 
 
 def test_incomplete_tables_are_refused(core):

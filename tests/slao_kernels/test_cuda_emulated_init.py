@@ -26,6 +26,7 @@ ORDERS = [(blocks, last_thread_first) for blocks in (0, 1, 2) for last_thread_fi
 def core(emulated: ModuleType) -> Iterator[ModuleType]:
     yield emulated
     emulated.set_order(0, False)
+    emulated.set_driver(12010)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -58,6 +59,13 @@ def exact(A: Tensor) -> tuple[Tensor, Tensor]:
     Q, R = torch.linalg.qr(A.double().T)
     sign = torch.where(R.diagonal() < 0, -1.0, 1.0)
     return (Q * sign).T, R * sign[:, None]
+
+
+def orthonormal(r: int, n: int) -> tuple[Tensor, Tensor]:
+    """(r, n) in fp64 with orthonormal rows: of random numbers, and cosines, whose products are alike."""
+    t = torch.arange(n, dtype=torch.float64)
+    cosines = torch.cos(math.pi / n * (t + 0.5) * t[1 : r + 1, None]) * math.sqrt(2 / n)
+    return torch.linalg.qr(torch.randn(n, r, dtype=torch.float64)).Q.T, cosines[: min(r, n - 1)]
 
 
 def conditioned(r: int, n: int, kappa: float) -> Tensor:
@@ -214,6 +222,27 @@ def test_more_matrices_than_one_launch_takes(core):
     before[690] = bits(As[690]).clone()
     assert init(core, As) == [2 if i == 690 else 0 for i in range(700)]
     assert all(torch.equal(bits(A), old) for A, old in zip(As, before, strict=True))
+
+
+def test_an_older_driver_gets_smaller_tables(core):
+    As, results = [torch.randn(1 + i % 9, 10 + i % 23) for i in range(60)], []
+    for version, launches in ((12010, 4), (12000, 8)):  # 39 matrices a launch
+        core.set_driver(version)
+        found, start = [A.clone() for A in As], core.launches()
+        triangles = triangles_for(found)
+        assert init(core, found, triangles) == [0] * 60
+        assert core.launches() - start == launches
+        results.append([bits(tensor) for tensor in found + triangles])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1.0, 1e6, 1e20])
+@pytest.mark.parametrize("shape", [(16, 1024), (64, 1024), (256, 257)], ids=str)
+def test_what_was_orthonormal_stays_so_at_any_scale(core, shape, scale):
+    (Q, cosines), cols = orthonormal(*shape), shape[1]
+    As = [(Q * scale).float(), (cosines * scale).float(), (torch.randn(shape).sign() * scale / cols**0.5).float()]
+    assert init(core, As) == [0, 0, 0]
+    assert max(orthogonality(A) for A in As) <= 1e-6
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import array
+import math
 import os
+import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +56,21 @@ def test_orthogonal_init_on_every_instruction_set(isa, shape, dtype):
     assert orthogonal_init([A], isa) == [0]
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5 + torch.finfo(dtype).eps
     assert (A.double() - exact).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 3.3, 1e6])
+@pytest.mark.parametrize("shape", [(16, 4096), (60, 2554), (256, 1024)], ids=str)
+def test_orthonormal_to_1e_6_where_products_are_alike(isa, shape, scale):
+    """Equal products are rounded the same way again and again: one fp32 sum over all columns left 7e-6 of cosines (on
+    `base`), and many rows of two values 1.4e-6 even of short sums."""
+    (r, n), t = shape, torch.arange(shape[1], dtype=torch.float64)
+    cosines = torch.cos(math.pi / n * (t + 0.5) * t[1 : r + 1, None])
+    two = torch.where(torch.rand(shape) < 0.5, -0.0236, 0.0249).double()
+    for A in (cosines, cosines.flip(0), two, torch.randn(shape, dtype=torch.float64)):
+        A = (A * scale).float().contiguous()
+        assert orthogonal_init([A], isa) == [0]
+        wide = A.double()
+        assert torch.linalg.matrix_norm(wide @ wide.T - torch.eye(r, dtype=torch.float64), 2) <= 1e-6
 
 
 @pytest.mark.parametrize("target", DTYPES, ids=str)
@@ -175,3 +194,57 @@ def test_shares_torchs_thread_pool():
     environment = {key: value for key, value in os.environ.items() if key != "SLAO_KERNELS_BACKEND"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "1"
+
+
+def test_instruction_sets_share_no_definition(tmp_path):
+    """What is compiled for one instruction set must have a name of its own: of two weak definitions of one name the
+    linker keeps either, and code for AVX-512 would run on a processor without it."""
+    if not sys.platform.startswith("linux") or not all(shutil.which(tool) for tool in ("make", "nm", "c++")):
+        pytest.skip("needs Linux, make, nm and a C++ compiler")
+    root = Path(__file__).resolve().parents[2]
+    command = ["make", "-s", f"-j{os.cpu_count()}", "-f", "tests/csrc/Makefile"]
+    command += ["MODE=shipped", "CXX=c++", f"OUT={tmp_path}", "objects"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sets = set()
+    for made in sorted(tmp_path.glob("*.o")):
+        isa = made.suffixes[0][1:]
+        sets.add(isa)
+        listed = subprocess.run(["nm", "-C", "--defined-only", made], capture_output=True, text=True, check=True).stdout
+        symbols = [line.split(" ", 2)[1:] for line in listed.splitlines()]
+        assert any(kind in "TRD" and f"slao::{isa}::" in name for kind, name in symbols), made.name
+        shared = [name for kind, name in symbols if kind in "WwVvu" and f"slao::{isa}::" not in name]
+        # The address of the library's handler of exceptions: the same data everywhere.
+        assert set(shared) <= {"DW.ref.__gxx_personality_v0"}, f"{made.name}: {shared}"
+    assert "base" in sets
+    assert platform.machine() != "x86_64" or {"avx2", "avx512"} <= sets
+
+
+def test_too_little_memory_is_an_error():
+    """MemoryError, and nothing written, where an exception inside an OpenMP region would end the process."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("limits its address space as Linux does")
+    code = """
+import resource, torch, slao_kernels
+from slao_kernels import native
+from slao_kernels.ops.lora_linear import native as lora
+torch.set_num_threads(2)
+As = [torch.randn(2000, 2000) for _ in range(2)]
+before = [A.clone() for A in As]
+x, A = torch.randn(64, 1 << 20).bfloat16(), torch.randn(64, 1 << 20).bfloat16()
+slao_kernels.orthogonal_init_([torch.randn(16, 900) for _ in range(4)], backend="native")  # threads have their stacks
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20),) * 2)
+calls = [lambda: slao_kernels.orthogonal_init_(As, backend="native")]
+if native.core().lora_rank:
+    calls.append(lambda: lora.shrink(x, A))
+for call in calls:
+    try:
+        call()
+    except MemoryError:
+        print("refused", all(torch.equal(A, old) for A, old in zip(As, before)))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "SLAO_KERNELS_BACKEND"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    calls = 2 if native.core().lora_rank else 1
+    assert (done.returncode, done.stdout) == (0, "refused True\n" * calls), done.stderr[-2000:]

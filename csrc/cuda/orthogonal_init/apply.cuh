@@ -3,7 +3,7 @@
 #include "../stage.cuh"
 #include "plan.h"
 
-namespace slao::cuda {
+namespace slao::cuda::SLAO_TABLES {
 
 // x times 2^-exponent of its row's length, in two steps because the power alone may not be representable. The columns
 // of L⁻¹ come with the opposite power (orthogonal_init.cu), which keeps them within fp32 for input of any magnitude.
@@ -65,4 +65,4 @@ __device__ void apply_columns(const View& from, const View& to, const double* F,
   }
 }
 
-}  // namespace slao::cuda
+}  // namespace slao::cuda::SLAO_TABLES

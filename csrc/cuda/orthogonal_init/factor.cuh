@@ -2,7 +2,7 @@
 #pragma once
 #include "plan.h"
 
-namespace slao::cuda {
+namespace slao::cuda::SLAO_TABLES {
 
 // Every thread gets the sum over all threads, added in a fixed order. slots: kThreads doubles of shared memory.
 __device__ inline double block_sum(double x, double* slots) {
@@ -45,7 +45,8 @@ __device__ inline bool factorize(double* F, const double* lengths, int r) {
   return true;
 }
 
-// A bound of 1/σ²_min of the matrix with its rows scaled to length 1; csrc/cpu/orthogonal_init.cpp says why it is one.
+// A bound of 1/σ²_min of the matrix with its rows scaled to length 1: their σ² sum to r, so the inverse squares of the
+// others sum to r - 2 or more, and all inverse squares are ‖L⁻¹‖²_F.
 __device__ inline double condition(const double* F, const double* lengths, int r, double* slots) {
   double squares = 0;
   for (int at = threadIdx.x; at < r * r; at += kThreads) {
@@ -57,4 +58,4 @@ __device__ inline double condition(const double* F, const double* lengths, int r
   return block_sum(squares, slots) - r + 2;
 }
 
-}  // namespace slao::cuda
+}  // namespace slao::cuda::SLAO_TABLES

@@ -7,12 +7,12 @@
 
 #include "../convert.cuh"
 
-namespace slao::cuda {
+namespace slao::cuda::SLAO_TABLES {
 
 // Squared sine of a row's angle to the rows before it, below which an fp64 Gram has too few digits left: 1e-6².
 constexpr double kPivot = 1e-12;
-// Bounds of 1/σ²_min up to which one pass stays within the contract's 1e-6, and within the rounding of 16-bit storage;
-// as on the CPU (csrc/cpu/orthogonal_init.cpp).
+// Bounds of 1/σ²_min up to which one pass stays within the contract's 1e-6, and within the rounding of 16-bit storage:
+// the CPU's (csrc/cpu/orthogonal_init.cpp).
 constexpr double kOnePass = 8, kOnePass16 = 1e4;
 // Squared length of an fp64 row below which products of two entries may have lost digits to underflow.
 constexpr double kTooSmall = 0x1p-900;
@@ -107,4 +107,4 @@ __device__ inline View unrounded(const Parameters& p, const Item& item) {
           1, 1};
 }
 
-}  // namespace slao::cuda
+}  // namespace slao::cuda::SLAO_TABLES

@@ -132,6 +132,42 @@ def test_many_small_matrices_stay_within_the_contract(backend):
     assert max(orthogonality(A) for A in As) <= 1e-6
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1.0, 1e6, 1e20])
+@pytest.mark.parametrize("shape", [(16, 1024), (64, 4096), (256, 256), (256, 257), (256, 1024)], ids=str)
+def test_what_was_orthonormal_stays_so_at_any_scale(shape, scale, backend):
+    """And rows whose products are all alike, so that their rounding does not average: cosines, ±1, two values. Long
+    fp32 sums left 7e-6 of such rows."""
+    if backend == "triton" and (shape[0] > 16 or scale in (1e-6, 1.0, 1e20)):
+        pytest.skip("interpreted, each takes seconds; the others see all ways that such matrices can take")
+    (r, n), t = shape, torch.arange(shape[1], dtype=torch.float64)
+    cosines = torch.cos(math.pi / n * (t + 0.5) * t[:r, None]) * math.sqrt(2 / n)
+    cosines[0] /= math.sqrt(2)
+    As = [cosines, cosines.roll(n // 2, 1)]
+    for seed in range(1 if backend == "triton" else 3):
+        g = torch.Generator().manual_seed(seed)
+        As.append(torch.linalg.qr(torch.randn(n, r, generator=g, dtype=torch.float64)).Q.T)
+        signs = torch.where(torch.rand(r, n, generator=g) < 0.5, -1.0, 1.0).double() / math.sqrt(n)
+        if n > 2 * r:  # a square matrix of signs may be singular
+            As += [signs, torch.where(signs > 0, signs * 1.05, signs)]
+    As = [(A * scale).float().contiguous() for A in As]
+    slao_kernels.orthogonal_init_(As, backend=backend)
+    assert max(orthogonality(A) for A in As) <= 1e-6
+
+
+@pytest.mark.parametrize("rho", [0.3, 0.6, 0.8, 0.86])
+def test_rows_that_are_alike_and_not_orthogonal(rho, backend):
+    """Correlated rows of few values: what the Gram matrix's rounding is multiplied by, 1/σ²_min, up to 7."""
+    As = []
+    for seed in range(3 if backend == "triton" else 40):
+        g = torch.Generator().manual_seed(seed)
+        n = 200 + 97 * seed
+        signs = torch.where(torch.rand(2 + seed % 3, n, generator=g) < 0.5, -1.0, 1.0)
+        signs[-1] = rho / math.sqrt(1 - rho**2) * signs[0] + signs[-1]
+        As.append((signs * (0.3 + seed)).contiguous())
+    slao_kernels.orthogonal_init_(As, backend=backend)
+    assert max(orthogonality(A) for A in As) <= 1e-6
+
+
 def _half_rank() -> Tensor:
     return torch.randn(16, 8) @ torch.randn(8, 300)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from on_triton import INTERPRETED, interpreted
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import slao_kernels
 from slao_kernels import dispatch
@@ -14,6 +16,9 @@ BACKENDS = [
     pytest.param("native", marks=pytest.mark.skipif(NATIVE is not None, reason=str(NATIVE))),
     "reference",
 ]
+if INTERPRETED:  # the others have had their turn
+    BACKENDS = ["triton"]
+test_under_the_interpreter = interpreted(__file__, at_least=10)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -42,6 +47,49 @@ def test_what_was_is_kept(dtype, backend, with_r):
         assert torch.equal(A, other)
     assert report.deficient == plain.deficient
     assert all(copy._version > version for copy, version in zip(keep, versions, strict=True))
+
+
+class Seen(TorchDispatchMode):
+    """The operators that are called, in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_copies_are_one_call(backend):
+    """What a GPU does, which copies before the other launches; a mode that looks on takes a CPU there too. One launch
+    for the list: test_cuda_emulated.py counts it, and the test below."""
+    As = matrices(torch.float32)
+    before, keep = [A.clone() for A in As], [torch.empty_like(A) for A in As]
+    with Seen() as seen:
+        slao_kernels.orthogonal_init_(As, keep=keep, backend=backend)
+    assert [name for name in seen.names if "copy" in name or name.startswith("slao_kernels::")] == [
+        "slao_kernels::scaled_merge_",
+        "slao_kernels::orthogonal_init_",
+    ]
+    assert all(torch.equal(copy, old) for copy, old in zip(keep, before, strict=True))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs under Triton's interpreter")
+def test_one_launch_of_triton_copies_all(monkeypatch):
+    from slao_kernels.ops import tables
+    from slao_kernels.ops.scaled_merge import device
+
+    kernels, launch = [], tables.launch
+    monkeypatch.setattr(
+        tables, "launch", lambda kernel, *rest, **more: (kernels.append(kernel), launch(kernel, *rest, **more))
+    )
+    As = [torch.randn(2, 9) for _ in range(30)]
+    before, keep = [A.clone() for A in As], [torch.empty_like(A) for A in As]
+    slao_kernels.orthogonal_init_(As, keep=keep, backend="triton")
+    assert kernels.count(device.merge_kernel) == 1
+    assert all(torch.equal(copy, old) for copy, old in zip(keep, before, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
