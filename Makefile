@@ -42,7 +42,8 @@ report: $(VENV)/.installed
 	$(BIN)/python bench/report.py $(ARGS)
 
 ## make gpu     on a machine with a GPU: its tests and all benches, figures into build/gpu.json (GPU_JSON=);
-##              PARTS="tests layers steps rest" chooses some of them, ARGS= goes to pytest
+##              PARTS="tests kernels layers steps rest host tune" chooses some of them and takes options of
+##              bench/gpu.py (--quick, --deadline 900), ARGS= goes to pytest; bench/first_gpu.sh: in minutes, on loan
 gpu:
 	@$(PYTHON) bench/gpu.py $(PARTS) --look
 	@$(MAKE) --no-print-directory $(VENV)/.installed

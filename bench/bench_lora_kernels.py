@@ -163,17 +163,18 @@ def agree(found: list[Tensor], exact: list[Tensor], dtype: torch.dtype, check: C
 class Masked(TorchProducts):
     """torch's products on x with a mask of dropout, and the gradient masked by it."""
 
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask  # (M, K), scaled
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self.kept = kept  # (M, K): by how much each element is multiplied
 
     def shrink(self, x: Tensor, A: Tensor) -> Tensor:
-        return super().shrink(x * self.mask, A)
+        return super().shrink(x * self.kept, A)
 
     def grad_A(self, g: Tensor, x: Tensor) -> Tensor:
-        return super().grad_A(g, x * self.mask)
+        return super().grad_A(g, x * self.kept)
 
     def grad_source(self, g: Tensor, A: Tensor) -> Tensor:
-        return super().grad_source(g, A).mul_(self.mask)
+        return super().grad_source(g, A).mul_(self.kept)
 
 
 def drawn(products: TorchProducts, m: int, k: int, device: str) -> Tensor:

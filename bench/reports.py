@@ -98,10 +98,12 @@ def _bad(name: str, part: dict[str, Any]) -> Iterable[str]:
 
 
 def tables_of(benches: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for every bench; those with the same columns share a table."""
+    """A line for every bench; those with the same columns share a table. Its first cell says what its ratios are to."""
     tables: dict[tuple[str, ...], list[list[str]]] = {}
     for bench in benches:
-        row = {"": bench["name"].removeprefix("test_"), **columns(bench["extra_info"])}
+        info = bench["extra_info"]
+        ratios = "x frozen" if "frozen ms" in info else "" if "rows" in info else "x ours"
+        row = {ratios: bench["name"].removeprefix("test_"), **columns(info)}
         tables.setdefault(tuple(row), []).append([cell(value) for value in row.values()])
     return [line for head, body in tables.items() for line in aligned(head, body)]
 
@@ -114,11 +116,11 @@ def columns(info: dict[str, Any]) -> dict[str, Any]:
     if "frozen ms" in info:
         found = {"frozen ms": info["frozen ms"]}
         for key, value in info.items():
-            name, slash, _ = key.rpartition(" / frozen")
-            if slash and name.endswith(", graph"):  # its ratio is to the frozen layer's graph
-                value = info.get(f"{name} / frozen, graph")
-            if slash and ", base dtype" not in name and name != "mm+addmm_" and not key.endswith(", graph"):
-                found[name] = value
+            name, over, rest = key.rpartition(" / frozen")
+            if not over or rest or ", base dtype" in name or name in ("frozen, graph", "mm+addmm_"):
+                continue
+            # A graph's ratio is to the frozen layer's graph.
+            found[name] = info.get(f"{key}, graph") if name.endswith(", graph") else value
         return found | ({"overhead left": info["ours share"]} if "ours share" in info else {})
     found = {"ours ms": info["ours_ms"]}
     found |= {"graph ms": info["ours, graph ms"]} if "ours, graph ms" in info else {}

@@ -24,6 +24,7 @@ def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "bench.json"
     command = [sys.executable, "-m", "pytest", "bench", "-q", "-k", WANTED, "--device=cpu", "--model=minilm"]
     command += ["--rounds=3", "--threads=1", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
+    command += [f"--lines={path.with_suffix('.jsonl')}"]
     done = subprocess.run(command, cwd=gpu.ROOT, env=gpu.importing_from_here(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return path

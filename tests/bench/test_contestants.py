@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from contestants import adapted, lora_modules, twin
 from models import CASES, Case
+from race import checker
 from shapes import GEOMETRIES
 from torch import Tensor, nn
 
 from slao_kernels.testing import tiny_model
 
+MUST = checker(None, "cpu")  # what is wrong is an error
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 
 
@@ -58,7 +60,7 @@ def test_training_step_as_on_a_gpu(dtype, checkpointing):
     found = bench_training_step.contestants(case, dtype, "cpu", others={"Axolotl": StandIn})
     modes = ["", ", base dtype"] if dtype == torch.bfloat16 else [""]
     assert set(found) == {"frozen", "Axolotl", *(f"{who}{mode}" for who in ("PEFT", "ours") for mode in modes)}
-    assert bench_training_step.agree(found) == {}
+    assert bench_training_step.agree(found, MUST) == {}
     frozen = found["frozen"].model
     before = [parameter.clone() for parameter in frozen.parameters()]
     for name, training in found.items():
@@ -86,10 +88,51 @@ def test_a_rival_that_is_wrong_is_left_out():
 
     case = Case(partial(models.llama, **TINY), 2, 8, 1)
     found = bench_training_step.contestants(case, torch.float32, "cpu", others={"Axolotl": Wrong, "Unsloth": Broken})
-    failed = bench_training_step.agree(found)
+    failed = bench_training_step.agree(found, MUST)
     assert set(failed) == {"Axolotl", "Unsloth"}
     assert "does not compute what PEFT does" in failed["Axolotl"]
     assert failed["Unsloth"] == "RuntimeError: no such device"
+
+
+def scaled(found, name: str) -> None:
+    """From now on that contestant's B is three times what it was."""
+    for layer in lora_modules(found[name].model):
+        layer.lora_B["default"].weight.data.mul_(3)
+
+
+def test_ours_that_is_wrong_is_an_error_on_a_cpu_and_a_note_on_a_gpu():
+    note = SimpleNamespace(extra_info={})
+    steps = bench_training_step.contestants(Case(partial(models.llama, **TINY), 2, 8, 1), torch.float32, "cpu")
+    torch.manual_seed(0)
+    x, weights = torch.randn(10, 24, requires_grad=True), [torch.randn(24, 24)]
+    layers = bench_lora_linear.contestants(x, weights, compiled=False)
+    for found in (steps, layers):
+        scaled(found, "ours")
+    dys = [torch.randn(10, 24)]
+    for agree in (
+        lambda check: bench_training_step.agree(steps, check),
+        lambda check: bench_lora_linear.agree(layers, {}, dys, check),
+    ):
+        with pytest.raises(AssertionError, match="ours does not compute what PEFT does"):
+            agree(MUST)
+        note.extra_info.clear()
+        assert agree(checker(note, "cuda")) == {}  # and takes part in the race
+        assert list(note.extra_info["wrong"]) == ["ours"]
+        assert "does not compute what PEFT does" in note.extra_info["wrong"]["ours"]
+
+
+def test_one_of_ours_that_raises_on_a_gpu_does_not_race():
+    torch.manual_seed(0)
+    x, dys = torch.randn(10, 24, requires_grad=True), [torch.randn(10, 24)]
+    found = bench_lora_linear.contestants(x, [torch.randn(24, 24)], compiled=False)
+
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    found["ours, triton"] = bench_lora_linear.Contestant(broken, [x])
+    note = SimpleNamespace(extra_info={})
+    failed = bench_lora_linear.agree(found, {}, dys, checker(note, "cuda"))
+    assert failed == note.extra_info["wrong"] == {"ours, triton": "RuntimeError: no such kernel"}
 
 
 def test_rows_of_a_step():
@@ -172,7 +215,7 @@ def test_rivals_take_one_layer_or_three(projections):
     call = partial(rivals.of_layers(StandIn, layers), x)
     other = bench_lora_linear.Contestant(call, [x, *bench_lora_linear.adapters(layers)])
     wrong = bench_lora_linear.Contestant(lambda: [y * 2 for y in call()], other.wanted)
-    failed = bench_lora_linear.agree(found, {"Axolotl": other, "Unsloth": wrong}, dys)
+    failed = bench_lora_linear.agree(found, {"Axolotl": other, "Unsloth": wrong}, dys, MUST)
     assert list(failed) == ["Unsloth"]
 
 
@@ -198,20 +241,17 @@ def test_figures_of_a_kernel():
 
 
 @pytest.mark.parametrize("product", list(bench_lora_kernels.PRODUCTS))
-def test_products_touch_what_is_counted(product, monkeypatch):
-    """Inputs once and outputs once: the bytes of TOUCHED, but for what shrink allocates itself."""
+def test_products_read_what_is_counted(product, monkeypatch):
+    """Inputs once and outputs once."""
     monkeypatch.setitem(bench_lora_kernels.ROTATED, "cpu", 3 * 40 * 24 * 4)
     sets = bench_lora_kernels.draw(product, 40, 24, 8, torch.float32, "cpu")
     assert len(sets) == 3
-    names = set(bench_lora_kernels.TOUCHED[product].split())
-    assert set(sets[0]) == names
-    written = bench_lora_kernels.PRODUCTS[product](bench_lora_kernels.skinny, sets[0])
-    moved = sum(t.nbytes for t in sets[0].values())
-    sizes = {"x": 40 * 24, "y": 40 * 24, "t": 40 * 8, "g": 40 * 8, "A": 8 * 24, "dA": 8 * 24, "B": 24 * 8, "dB": 24 * 8}
-    assert moved == 4 * sum(sizes[name] for name in names)
-    outputs = {"shrink": ["t"], "expand": ["y"], "outer": ["dA"], "grad_t": ["g", "dB"]}[product]
-    assert names.issuperset(outputs)
-    assert [t.numel() for t in written] == [sizes[name] for name in outputs]
+    written = bench_lora_kernels.PRODUCTS[product](bench_lora_kernels.TORCH, sets[0])
+    x, t, A = 40 * 24, 40 * 8, 8 * 24  # y is as large as x, g as t, B, dA and dB as A
+    outputs = {"shrink": [t], "expand": [x], "outer": [A], "grad_t": [t, A]}[product]
+    assert [tensor.numel() for tensor in written] == outputs
+    inputs = {"shrink": x + A, "expand": t + A, "outer": t + x, "grad_t": x + t + A}[product]
+    assert bench_lora_kernels.bytes_of(sets[0], written) == 4 * (inputs + sum(outputs))
 
 
 INTERPRETED = """
@@ -219,17 +259,18 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import bench_lora_kernels as bench
-from slao_kernels.ops.lora_linear.group import products_of
+from race import checker
+from slao_kernels.ops.operators import products_of
 from slao_kernels.testing import error_ratio
 
 bench.ROTATED["cpu"] = 1
 for product in ("shrink", "outer", "expand"):
-    theirs, masked, sets = bench.dropped(product, 80, 64, 8, torch.float32, "cpu")  # checks itself
-    share = (masked.mask == 0).double().mean().item()
+    theirs, masked, sets, found = bench.dropped(product, 80, 64, 8, torch.float32, "cpu", checker(None, "cpu"))
+    share = (masked.kept == 0).double().mean().item()
     assert 0.05 < share < 0.15, share
 for product, run in bench.PRODUCTS.items():
     s = bench.draw(product, 80, 64, 8, torch.float32, "cpu")[0]
-    exact = run(bench.skinny, {name: tensor.double() for name, tensor in s.items()})
+    exact = run(bench.TORCH, {name: tensor.double() for name, tensor in s.items()})
     assert max(map(error_ratio, run(products_of("triton"), s), exact)) < 2e-6, product
 parts, out = torch.randn(5, 24, 8), torch.empty(24, 8)
 for reduce in bench.reducers():

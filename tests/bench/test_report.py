@@ -13,9 +13,11 @@ import gpu
 import plots
 import pytest
 import report
+import reports
 import results
 import scrub
 import tables
+from environment import environment as of_this
 
 
 def named(runs):
@@ -189,8 +191,8 @@ def test_without_matplotlib_a_page_without_plots(measured, tmp_path, monkeypatch
 
 def test_a_file_of_make_gpu(measured, tmp_path):
     """Written as bench/gpu.py does, with what it keeps of a bench; only the card's name is made up."""
-    benches, how = gpu.benchmarks(measured)
-    environment = gpu.environment("abc") | {"device": {"name": "Some GPU", "count": 1, "capability": "9.0"}}
+    benches, _, how = reports.benchmarks(measured.with_suffix(".jsonl"))
+    environment = of_this("abc") | {"device": {"name": "Some GPU", "count": 1, "capability": "9.0"}}
     part = {"environment": environment, "benchmarks": benches, "slao_kernels": how, "exit": 0}
     part["calls"] = {"bench/bench_fold.py": {"passed": 4, "skipped": 0, "failed": 0, "failures": [], "exit": 0}}
     out = tmp_path / "gpu.json"

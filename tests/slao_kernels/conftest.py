@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # test_offline_compile
+sys.path.insert(0, str(Path(__file__).parent))  # test_offline_compile, accelerator
+
+from accelerator import _wait_for_the_accelerator  # noqa: F401  (a fixture of every test)
 
 
 def _module(stem: str) -> ModuleType:
