@@ -126,6 +126,7 @@ def retract(layer: nn.Module) -> None:
         layer._buffers.pop(name, None)
         layer._parameters.pop(name, None)
     del layer.slao_adapter, layer.slao_before
+    layer.__dict__.pop("slao_plan", None)
     if before is not FusedLoraLinear:
         del layer.slao_options
     layer.__class__ = before

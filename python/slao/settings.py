@@ -13,7 +13,6 @@ from typing import Any
 from .methods import METHODS, check_method
 from .objectives import OBJECTIVES, check_objective
 from .streams import STREAMS
-from .sweep import variants
 from .train import TrainConfig
 
 # Everything that can be set, with its default. The one open section is `methods`: a name -> its options, which are
@@ -209,9 +208,7 @@ def _check(settings: dict[str, Any]) -> None:
         if not settings["shuffle_tasks"]:
             raise ValueError("orders choose task orders, which shuffle_tasks: false (--no-shuffle) forbids: drop one")
     train_config(settings)
-    _section("sweep", settings["sweep"])
-    if settings["sweep"]:
-        variants(settings)
+    _section("sweep", settings["sweep"])  # what it names is checked variant by variant: sweep.py
 
 
 def _check_numbers(what: str, numbers: Any) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .settings import assign, complete
+
 # Sections and settings that a sweep may vary. Methods vary by having several labels under `methods`.
 SWEPT = (
     "train", "lora", "stream", "objective", "model", "dtype", "precision", "backend", "patch", "train_rows",
@@ -56,8 +58,6 @@ def variants(settings: dict[str, Any]) -> list[Variant]:
     to values. A mapping for a whole section, such as stream, changes what it names and leaves the rest, unless it has
     a name of its own. ValueError for anything else.
     """
-    from .settings import assign, complete
-
     sweep = settings["sweep"]
     choices = [[(key, name, value) for name, value in _named(key, values)] for key, values in sweep.items()]
     found = []

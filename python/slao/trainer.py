@@ -94,7 +94,7 @@ def make_trainer(
     if config.trainer == "trl":
         from .integrations.trl import make_sft_trainer
 
-        trainer = make_sft_trainer(model, objective, args, features, list(callbacks))
+        trainer = make_sft_trainer(TaskTrainer, model, objective, args, features, list(callbacks))
     else:
         trainer = TaskTrainer(
             model=model,

@@ -73,7 +73,7 @@ def test_jobs_go_through_seeds_orders_variants_and_methods():
 )
 def test_what_cannot_be_swept_is_refused(changes, says):
     with pytest.raises(ValueError, match=says.replace("(", r"\(")):
-        settings(**changes)
+        variants(settings(**changes))
 
 
 def test_test_rows_are_limited_without_touching_the_rest(stream_folder):

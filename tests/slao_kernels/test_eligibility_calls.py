@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 import slao_kernels
+from slao_kernels import layers
 from slao_kernels.layers import FusedLoraLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -260,6 +261,16 @@ def test_second_derivatives_are_an_error(twins):
     (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+def test_the_log_does_not_grow_with_the_numbers_in_a_reason(twins, told):
+    """One kind of reason is one line of the log and one entry of what was logged, whatever the shapes."""
+    model, _, report = patched(twins)
+    for shape in ((2, 5), (2, 7), (3, 100), (1000, 23)):
+        with pytest.raises(RuntimeError):
+            model(torch.ones(shape))
+        assert report.fallbacks == {"proj": f"x has {shape[1]} features, the base layer reads 24"}
+    assert len(layers._logged) == len(told()) == 1
 
 
 def test_what_was_logged_is_not_logged_again(twins, told):

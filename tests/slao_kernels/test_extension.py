@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 import slao_kernels
@@ -173,6 +174,29 @@ def test_retract_is_the_inverse_and_patch_leaves_an_extended_layer_alone():
     assert not any("slao" in key for key in other.__dict__)
     assert type(other).__module__.startswith("peft.")
     assert plain(torch.zeros(1, K, dtype=torch.float64)).shape == (1, N)
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_unpatch_of_an_extended_layer(called):
+    """It counts, keeps the method's forward in plain PyTorch, and is PEFT's once the method lets go of it."""
+    model, layer = make()
+    give_core(layer, 4)
+    x = torch.randn(5, K, dtype=torch.float64)
+    before = model(x)
+    assert slao_kernels.unpatch(model) == 1
+    assert slao_kernels.unpatch(model) == 0
+    assert type(layer) is extension.ExtendedLoraLinear
+    if called:
+        assert error_ratio(model(x), before) <= 1e-14
+        assert layer.slao_options.fallbacks == {"base_model.model.lin": "not patched"}
+    extension.retract(layer)
+    plain, theirs = make(patched=False)
+    extension.retract(theirs)
+    assert type(layer) is type(theirs) is LoraLinear
+    assert vars(layer).keys() == vars(theirs).keys()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(x), plain(x))
+    assert slao_kernels.patch(model).patched == ["base_model.model.lin"]
 
 
 def test_refusals():

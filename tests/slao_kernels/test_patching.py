@@ -179,6 +179,24 @@ def test_same_config_again(same, how, twins):
     assert len(report.patched) == sum(isinstance(module, lora.Linear) for module in model.modules())
 
 
+def test_weights_that_change_between_the_calls_of_siblings(twins):
+    """As Method.merged() swaps them: k's B is another between q's call and k's own, which takes the one there is."""
+    model, twin = (twins.peft_model("llama", target_modules=["q_proj", "k_proj"]) for _ in range(2))
+    slao_kernels.patch(model)
+
+    def swap(module: nn.Module, args: tuple, output: Tensor) -> None:
+        B = attention[module].k_proj.lora_B["default"].weight
+        B.data = B.data * -1.5
+
+    attention = {}
+    for net in (model, twin):
+        for block in net.base_model.model.model.layers:
+            attention[block.self_attn.q_proj] = block.self_attn
+            block.self_attn.q_proj.register_forward_hook(swap)
+    for _ in range(3):
+        twins.check_close(twins.step(model), twins.step(twin))
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
 def test_unpatch_is_the_exact_inverse(kind, twins):
     model = twins.peft_model(kind)

@@ -11,6 +11,7 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
 import slao_kernels
+from slao_kernels import dispatch
 from slao_kernels.layers import FusedLoraLinear
 from slao_kernels.testing import tiny_model
 
@@ -157,6 +158,27 @@ def test_backend_that_cannot_run_here(backend):
     message = refuses(plain_model(), f"backend '{backend}' cannot run lora_linear on cpu", backend=backend)
     assert re.search("Triton has no such device|not installed", message)
     assert message.endswith("eager, reference")
+
+
+def test_a_gpu_s_backend_before_the_model_is_there(monkeypatch, twins):
+    """`patch(model, backend="triton").to("cuda")`: refused only where no device here could ever serve it."""
+    monkeypatch.setattr(dispatch, "_triton_installed", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    dispatch._available.cache_clear()
+    try:
+        model = twins.net()
+        assert slao_kernels.patch(model, backend="triton").patched == ["proj"]
+        with pytest.raises(
+            ValueError, match="backend 'triton' cannot run lora_linear on cpu: Triton has no such device"
+        ):
+            model(twins.net_input())
+        monkeypatch.setattr(dispatch, "_triton_installed", False)
+        refuses(
+            twins.net(), "backend 'triton' cannot run lora_linear on cuda: triton is not installed", backend="triton"
+        )
+    finally:
+        monkeypatch.undo()
+        dispatch._available.cache_clear()
 
 
 def test_unknown_precision():

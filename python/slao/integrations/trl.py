@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from ..objectives import Objective
-from ..trainer import TaskTrainer
 
 
 def require_trl() -> Any:
@@ -24,13 +23,14 @@ def require_trl() -> Any:
 
 
 def make_sft_trainer(
+    ours: type,
     model: nn.Module,
     objective: Objective,
     args: Any,
     features: list[dict[str, Any]],
     callbacks: list[Any],
 ) -> Any:
-    """An SFTTrainer over tokenised `features`, with the method's penalty and a count of tokens, like TaskTrainer.
+    """An SFTTrainer over tokenised `features`, with the penalty and a count of tokens, like `ours`, the TaskTrainer.
 
     objective: one with the model's own loss (causal_lm), else ValueError. args: an SFTConfig (see `sft_arguments`).
     """
@@ -40,7 +40,7 @@ def make_sft_trainer(
     if objective.own_loss:
         raise ValueError(f'trainer "trl" trains causal language models; objective {objective.name!r} has its own loss')
     # Ours come first among the bases and extend TRL's loss as they extend the Trainer's.
-    joined = type("SFTTaskTrainer", (TaskTrainer, SFTTrainer), {"__doc__": TaskTrainer.__doc__})
+    joined = type("SFTTaskTrainer", (ours, SFTTrainer), {"__doc__": ours.__doc__})
     return joined(
         model=model,
         args=args,
