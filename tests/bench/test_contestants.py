@@ -199,7 +199,7 @@ def test_figures_of_a_kernel():
 
 @pytest.mark.parametrize("product", list(bench_lora_kernels.PRODUCTS))
 def test_products_touch_what_is_counted(product, monkeypatch):
-    """Inputs once and outputs once: the bytes of TOUCHED, but for what shrink allocates itself."""
+    """Inputs once and outputs once: the bytes of TOUCHED."""
     monkeypatch.setitem(bench_lora_kernels.ROTATED, "cpu", 3 * 40 * 24 * 4)
     sets = bench_lora_kernels.draw(product, 40, 24, 8, torch.float32, "cpu")
     assert len(sets) == 3
@@ -219,7 +219,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import bench_lora_kernels as bench
-from slao_kernels.ops.lora_linear.group import products_of
+from slao_kernels.ops.operators import products_of
 from slao_kernels.testing import error_ratio
 
 bench.ROTATED["cpu"] = 1

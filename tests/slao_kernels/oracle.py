@@ -261,7 +261,7 @@ def run(function: Callable[[Tensors], Tensor], inputs: Tensors, names: tuple[str
     y = function(leaves)
     dy = inputs["dy"]
     if dy.shape != y.shape:
-        dy = dy[..., : y.shape[-1]].contiguous()
+        dy = dy[..., : y.shape[-1]].clone(memory_format=torch.contiguous_format)
     reached = y.requires_grad  # not by a core alone
     grads = torch.autograd.grad(y, [leaves[n] for n in names], dy.to(y.dtype), allow_unused=True) if reached else names
     found = {n: g if isinstance(g, Tensor) else torch.zeros_like(inputs[n]) for n, g in zip(names, grads, strict=True)}
