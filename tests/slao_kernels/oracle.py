@@ -51,6 +51,8 @@ def _place(backend: str, device: str = "cpu") -> Any:
 
 CPU_PLACES = [_place("triton")] if INTERPRETED else [_place("native"), _place("eager"), _place("reference")]
 PLACES = CPU_PLACES if INTERPRETED else [*CPU_PLACES, _place("eager", "cuda"), _place("triton", "cuda")]
+# The reference is plain PyTorch: it saves what torch saves, rounds as often as torch does and differentiates twice.
+NODES = [place for place in PLACES if place.values[0][0] != "reference"]
 
 
 def draws(dtype: torch.dtype, seed: int = 0) -> Callable[..., Tensor]:

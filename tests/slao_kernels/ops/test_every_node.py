@@ -9,6 +9,7 @@ from on_triton import interpreted
 from oracle import (
     INTERPRETED,
     MAIN,
+    NODES,
     OPS,
     PLACES,
     Tensors,
@@ -31,8 +32,6 @@ test_under_the_interpreter = interpreted(__file__, at_least=80)
 every_op = pytest.mark.parametrize("op", MAIN)
 every_place = pytest.mark.parametrize("place", PLACES)
 fp64, fp32, bf16 = torch.float64, torch.float32, torch.bfloat16
-# The reference is plain PyTorch: it saves what torch saves, and differentiates twice.
-NODES = [place for place in PLACES if place.values[0][0] != "reference"]
 
 
 def leaves_of(op: str, inputs: Tensors) -> list[Tensor]:
