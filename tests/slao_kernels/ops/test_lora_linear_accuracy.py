@@ -65,7 +65,11 @@ def grid(settings: list[Setting], deltas: tuple[float, ...], places: list, kinds
 
 
 def check(
-    setting: Setting, delta: float, place: tuple[str, str], kind: str = "linear", allowed: dict[str, float] | None = None
+    setting: Setting,
+    delta: float,
+    place: tuple[str, str],
+    kind: str = "linear",
+    allowed: dict[str, float] | None = None,
 ) -> None:
     cells = {}
     for shape, seeds in (FEW_SHAPES if INTERPRETED else SHAPES).items():
@@ -97,7 +101,9 @@ def test_base_precision_against_an_fp32_branch(setting, place, delta, kind):
     check(setting, delta, place, kind, {"dA": math.inf, "dB": math.inf})
 
 
-@pytest.mark.parametrize("kind", ["linear", *(pytest.param(k, marks=pytest.mark.exhaustive) for k in ("called", "DoRA"))])
+@pytest.mark.parametrize(
+    "kind", ["linear", *(pytest.param(k, marks=pytest.mark.exhaustive) for k in ("called", "DoRA"))]
+)
 @pytest.mark.skipif(INTERPRETED, reason="torch's products alone")
 @pytest.mark.parametrize("setting", WIDE, ids=str)
 def test_hilo_products_at_any_size(setting, kind, monkeypatch):

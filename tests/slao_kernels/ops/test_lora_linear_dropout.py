@@ -71,7 +71,9 @@ def test_value_and_gradients(shape, op, dtype):
 
 
 @on_device
-@pytest.mark.parametrize("case", ["fp64", "adapter precision", "p = 1", "empty batch", "rank 257", "three layers of 261"])
+@pytest.mark.parametrize(
+    "case", ["fp64", "adapter precision", "p = 1", "empty batch", "rank 257", "three layers of 261"]
+)
 def test_dropout_that_the_kernels_do_not_draw(case):
     """Then it is torch's own, with torch's own mask."""
     dtype = {"fp64": torch.float64, "adapter precision": torch.bfloat16}.get(case, torch.float32)

@@ -43,7 +43,9 @@ def product(m: int, k: int, n: int, r: int, dtype: torch.dtype, layout: str, bia
     return P, Q, T, S, draw(n, dtype=dtype, seed=4) if bias else None
 
 
-def check_product(tile: gemm.Tile, P: Tensor, Q: Tensor, T: Tensor, S: Tensor, bias: Tensor | None, layout: str) -> Tensor:
+def check_product(
+    tile: gemm.Tile, P: Tensor, Q: Tensor, T: Tensor, S: Tensor, bias: Tensor | None, layout: str
+) -> Tensor:
     """The product, which is the exact one rounded once, but for the order of an fp32 sum."""
     out, alpha = empty(P.shape[0], Q.shape[1], dtype=P.dtype), 0.7
     assert gemm.layout_of(out, P, Q, T, S, bias) == layout
