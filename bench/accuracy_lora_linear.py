@@ -22,6 +22,7 @@ DELTAS = {"1 %": 0.01, "1/3": 1 / 3, "10": 10.0}
 
 def _accuracy_test():
     path = Path(__file__).resolve().parents[1] / "tests/slao_kernels/ops/test_lora_linear_accuracy.py"
+    sys.path += [str(path.parent), str(path.parents[1])]  # what the test imports
     spec = importlib.util.spec_from_file_location("slao_kernels_tests_accuracy", path)
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -241,8 +241,8 @@ def test_figures_of_a_kernel():
 
 
 @pytest.mark.parametrize("product", list(bench_lora_kernels.PRODUCTS))
-def test_products_read_what_is_counted(product, monkeypatch):
-    """Inputs once and outputs once."""
+def test_products_touch_what_is_counted(product, monkeypatch):
+    """Inputs once and outputs once: the bytes of TOUCHED."""
     monkeypatch.setitem(bench_lora_kernels.ROTATED, "cpu", 3 * 40 * 24 * 4)
     sets = bench_lora_kernels.draw(product, 40, 24, 8, torch.float32, "cpu")
     assert len(sets) == 3

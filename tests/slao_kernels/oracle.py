@@ -51,6 +51,8 @@ def _place(backend: str, device: str = "cpu") -> Any:
 
 CPU_PLACES = [_place("triton")] if INTERPRETED else [_place("native"), _place("eager"), _place("reference")]
 PLACES = CPU_PLACES if INTERPRETED else [*CPU_PLACES, _place("eager", "cuda"), _place("triton", "cuda")]
+# The reference is plain PyTorch: it saves what torch saves, rounds as often as torch does and differentiates twice.
+NODES = [place for place in PLACES if place.values[0][0] != "reference"]
 
 
 def draws(dtype: torch.dtype, seed: int = 0) -> Callable[..., Tensor]:
@@ -261,7 +263,7 @@ def run(function: Callable[[Tensors], Tensor], inputs: Tensors, names: tuple[str
     y = function(leaves)
     dy = inputs["dy"]
     if dy.shape != y.shape:
-        dy = dy[..., : y.shape[-1]].contiguous()
+        dy = dy[..., : y.shape[-1]].clone(memory_format=torch.contiguous_format)
     reached = y.requires_grad  # not by a core alone
     grads = torch.autograd.grad(y, [leaves[n] for n in names], dy.to(y.dtype), allow_unused=True) if reached else names
     found = {n: g if isinstance(g, Tensor) else torch.zeros_like(inputs[n]) for n, g in zip(names, grads, strict=True)}

@@ -1,4 +1,4 @@
-"""DoRA's norms: exact where the delta cancels the weight, over blocks of rows, in any strides; and blocks in general."""
+"""DoRA's norms: exact where the delta cancels the weight, in any strides; and blocks of rows, of every op."""
 
 from __future__ import annotations
 

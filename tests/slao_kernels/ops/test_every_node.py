@@ -9,6 +9,7 @@ from on_triton import interpreted
 from oracle import (
     INTERPRETED,
     MAIN,
+    NODES,
     OPS,
     PLACES,
     Tensors,
@@ -16,8 +17,6 @@ from oracle import (
     compare,
     equal,
     exact,
-    layers_of_one_x,
-    lora_dora,
     make,
     ours,
     run,
@@ -31,8 +30,6 @@ test_under_the_interpreter = interpreted(__file__, at_least=80)
 every_op = pytest.mark.parametrize("op", MAIN)
 every_place = pytest.mark.parametrize("place", PLACES)
 fp64, fp32, bf16 = torch.float64, torch.float32, torch.bfloat16
-# The reference is plain PyTorch: it saves what torch saves, and differentiates twice.
-NODES = [place for place in PLACES if place.values[0][0] != "reference"]
 
 
 def leaves_of(op: str, inputs: Tensors) -> list[Tensor]:
@@ -124,8 +121,7 @@ def saved_by(call, inputs: Tensors, wanted: tuple[str, ...]) -> list[Tensor]:
 SAVED = {
     "linear": [(64, 24), (64, 3), (40, 24), (3, 24), (40, 3)],
     "core and delta": [(64, 24), (64, 3), (40, 24), (3, 24), (40, 3), (3, 3), (3, 3)],
-    "three layers": [(64, 24), (64, 10), (40, 24), (45, 24), (37, 24)]
-    + [(3, 24), (1, 24), (6, 24), (40, 3), (45, 1), (37, 6)],
+    "three layers": [(64, 24), (64, 10), *[(n, 24) for n in (40, 45, 37, 3, 1, 6)], (40, 3), (45, 1), (37, 6)],
     "add": [(64, 24), (64, 3), (3, 24), (40, 3)],
     "add in place": [(64, 24), (64, 3), (3, 24), (40, 3)],
     "add with a bias": [(64, 24), (64, 4), (3, 24), (40, 4)],

@@ -104,13 +104,6 @@ def test_no_temporary_of_the_weights_size(backend):
     assert largest <= 0.26 * W.numel() * W.element_size()  # the blocks of the reference: 1 Mi elements in fp32
 
 
-def test_operator_contract():
-    torch.library.opcheck(
-        torch.ops.slao_kernels.fold_.default,
-        ([torch.randn(5, 6)], [torch.randn(2, 6)], [torch.randn(5, 2)], [0.3], "reference"),
-    )
-
-
 BAD = {
     "length": (([torch.zeros(4, 6)], [], [torch.zeros(4, 2)], 1.0), "lengths differ: weights 2, As 1, Bs 2"),
     "shape": (

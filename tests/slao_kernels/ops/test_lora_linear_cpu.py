@@ -113,7 +113,10 @@ def test_small_matrices_without_a_unit_stride(isa):
     torch.testing.assert_close(core.shrink(x, spread(A)), core.shrink(x, A))
     torch.testing.assert_close(core.grad_source(t, spread(A)), core.grad_source(t, A))
     for b, dense in ((spread(B), B), (spread(A).t(), A.t())):
-        found, expected = core.grad_t(x, t, b, 0.7, True, False), core.grad_t(x, t, dense.contiguous(), 0.7, True, False)
+        found, expected = (
+            core.grad_t(x, t, b, 0.7, True, False),
+            core.grad_t(x, t, dense.contiguous(), 0.7, True, False),
+        )
         torch.testing.assert_close(found[0], expected[0])
 
 

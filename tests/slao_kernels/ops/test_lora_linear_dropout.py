@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from on_triton import DEVICE, draw, interpreted, mask_of_the_next_call, on_device, philox_mask
-from oracle import DROPPING, NAMES, OPS, check, compare, exact, make, ours
+from oracle import DROPPING, NAMES, OPS, check, compare, exact, layers_of_one_x, make, ours
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -29,15 +29,11 @@ def test_the_tests_own_philox():
         assert philox_mask(0, 1, 8, cut)[0].tolist() == words
 
 
-SEEDS = [0, 12345, 2**32 + 7, 2**63 - 2]
-
-
 @on_device
-@pytest.mark.parametrize("p", [0.1, 0.95])
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("seed", "p"), [(0, 0.1), (12345, 0.95), (2**32 + 7, 0.95), (2**63 - 2, 0.1)])
 def test_masks_are_philoxs(seed, p):
     """In shrink, grad_A and grad_source the same mask, at tiles that differ; columns far from the first too."""
-    (m, k), columns = (80, 496), slice(330, 490)
+    (m, k), columns = (80, 248), slice(165, 245)
     products = kernels.products(torch.tensor([seed], device=DEVICE), p)
     kept = torch.from_numpy(philox_mask(seed, m, k, p)).to(DEVICE)
     scale = 65536 / kernels.keep_below(p)
@@ -50,7 +46,7 @@ def test_masks_are_philoxs(seed, p):
 
 @on_device
 def test_rate_and_mean():
-    p, m, k = 0.3, 400, 256
+    p, m, k = 0.3, 400, 64
     products = kernels.products(torch.tensor([99], device=DEVICE), p)
     kept = products.shrink(torch.ones(m, k, device=DEVICE), torch.eye(k, device=DEVICE))
     share = (kept != 0).double().mean().item()
@@ -75,7 +71,9 @@ def test_value_and_gradients(shape, op, dtype):
 
 
 @on_device
-@pytest.mark.parametrize("case", ["fp64", "adapter precision", "p = 1", "empty batch", "rank 257", "three layers of 261"])
+@pytest.mark.parametrize(
+    "case", ["fp64", "adapter precision", "p = 1", "empty batch", "rank 257", "three layers of 261"]
+)
 def test_dropout_that_the_kernels_do_not_draw(case):
     """Then it is torch's own, with torch's own mask."""
     dtype = {"fp64": torch.float64, "adapter precision": torch.bfloat16}.get(case, torch.float32)
@@ -84,8 +82,6 @@ def test_dropout_that_the_kernels_do_not_draw(case):
     wide = torch.float32 if case == "adapter precision" else None
     inputs = make((0,) if case == "empty batch" else (20,), 32, 24, r, dtype, wide, device=DEVICE)
     if case == "p = 1":  # a layer's nn.Dropout may have it
-        from oracle import layers_of_one_x
-
         (y,) = layers_of_one_x(inputs["x"], [inputs[name] for name in NAMES[1:]], backend="triton", dropout=1.0)
         assert error_ratio(y, inputs["x"] @ inputs["weight"].t() + inputs["bias"]) <= TOLERANCE[dtype]
         return

@@ -9,23 +9,22 @@ import dataclasses
 import json
 
 import pytest
-import test_lora_linear as eager_tests
-import test_lora_linear_group as group_tests
 import torch
-from on_triton import DEVICE, NAMES, close, draw, empty, interpreted, make, on_device, philox_mask, with_mask
+from on_triton import DEVICE, close, draw, empty, interpreted, mask_of_the_next_call, on_device
+from oracle import NAMES, OPS, check, compare, exact, layers_of_one_x, ours, run
+from oracle import make as make_inputs
 from torch import Tensor
 
-import slao_kernels
 from slao_kernels.testing import TOLERANCE, error_ratio
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.runtime import _allocation  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from slao_kernels.ops.lora_linear import gemm, group, kernels  # noqa: E402
+from slao_kernels.ops.lora_linear import gemm  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned", "fresh_tables")
-test_under_the_interpreter = interpreted(__file__, at_least=110)
+test_under_the_interpreter = interpreted(__file__, at_least=110, exhaustive=64)
 
 DTYPES = [torch.bfloat16, torch.float16]
 RANKS = [1, 8, 12, 16, 24, 64, 100, 256]
@@ -44,26 +43,28 @@ def product(m: int, k: int, n: int, r: int, dtype: torch.dtype, layout: str, bia
     return P, Q, T, S, draw(n, dtype=dtype, seed=4) if bias else None
 
 
-def check(tile: gemm.Tile, P: Tensor, Q: Tensor, T: Tensor, S: Tensor, bias: Tensor | None, layout: str) -> Tensor:
+def check_product(
+    tile: gemm.Tile, P: Tensor, Q: Tensor, T: Tensor, S: Tensor, bias: Tensor | None, layout: str
+) -> Tensor:
     """The product, which is the exact one rounded once, but for the order of an fp32 sum."""
     out, alpha = empty(P.shape[0], Q.shape[1], dtype=P.dtype), 0.7
     assert gemm.layout_of(out, P, Q, T, S, bias) == layout
     with gemm.force(tile):
         assert gemm.gemm_(out, P, Q, T, S, alpha, bias)
-    exact = P.double() @ Q.double() + alpha * T.double() @ S.double()
-    exact = exact if bias is None else exact + bias.double()
-    close(out, exact, exact.to(P.dtype))
+    right = P.double() @ Q.double() + alpha * T.double() @ S.double()
+    right = right if bias is None else right + bias.double()
+    close(out, right, right.to(P.dtype))
     return out
 
 
 @on_device
 @pytest.mark.parametrize("how", TILES)
 @pytest.mark.parametrize("r", RANKS)
+@pytest.mark.parametrize("dtype", [DTYPES[0], pytest.param(DTYPES[1], marks=pytest.mark.exhaustive)], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_product(size, r, how):
-    for dtype in DTYPES:
-        for layout, bias in (("nk", True), ("kn", False)):
-            check(TILES[how], *product(*size, r, dtype, layout, bias), layout)
+def test_product(size, dtype, r, how):
+    for layout, bias in (("nk", True), ("kn", False)):
+        check_product(TILES[how], *product(*size, r, dtype, layout, bias), layout)
 
 
 @on_device
@@ -78,8 +79,8 @@ def test_rows_of_larger_matrices(r, layout, how):
         Q = torch.nn.functional.pad(Q.t(), (0, 11))[:, :61].t()
     stacked = torch.cat([T[:, :5], T, T[:, :4]], 1)
     assert (P.stride(), stacked.stride()) == ((80, 1), (r + 9, 1))
-    found = check(TILES[how], P, Q, stacked[:, 5 : 5 + r], S, None, layout)
-    assert torch.equal(found, check(TILES[how], P, Q, T, S, None, layout))
+    found = check_product(TILES[how], P, Q, stacked[:, 5 : 5 + r], S, None, layout)
+    assert torch.equal(found, check_product(TILES[how], P, Q, T, S, None, layout))
 
 
 @on_device
@@ -88,7 +89,7 @@ def test_every_tile_of_the_tuner_computes_the_same():
     for tile in gemm.CANDIDATES:
         if tile.tma and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
             continue
-        check(tile, *args, "nk")
+        check_product(tile, *args, "nk")
 
 
 INELIGIBLE = (
@@ -144,86 +145,82 @@ def test_what_the_kernel_does_not_take(why):
     assert out.isnan().all()
 
 
+def make(*shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    return make_inputs(*shape, dtype, device=DEVICE)
+
+
 @on_device
 @pytest.mark.parametrize("how", TILES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
 @pytest.mark.parametrize("shape", [((1,), 64, 48, 8), ((2, 35), 40, 24, 12), ((130,), 96, 80, 64)], ids=str)
 def test_value_and_gradients(shape, conv1d, dtype, how, gemm_runs):
-    inputs = make(*shape, dtype)
-    exact = eager_tests.oracle(inputs, NAMES)
+    inputs = make(*shape, dtype=dtype)
+    expected = exact("linear", inputs)
     if conv1d:
         inputs["weight"] = inputs["weight"].t().contiguous().t()
     with gemm.force(TILES[how]):
-        found = eager_tests.ours(inputs, NAMES, backend="triton")
-        again = eager_tests.ours(inputs, NAMES, backend="triton")
+        found = ours("linear", inputs, backend="triton")
+        again = ours("linear", inputs, backend="triton")
     # `run` clones leaves, which keeps strides: forward and dx, twice.
     assert gemm_runs == 2 * (["kn", "nk"] if conv1d else ["nk", "kn"])
-    eager_tests.compare(found, exact, TOLERANCE[dtype])
+    check("linear", found, expected, inputs)
     assert all(torch.equal(found[name], again[name]) for name in found)
     # t and g are rounded as before; y and dx are rounded once less.
-    torchs = eager_tests.ours(inputs, NAMES, backend="eager")
-    for name in ("y", "x"):
-        assert error_ratio(found[name], exact[name]) <= 1.02 * error_ratio(torchs[name], exact[name])
+    torchs = ours("linear", inputs, backend="eager")
+    for name in ("out", "x"):
+        assert error_ratio(found[name], expected[name]) <= 1.02 * error_ratio(torchs[name], expected[name])
 
 
 @on_device
 @pytest.mark.parametrize("how", TILES)
 def test_routing_core(how, gemm_runs):
-    names = ("x", "weight", "A", "B", "core", "core_delta")
-    inputs = make((5, 7), 48, 40, 8, torch.bfloat16)
+    inputs = make((5, 7), 48, 40, 8)
     with gemm.force(TILES[how]):
-        found = eager_tests.ours(inputs, names, backend="triton")
+        found = ours("core and delta", inputs, backend="triton")
     assert gemm_runs == ["nk", "kn"]
-    eager_tests.compare(found, eager_tests.oracle(inputs, names), 1.5 * TOLERANCE[torch.bfloat16])
+    check("core and delta", found, exact("core and delta", inputs), inputs)
 
 
 @on_device
 def test_dropout_takes_it_forward_only(gemm_runs):
     """In dx the rank's term alone is masked."""
-    inputs = make((40,), 48, 40, 8, torch.bfloat16)
-    torch.manual_seed(3)
-    seed = torch.randint(2**63 - 1, (1,), device=DEVICE).item()
-    mask = torch.from_numpy(philox_mask(seed, 40, 48, 0.4)).to(DEVICE) * (65536 / kernels.keep_below(0.4))
-    torch.manual_seed(3)
+    inputs = make((40,), 48, 40, 8)
+    mask = mask_of_the_next_call(inputs["x"], 0.4)
     with gemm.force(TILES["tma"]):
-        found = eager_tests.ours(inputs, NAMES, dropout=0.4, backend="triton")
+        found = ours("linear", inputs, dropout=0.4, backend="triton")
     assert gemm_runs == ["nk"]
-    eager_tests.compare(found, with_mask(inputs, mask, NAMES), 1.5 * TOLERANCE[torch.bfloat16])
+    compare(found, exact("linear", {**inputs, "mask": mask}), 1.5 * TOLERANCE[torch.bfloat16])
 
 
 @on_device
 @pytest.mark.parametrize("shape", [(33,), (0,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_else_torchs(dtype, shape, gemm_runs):
-    """fp32, and an empty batch: nothing gemm_runs in the kernel, and the result is right."""
-    inputs = make(shape, 40, 24, 8, dtype)
+    """fp32, and an empty batch: nothing runs in the kernel, and the result is right."""
+    inputs = make(shape, 40, 24, 8, dtype=dtype)
     with gemm.force(TILES["tma"]):
-        found = eager_tests.ours(inputs, NAMES, backend="triton")
+        found = ours("linear", inputs, backend="triton")
     assert gemm_runs == ([] if dtype == torch.float32 or shape == (0,) else ["nk", "kn"])
-    eager_tests.compare(found, eager_tests.oracle(inputs, NAMES), TOLERANCE[dtype])
+    check("linear", found, exact("linear", inputs), inputs)
 
 
 @on_device
 @pytest.mark.parametrize("how", TILES)
-@pytest.mark.parametrize("ranks", [(8, 8, 16), (1, 12)], ids=str)
-def test_group(ranks, how, gemm_runs):
+@pytest.mark.parametrize("r", [8, 12])
+def test_several_layers_of_one_x(r, how, gemm_runs):
     """Every output that can; in backward the stacked ranks with the first layer's product, the others on top."""
-    inputs = {name: value.to(DEVICE) for name, value in group_tests.make((2, 35), 48, ranks, torch.bfloat16).items()}
-    count, wanted = len(ranks), group_tests.trainable(inputs)
-
-    def ours(t: dict[str, Tensor], count: int) -> list[Tensor]:
-        lists = [[t.get(f"{part}{i}") for i in range(count)] for part in group_tests.PARTS]
-        return group.apply(t["x"], *lists, list(group_tests.SCALINGS[:count]), "triton")
-
+    inputs, widths = make((2, 35), 48, 24, r), (24, 29, 21)  # rows of the last two are not at multiples of 16 bytes
+    names = OPS["three layers"].names
+    leaves = {name: inputs[name].clone().requires_grad_() for name in names}
+    layers = [leaves.get(part + i) for i in ("", "1", "2") for part in NAMES[1:]]
     with gemm.force(TILES[how]):
-        found = group_tests.run(ours, inputs, count, wanted, range(count))
-    # N = 24, 28, 32: the second one's rows do not start at multiples of 16 bytes.
-    assert gemm_runs == ["nk"] * (count - 1) + ["kn"]
-    wide = {name: value.double() for name, value in inputs.items()}
-    expected = group_tests.run(group_tests.oracle, wide, count, wanted, range(count))
-    for name, value in expected.items():
-        assert error_ratio(found[name], value) <= 1.5 * TOLERANCE[torch.bfloat16], name
+        ys = layers_of_one_x(leaves["x"], layers, backend="triton")
+        dys = [dy.contiguous() for dy in inputs["dy"].split(widths, -1)]
+        grads = torch.autograd.grad(ys, list(leaves.values()), dys)
+    assert gemm_runs == ["nk", "kn"]
+    found = {"out": torch.cat(ys, -1), **dict(zip(names, grads, strict=True))}
+    check("three layers", found, exact("three layers", inputs), inputs)
 
 
 @on_device
@@ -234,22 +231,22 @@ def test_the_callers_allocator_stays():
         raise AssertionError("the caller's allocator was asked")
 
     triton.set_allocator(own)
-    check(TILES["tma"], *product(70, 200, 136, 8, torch.bfloat16, "nk", True), "nk")
+    check_product(TILES["tma"], *product(70, 200, 136, 8, torch.bfloat16, "nk", True), "nk")
     assert _allocation._allocator.get() is own
 
 
 @on_device
 def test_compiles_without_a_graph_break(gemm_runs):
-    inputs = make((16,), 32, 24, 8, torch.bfloat16)
-    leaves = [inputs[name].requires_grad_() for name in NAMES]
-    function = torch.compile(slao_kernels.lora_linear, fullgraph=True, backend="aot_eager")
+    inputs = make((16,), 32, 24, 8)
+    layers = [name for name in NAMES if name != "x"]
+
+    def call(t: dict[str, Tensor]) -> Tensor:
+        return layers_of_one_x(t["x"], [t[name] for name in layers], backend="triton")[0]
+
     with gemm.force(TILES["tma"]):
-        y = function(*leaves, 0.7, backend="triton")
-        grads = torch.autograd.grad(y, leaves, inputs["dy"])
+        found = run(torch.compile(call, fullgraph=True, backend="aot_eager"), inputs, NAMES)
     assert gemm_runs == ["nk", "kn"]
-    found = {"y": y, **dict(zip(NAMES, grads, strict=True))}
-    exact = eager_tests.oracle({name: value.detach() for name, value in inputs.items()}, NAMES)
-    eager_tests.compare(found, exact, TOLERANCE[torch.bfloat16])
+    check("linear", found, exact("linear", inputs), inputs)
 
 
 @pytest.fixture
@@ -269,10 +266,10 @@ def table(tmp_path, monkeypatch) -> None:
 
 @on_device
 def test_a_table_turns_it_on(table, gemm_runs):
-    inputs = make((70,), 48, 40, 8, torch.bfloat16)
-    found = eager_tests.ours(inputs, NAMES, backend="triton")
+    inputs = make((70,), 48, 40, 8)
+    found = ours("linear", inputs, backend="triton")
     assert gemm_runs == ["kn"]
-    eager_tests.compare(found, eager_tests.oracle(inputs, NAMES), TOLERANCE[torch.bfloat16])
+    check("linear", found, exact("linear", inputs), inputs)
 
 
 @on_device
@@ -286,12 +283,12 @@ def test_a_tile_that_does_not_fit_is_left_out(table, monkeypatch):
 
     monkeypatch.setattr(gemm, "launch", launch)
     monkeypatch.setattr(gemm, "_unfit", set())
-    inputs = make((70,), 48, 40, 8, torch.bfloat16)
+    inputs = make((70,), 48, 40, 8)
     with pytest.warns(UserWarning, match="does not fit on .* torch's products serve: out of resource: shared memory"):
-        found = eager_tests.ours(inputs, NAMES, backend="triton")
-    again = eager_tests.ours(inputs, NAMES, backend="triton")
+        found = ours("linear", inputs, backend="triton")
+    again = ours("linear", inputs, backend="triton")
     assert len(asked) == 1
     assert all(torch.equal(found[name], again[name]) for name in found)
-    eager_tests.compare(found, eager_tests.oracle(inputs, NAMES), TOLERANCE[torch.bfloat16])
+    check("linear", found, exact("linear", inputs), inputs)
     with gemm.force(TILES["pointers"]), pytest.raises(OutOfResources):
-        eager_tests.ours(inputs, NAMES, backend="triton")
+        ours("linear", inputs, backend="triton")

@@ -122,6 +122,16 @@ def test_a_broken_table_warns_once_and_is_left_out(text, write):
         assert chosen(m=8000) is None
 
 
+def test_what_is_remembered_is_bounded():
+    """Every batch may have another number of tokens: the answers for the last 1024 of them are kept, and no more."""
+    for m in range(1, 1500):
+        tiles.find("shrink", torch.bfloat16, m, 4096, 16)
+        chosen(m=m)
+    for cached in (tiles.find, gemm.chosen):
+        assert cached.cache_info().misses >= 1499
+        assert cached.cache_info().currsize == cached.cache_info().maxsize == 1024
+
+
 def test_forcing_ends_with_the_block():
     first, second = gemm.CANDIDATES[:2]
     with gemm.force(first):

@@ -32,9 +32,7 @@ LARGE = [
 def test_large(shape, dtype, p):
     inputs = make(*shape, dtype, device="cuda")
     mask = {"mask": mask_of_the_next_call(inputs["x"], p)} if p else {}
-    found, again = (
-        (torch.manual_seed(3), ours("linear", inputs, dropout=p, backend="triton"))[1] for _ in range(2)
-    )
+    found, again = ((torch.manual_seed(3), ours("linear", inputs, dropout=p, backend="triton"))[1] for _ in range(2))
     # dA and dB add up thousands of rows of rounded t and g; fp32 sums of that length lose a few more bits.
     compare(found, exact("linear", {**inputs, **mask}), (4 if dtype == torch.float32 else 1.5) * TOLERANCE[dtype])
     assert all(torch.equal(found[name], again[name]) for name in found)

@@ -96,13 +96,6 @@ def test_a_tensor_merged_into_itself_stays():
     torch.testing.assert_close(x, old, rtol=1e-6, atol=0)
 
 
-def test_operator_contract():
-    torch.library.opcheck(
-        torch.ops.slao_kernels.scaled_merge_.default,
-        ([torch.randn(5), torch.randn(2, 3)], [torch.randn(5), torch.randn(2, 3)], [0.3, 0.8], "reference"),
-    )
-
-
 shared = torch.zeros(10)
 BAD = {
     "length": (([torch.zeros(2)], [], 0.5), "lengths differ: merged 2, finetuned 1"),
