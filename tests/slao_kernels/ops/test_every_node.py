@@ -145,12 +145,13 @@ def test_saved_are_x_and_t_and_what_is_as_small_as_an_adapter(op, place, dtypes)
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "a weight trains"])
 @pytest.mark.parametrize("op", ["linear", "three layers"])
 @pytest.mark.skipif(INTERPRETED, reason="Triton's kernels draw their own dropout")
-def test_x_itself_is_saved_beside_a_dropped_one_only_for_a_weight(op, trains):
+def test_of_torchs_dropout_the_mask_is_saved_and_x_itself_only_for_a_weight(op, trains):
     inputs = make((64,), 24, 40, 3, fp32)
     wanted = ("A", "B", *(["weight"] if trains else []))
     saved = saved_by(lambda t: OPS[op].ours(t, dropout=0.4, backend="eager"), inputs, wanted)
     as_x = [t for t in saved if t.shape == (64, 24)]
-    assert [t.data_ptr() == inputs["x"].data_ptr() for t in as_x] == ([False, True] if trains else [False])
+    assert sorted(str(t.dtype) for t in as_x) == ["torch.bool", *["torch.float32"] * (2 if trains else 1)]
+    assert any(t.data_ptr() == inputs["x"].data_ptr() for t in as_x) is trains
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "magnitude trains"])
@@ -268,20 +269,22 @@ def test_lora_linear_operators(place, count, wide, dropout):
     t = make((2, 3), 16, 24, 4, bf16 if wide else fp32, fp32, device=device)
     lists = [[t.get(part + i) for i in ("", "1", "2")[:count]] for part in ("weight", "bias", "A", "B")]
     weights, _, As, Bs = lists
-    source = 1.5 * t["x"] if dropout == "torch" else None
-    drawn = (torch.tensor([7], device=device), 0.3) if dropout == "kernels" else (None, 0.0)
+    source, drawn = None, (None, 0.0)
+    if dropout == "torch":
+        source, mask = torch.native_dropout(t["x"], 0.3, True)
+        drawn = mask, 0.3
+    elif dropout == "kernels":
+        drawn = torch.tensor([7], device=device), 0.3
     scalings = [0.5, 1.0, 2.0][:count]
     check_operator("lora_linear", t["x"], source, *lists, scalings, wide, backend, *drawn)
     ys, saved = torch.ops.slao_kernels.lora_linear(t["x"], source, *lists, scalings, wide, backend, *drawn)
     read = t["x"] if source is None else source
-    for needs in some_or_all(2 + 2 * count):
-        if needs[1] and source is None:
-            continue  # there is none
-        split = *needs[:2], list(needs[2 : 2 + count]), list(needs[2 + count :])
+    for needs in some_or_all(1 + 2 * count):
+        split = needs[0], list(needs[1 : 1 + count]), list(needs[1 + count :])
         arguments = [0.1 * y for y in ys], read, weights, saved, As, Bs, scalings, wide, *split, backend, *drawn
         check_operator("lora_linear_backward", *arguments)
-        dx, dsource, dAs, dBs, _ = torch.ops.slao_kernels.lora_linear_backward(*arguments)
-        assert [part.numel() > 0 for part in (dx, dsource, *dAs, *dBs)] == list(needs)
+        dx, dAs, dBs, _ = torch.ops.slao_kernels.lora_linear_backward(*arguments)
+        assert [part.numel() > 0 for part in (dx, *dAs, *dBs)] == list(needs)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

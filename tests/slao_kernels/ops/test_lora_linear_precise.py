@@ -192,7 +192,7 @@ def test_no_wide_copy_of_x_or_y(way):
     with Largest() as largest:
         (y,), saved = torchs.wide_forward(x, None, *lists)
         weights, _, *rest = lists
-        torchs.wide_backward(x, [t["y"]], weights, saved, *rest, (True, False, [True], [True]))
+        torchs.wide_backward(x, [t["y"]], weights, saved, *rest, (True, [True], [True]))
     assert y.dtype == torch.bfloat16
     # x has 400 × 64. A block has at least 16 rows; the split's terms are padded to rank 16.
     assert 0 < largest.numel <= (16 * 64 if way == "blocks" else 400 * 16)
