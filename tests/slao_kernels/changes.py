@@ -51,9 +51,14 @@ class Variant:
 
 
 def half(module: nn.Module, *args: Any) -> Any:
-    """A hook of any kind: half of the output, of the inputs, or of the gradients."""
+    """A hook: half of the output, of the inputs, or of the result's gradients."""
     last = args[-1]
     return last / 2 if isinstance(last, Tensor) else tuple(None if part is None else part / 2 for part in last)
+
+
+def half_back(module: nn.Module, dx: Any, dy: Any) -> Any:
+    """A backward hook: half of what the module passes on."""
+    return half(module, dx)
 
 
 # --- how a change is written -----------------------------------------------------------------------------------------
@@ -154,7 +159,7 @@ def parametrized(module: nn.Module) -> Undo:
 OF_A_MODULE: dict[str, tuple[Change, str]] = {
     "hook": (lambda m: m.register_forward_hook(half).remove, "{} has hooks"),
     "pre-hook": (lambda m: m.register_forward_pre_hook(half).remove, "{} has hooks"),
-    "backward hook": (lambda m: m.register_full_backward_hook(half).remove, "{} has hooks"),
+    "backward hook": (lambda m: m.register_full_backward_hook(half_back).remove, "{} has hooks"),
     "backward pre-hook": (lambda m: m.register_full_backward_pre_hook(half).remove, "{} has hooks"),
     "other dictionary of hooks": (other_dictionary, "{} has hooks"),
     "forward replaced": (replace_forward, "{}'s forward was replaced on the instance (accelerate hooks?)"),
@@ -169,7 +174,7 @@ OF_A_WEIGHT: dict[str, tuple[Change, str]] = {
 GLOBAL_HOOKS: dict[str, Change] = {
     "forward": lambda _: torch_module.register_module_forward_hook(half).remove,
     "pre": lambda _: torch_module.register_module_forward_pre_hook(half).remove,
-    "backward": lambda _: torch_module.register_module_full_backward_hook(half).remove,
+    "backward": lambda _: torch_module.register_module_full_backward_hook(half_back).remove,
     "backward pre": lambda _: torch_module.register_module_full_backward_pre_hook(half).remove,
 }
 PARTS: dict[str, Callable[[Any], Any]] = {

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import changes
 import pytest
 import torch
 from peft.tuners.lora import layer as lora
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import nn
 
 import slao_kernels
 from slao_kernels.layers import FusedLoraLinear
@@ -18,71 +16,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ADD = {"lora_add": 1, "lora_add_backward": 1}
 
 
-class Doubling(nn.Linear):
-    """A base layer that computes something else than its parent class."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-class Twice(nn.Module):
-    """A parametrization."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return 2 * weight
-
-
-class OtherParameter(nn.Parameter):
-    """A weight that is not a plain parameter, as quantised ones are."""
-
-
-def half(module, *args):
-    return args[-1] / 2  # the output
-
-
-def replace_forward(module: nn.Module) -> None:
-    from accelerate.hooks import ModelHook, add_hook_to_module
-
-    class Half(ModelHook):
-        def post_forward(self, module, output):
-            return output / 2
-
-    add_hook_to_module(module, Half())
-
-
-def other_class(base: nn.Module) -> None:
-    base.__class__ = Doubling
-
-
 # What is done to the base layer, and what the report says of it.
-CHANGES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
-    "hook": (lambda base: base.register_forward_hook(half), "base layer has hooks"),
-    "pre-hook": (
-        lambda base: base.register_forward_pre_hook(lambda _, args: (args[0] / 2,)),
-        "base layer has hooks",
-    ),
-    "backward hook": (
-        lambda base: base.register_full_backward_hook(lambda _, dx, dy: (dx[0] / 2,)),
-        "base layer has hooks",
-    ),
-    "backward pre-hook": (
-        lambda base: base.register_full_backward_pre_hook(lambda _, dy: (dy[0] / 2,)),
-        "base layer has hooks",
-    ),
-    "forward replaced": (replace_forward, "base layer's forward was replaced on the instance (accelerate hooks?)"),
-    "ZeRO-3": (
-        lambda base: setattr(base.weight, "ds_id", 0),
-        "base layer's weight is partitioned by DeepSpeed ZeRO-3",
-    ),
-    "other parameter": (
-        lambda base: setattr(base, "weight", OtherParameter(base.weight.detach())),
-        "base layer's weight is a OtherParameter",
-    ),
-    "subclass": (other_class, f"base layer is {__name__.split('.')[0]}'s Doubling"),
-    "parametrized": (
-        lambda base: parametrize.register_parametrization(base, "weight", Twice()),
-        "base layer is torch's ParametrizedLinear",
-    ),
+CHANGES = {
+    name: (change, why.format("base layer"))
+    for name, (change, why) in {
+        **changes.OF_A_MODULE,
+        **changes.OF_A_WEIGHT,
+        "subclass": (changes.other_class, "{} is changes's Other"),
+        "parametrized": (changes.parametrized, "{} is torch's ParametrizedLinear"),
+    }.items()
 }
 
 
@@ -136,7 +78,7 @@ def test_base_changed_after_patch(change, twins, told):
 def test_a_hook_that_is_gone_again(twins):
     model, twin = twins.net(), twins.net()
     slao_kernels.patch(model)
-    handle = model.proj.base_layer.register_forward_hook(half)
+    handle = model.proj.base_layer.register_forward_hook(changes.half)
     model(twins.net_input())
     handle.remove()
     twins.check_fused(model)
@@ -177,7 +119,7 @@ def test_precision_reaches_the_branch(twins):
     """ "adapter": a delta far larger than the base's result keeps fp32's accuracy on a bf16 base."""
 
     def layer() -> nn.Module:
-        model = twins.net(lambda: Doubling(256, 192).to(torch.bfloat16))
+        model = twins.net(lambda: changes.Doubling(256, 192).to(torch.bfloat16))
         model.proj.lora_A.float()
         model.proj.lora_B.float()
         model.proj.scaling["default"] = 300.0
@@ -197,7 +139,7 @@ def test_precision_reaches_the_branch(twins):
 def test_a_layer_whose_base_turned_plain_is_fused_whole(twins):
     """patch again, after the reason has gone: one node for both, and no note."""
     model = twins.net()
-    handle = model.proj.base_layer.register_forward_hook(half)
+    handle = model.proj.base_layer.register_forward_hook(changes.half)
     assert slao_kernels.patch(model).notes == {"proj": "base layer called: base layer has hooks"}
     handle.remove()
     report = slao_kernels.patch(model)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
-import peft
 import pytest
 import torch
+from changes import Doubling, Tagged, half
 from torch import Tensor, nn
 
 import slao_kernels
@@ -16,17 +14,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ADD = {"lora_add": 1, "lora_add_backward": 1}
 
 
-class Doubling(nn.Linear):
-    """A base layer that computes something else than its parent class."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def half(module, *args):
-    return args[-1] / 2  # the output
-
-
 def test_branch_reasons_still_hold(twins, told):
     """What the LoRA branch cannot take goes to PEFT's forward, over such a base as over any other."""
     model, twin = twins.net(lambda: Doubling(24, 20)), twins.net(lambda: Doubling(24, 20))
@@ -34,47 +21,6 @@ def test_branch_reasons_still_hold(twins, told):
     for net in (model, twin):
         net.proj.lora_B["default"].register_forward_hook(half)
     twins.check_peft_runs(model, twin, report.fallbacks, "lora_B has hooks", told)
-
-
-def under_a_global_hook(net: nn.Module, x: Tensor) -> Tensor:
-    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: output * 1.5)
-    try:
-        return net(x)
-    finally:
-        handle.remove()
-
-
-def traced(net: nn.Module, x: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.jit.trace(net, x, check_trace=False)(x)
-
-
-CALLS = {
-    "tensor subclass": (lambda net, x: net(x.as_subclass(Tagged)), "x is a Tagged"),
-    "grad": (
-        lambda net, x: torch.func.grad(lambda v: net(v).square().sum())(x),
-        "inside a torch.func transform",
-    ),
-    "vmap": (lambda net, x: torch.func.vmap(net)(x), "inside a torch.func transform"),
-    "jvp": (
-        lambda net, x: torch.func.jvp(net, (x,), (torch.ones_like(x),))[1],
-        "inside a torch.func transform",
-    ),
-    "global hook": (under_a_global_hook, "a global module hook is registered"),
-    "jit trace": (traced, "torch.jit.trace (or an export built on it)"),
-}
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_calls_that_the_branch_cannot_take(call, twins, told):
-    run, reason = CALLS[call]
-    model, twin = twins.net(lambda: Doubling(24, 20)), twins.net(lambda: Doubling(24, 20))
-    report = slao_kernels.patch(model)
-    x = twins.net_input()
-    assert torch.equal(run(model, x), run(twin, x))
-    assert report.fallbacks == {"proj": reason}
-    assert len(told()) == 1
 
 
 def test_an_input_on_another_device_or_without_dimensions(twins):
@@ -91,26 +37,6 @@ def test_an_input_on_another_device_or_without_dimensions(twins):
             model(bad)
         assert str(ours.value) == str(theirs.value)
         assert report.fallbacks == {"proj": reason}
-
-
-@pytest.mark.parametrize("tensor_scaling", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_several_active_adapters(bias, tensor_scaling, twins):
-    model, twin = (twins.net(lambda: Doubling(24, 20), lora_bias=bias) for _ in range(2))
-    report = slao_kernels.patch(model)
-    for net in (model, twin):
-        torch.manual_seed(4)
-        other = twins.config(r=5, target_modules=["proj"], init_lora_weights=False)
-        peft.inject_adapter_in_model(other, net, "other")
-        net.proj.set_adapter(["default", "other"])
-        if tensor_scaling:
-            net.proj.scaling = {name: torch.tensor(value) for name, value in net.proj.scaling.items()}
-    x = twins.net_input()
-    with twins.CountOps() as ops:
-        found = twins.net_step(model, x)
-    assert ops.counts == ADD
-    twins.check_close(found, twins.net_step(twin, x))
-    assert report.fallbacks == {}
 
 
 class Scaled(nn.Linear):
@@ -148,10 +74,6 @@ class Returning(nn.Linear):
     def forward(self, x: Tensor) -> object:
         y = super().forward(x)
         return {"tuple": (y, None), "broadcast": y.sum((0, 1)), "subclass": y.as_subclass(Tagged)}[self.what]
-
-
-class Tagged(Tensor):
-    """A tensor subclass, as DTensor and quantised tensors are."""
 
 
 @pytest.mark.parametrize("what", ["broadcast", "subclass"])

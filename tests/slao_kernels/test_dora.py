@@ -1,36 +1,27 @@
-"""PEFT's DoRA layers, patched: numbers, dtypes, what falls back, adapters, copies, checkpointing, compile, training."""
+"""What is special about PEFT's DoRA layers, patched: the factor's dtype, what falls back, other adapters, training.
+
+Numbers, dtypes, copies, checkpointing and compile of them as of all kinds: test_layers.py, test_layers_peft.py.
+"""
 
 from __future__ import annotations
-
-import copy
-import pickle
 
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 import slao_kernels
 from slao_kernels.layers import FusedLoraLinear
-from slao_kernels.testing import error_ratio
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
 ]
 
-BF16_RATIO = 1.5  # our error over PEFT's, both against fp64; see test_patching.py
-BASES = {
-    "bias": lambda: nn.Linear(24, 20),
-    "no bias": lambda: nn.Linear(24, 20, bias=False),
-    "Conv1D": lambda: Conv1D(20, 24),
-}
 FUSED = {"lora_linear": 1, "lora_linear_backward": 1, "dora_norm": 1, "dora_scale": 1, "dora_scale_backward": 1}
 
 
-def layer(twins, base=BASES["bias"], **options) -> nn.Module:
+def layer(twins, base=lambda: nn.Linear(24, 20), **options) -> nn.Module:
     """One DoRA layer whose magnitude is not where it started."""
     model = twins.net(base, use_dora=True, **options)
     own = model.proj.lora_magnitude_vector["default"].weight
@@ -44,63 +35,6 @@ def pair(twins, *args, **options) -> tuple[nn.Module, nn.Module, slao_kernels.Pa
     report = slao_kernels.patch(model, strict=True)
     assert (report.patched, report.skipped, report.notes) == (["proj"], {}, {})
     return model, twin, report
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 24), (1, 24), (33, 24), (0, 24)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "r": 5}], ids=str)
-@pytest.mark.parametrize("base", BASES)
-def test_same_numbers(base, options, shape, twins):
-    """Output and every gradient, the base's own and the magnitude's included."""
-    model, twin, report = pair(twins, BASES[base], **options)
-    for net in (model, twin):
-        net.proj.requires_grad_(True)
-    x = twins.net_input(*shape)
-    with twins.CountOps() as ops:
-        found = twins.net_step(model, x)
-    assert ops.counts == FUSED
-    assert "proj.lora_magnitude_vector.default.weight" in found
-    twins.check_close(found, twins.net_step(twin, x))
-    twins.check_close(twins.net_step(model, x), twins.net_step(twin, x))
-    assert report.fallbacks == {}
-
-
-CASTS = [
-    ("float32", "float32", None),
-    ("bfloat16", "float32", None),
-    ("bfloat16", "bfloat16", None),
-    ("float16", "float32", None),
-    ("float32", "float32", "bfloat16"),
-    ("bfloat16", "float32", "bfloat16"),
-]
-
-
-@pytest.mark.parametrize("precision", ["base", "adapter"])
-@pytest.mark.parametrize(("base", "adapter", "autocast"), CASTS)
-def test_no_further_from_fp64_than_peft(base, adapter, autocast, precision, twins):
-    base, adapter, autocast = (n and getattr(torch, n) for n in (base, adapter, autocast))
-
-    def build() -> nn.Module:
-        model = layer(twins, lambda: nn.Linear(256, 192))
-        nn.init.normal_(model.proj.lora_B["default"].weight, std=0.05, generator=torch.Generator().manual_seed(3))
-        model.proj.to(adapter)
-        model.proj.base_layer.to(base)
-        return model
-
-    model, twin, oracle, narrow = (build() for _ in range(4))
-    slao_kernels.patch(model, precision=precision)
-    x = twins.net_input(8, 16, 256, dtype=base)
-    expected = twins.net_step(oracle.double(), x.double())
-    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None), twins.CountOps() as ops:
-        found, theirs = twins.net_step(model, x), twins.net_step(twin, x)
-        same_dtype = twins.net_step(narrow.to(base), x) if precision == "base" else theirs
-    wide = precision == "adapter" and autocast is None and adapter != base
-    branch = "lora_add" if wide else "lora_linear"
-    assert ops.counts == {name.replace("lora_linear", branch): count for name, count in FUSED.items()}
-    assert {n: v.dtype for n, v in found.items()} == {n: v.dtype for n, v in theirs.items()}
-    for name, value in expected.items():
-        ours = error_ratio(found[name], value)
-        other = max(error_ratio(step[name], value) for step in (theirs, same_dtype))
-        assert ours <= max(BF16_RATIO * other, 1e-6), f"{name}: {ours:.2e}, PEFT's {other:.2e}"
 
 
 def test_a_change_of_magnitude_below_bf16_is_seen(twins):
@@ -195,88 +129,6 @@ def test_left_to_peft_after_patch(what, twins, told):
     for net in (model, twin):
         alter(net)
     twins.check_peft_runs(model, twin, report.fallbacks, reason, told)
-
-
-@pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("base", BASES)
-def test_merged_and_back(base, safe, twins):
-    model, twin, _ = pair(twins, BASES[base])
-    x = twins.net_input()
-    expected = twin(x)
-    for net in (model, twin):
-        net.proj.merge(safe_merge=safe)
-    with twins.CountOps() as ops:
-        assert torch.equal(model(x), twin(x))
-    assert ops.counts == {}
-    assert error_ratio(model(x), expected) <= 1e-5
-    for net in (model, twin):
-        net.proj.unmerge()
-    twins.check_close(twins.net_step(model, x), twins.net_step(twin, x))
-
-
-def test_scaling_as_a_tensor(twins):
-    model, twin, _ = pair(twins)
-    for net in (model, twin):
-        net.proj.scaling["default"] = torch.tensor(net.proj.scaling["default"])
-    twins.check_close(twins.net_step(model, twins.net_input()), twins.net_step(twin, twins.net_input()))
-
-
-@pytest.mark.parametrize(
-    "make_copy", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
-)
-def test_copies(make_copy, twins):
-    model, twin, _ = pair(twins)
-    copied = make_copy(model)
-    with twins.CountOps() as ops:
-        found = twins.net_step(copied, twins.net_input())
-    assert ops.counts == FUSED
-    twins.check_close(found, twins.net_step(twin, twins.net_input()))
-    assert slao_kernels.unpatch(copied) == 1
-    twins.check_equal(twins.net_step(copied, twins.net_input()), twins.net_step(twin, twins.net_input()))
-    assert list(copied.state_dict()) == list(twin.state_dict())
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, inner: nn.Module, reentrant: bool) -> None:
-        super().__init__()
-        self.inner, self.reentrant = inner, reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant, twins):
-    model, twin, _ = pair(twins)
-    found, expected = (twins.net_step(Checkpointed(net, reentrant), twins.net_input()) for net in (model, twin))
-    twins.check_close(found, expected)
-
-
-def test_compile(twins):
-    model, twin, _ = pair(twins)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = {n.removeprefix("_orig_mod."): v for n, v in twins.net_step(compiled, twins.net_input()).items()}
-    twins.check_close(found, twins.net_step(twin, twins.net_input()))
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(mode, twins):
-    model, twin, _ = pair(twins)
-    with mode(), twins.CountOps() as ops:
-        y = model(twins.net_input())
-    assert ops.counts == {"lora_linear": 1, "dora_norm": 1, "dora_scale": 1}
-    twins.check_close({"y": y}, {"y": twin(twins.net_input()).detach()})
-    twins.check_close(twins.net_step(model, twins.net_input()), twins.net_step(twin, twins.net_input()))
-
-
-def test_the_output_may_be_overwritten(twins):
-    model, twin, _ = pair(twins)
-    grads = []
-    for net in (model, twin):
-        net(twins.net_input()).mul_(3).square().sum().backward()
-        grads.append({n: p.grad for n, p in net.named_parameters() if p.grad is not None})
-    twins.check_close(*grads)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

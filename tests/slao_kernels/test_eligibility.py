@@ -6,13 +6,11 @@ nn.Linear is no reason: it is called, see test_called_base.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from changes import OF_A_MODULE, OF_A_WEIGHT, PARTS, Doubling, on, other_class, parametrized, replace_forward
+from torch import nn
 
 import slao_kernels
 from slao_kernels.layers import FusedLoraLinear
@@ -20,88 +18,16 @@ from slao_kernels.layers import FusedLoraLinear
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Doubling(nn.Linear):
-    """A base layer that computes something else than its parent class."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-class Twice(nn.Module):
-    """A parametrization."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return 2 * weight
-
-
-class OtherParameter(nn.Parameter):
-    """A weight that is not a plain parameter, as quantised ones are."""
-
-
-def half(module, *args):
-    return args[-1] / 2  # the output
-
-
-def replace_forward(module: nn.Module) -> None:
-    from accelerate.hooks import ModelHook, add_hook_to_module
-
-    class Half(ModelHook):
-        def post_forward(self, module, output):
-            return output / 2
-
-    add_hook_to_module(module, Half())
-
-
-def set_class(module: nn.Module, cls: type) -> None:
-    module.__class__ = cls
-
-
-def part(name: str) -> Callable[[nn.Module], nn.Module]:
-    return {
-        "lora_A": lambda layer: layer.lora_A["default"],
-        "lora_B": lambda layer: layer.lora_B["default"],
-    }[name]
-
-
-CHANGES: dict[str, tuple[Callable[[nn.Module], object], str]] = {}
-for _name in ("lora_A", "lora_B"):
-    _get = part(_name)
-    CHANGES |= {
-        f"{_name}: hook": (lambda m, g=_get: g(m).register_forward_hook(half), f"{_name} has hooks"),
-        f"{_name}: pre-hook": (
-            lambda m, g=_get: g(m).register_forward_pre_hook(lambda _, args: (args[0] / 2,)),
-            f"{_name} has hooks",
-        ),
-        f"{_name}: backward hook": (
-            lambda m, g=_get: g(m).register_full_backward_hook(lambda _, dx, dy: (dx[0] / 2,)),
-            f"{_name} has hooks",
-        ),
-        f"{_name}: backward pre-hook": (
-            lambda m, g=_get: g(m).register_full_backward_pre_hook(lambda _, dy: (dy[0] / 2,)),
-            f"{_name} has hooks",
-        ),
-        f"{_name}: forward replaced": (
-            lambda m, g=_get: replace_forward(g(m)),
-            f"{_name}'s forward was replaced on the instance (accelerate hooks?)",
-        ),
-        f"{_name}: ZeRO-3": (
-            lambda m, g=_get: setattr(g(m).weight, "ds_id", 0),
-            f"{_name}'s weight is partitioned by DeepSpeed ZeRO-3",
-        ),
-        f"{_name}: other parameter": (
-            lambda m, g=_get: setattr(g(m), "weight", OtherParameter(g(m).weight.detach())),
-            f"{_name}'s weight is a OtherParameter",
-        ),
-    }
+# What is done to A or B, and what is said of it.
+CHANGES = {
+    f"{name}: {what}": (on(PARTS[name], change), why.format(name))
+    for name in ("lora_A", "lora_B")
+    for what, (change, why) in {**OF_A_MODULE, **OF_A_WEIGHT}.items()
+}
+PLAIN = "lora_A is a {}, lora_B a {}, not plain nn.Linear"
 CHANGES |= {
-    "lora_A: parametrized": (
-        lambda m: parametrize.register_parametrization(m.lora_A["default"], "weight", Twice()),
-        "lora_A is a ParametrizedLinear, lora_B a Linear, not plain nn.Linear",
-    ),
-    "lora_B: subclass": (
-        lambda m: set_class(m.lora_B["default"], Doubling),
-        "lora_A is a Linear, lora_B a Doubling, not plain nn.Linear",
-    ),
+    "lora_A: parametrized": (on(PARTS["lora_A"], parametrized), PLAIN.format("ParametrizedLinear", "Linear")),
+    "lora_B: subclass": (on(PARTS["lora_B"], other_class), PLAIN.format("Linear", "Other")),
 }
 
 

@@ -1,12 +1,13 @@
-"""Copies of a patched model, in memory and in files: whole models stay fused, adapters load without this library."""
+"""Copies of a patched model, in memory and in files: what its layers share, adapters that load without this library.
+
+Layers by themselves: test_layers_peft.py.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 import pickle
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -48,22 +49,6 @@ COPIES = {
 
 
 @pytest.mark.parametrize("how", COPIES)
-def test_whole_model_copies_stay_fused(how, model, twin, twins, tmp_path):
-    copied = COPIES[how](model, tmp_path)
-    expected = twins.step(twin)
-    for net in (copied, model):
-        with twins.CountOps() as ops:
-            twins.check_close(twins.step(net), expected)
-        assert ops.forward == LAYERS
-    ours = {p.data_ptr() for p in model.parameters()}
-    assert not any(p.data_ptr() in ours for p in copied.parameters())
-    # Independent of the original: unpatching one leaves the other, and training one too.
-    assert slao_kernels.unpatch(copied) == LAYERS
-    assert sum(type(m) is FusedLoraLinear for m in model.modules()) == LAYERS
-    twins.check_equal(twins.step(copied), expected)
-
-
-@pytest.mark.parametrize("how", COPIES)
 def test_copies_share_their_fallbacks_among_themselves_only(how, model, twins, tmp_path):
     """The layers of one copy write into one dictionary, which is not the original's report."""
     report = slao_kernels.patch(model)
@@ -73,24 +58,6 @@ def test_copies_share_their_fallbacks_among_themselves_only(how, model, twins, t
     assert all(found is fallbacks[0] for found in fallbacks)
     assert list(fallbacks[0]) == report.patched[:1]
     assert report.fallbacks == {}
-
-
-def test_load_in_another_process(model, twin, twins, tmp_path):
-    """A patched model's file needs this library to be installed, and nothing to be called."""
-    torch.save(model, tmp_path / "model.pt")
-    code = (
-        "import sys, torch\n"
-        "model = torch.load(sys.argv[1], weights_only=False)\n"
-        "torch.save(model(torch.load(sys.argv[2])).logits.detach(), sys.argv[3])\n"
-        "print(sum(type(m).__name__ == 'FusedLoraLinear' for m in model.modules()))\n"
-    )
-    torch.save(twins.token_ids(), tmp_path / "ids.pt")
-    paths = [str(tmp_path / name) for name in ("model.pt", "ids.pt", "logits.pt")]
-    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == LAYERS
-    logits = torch.load(tmp_path / "logits.pt")
-    twins.check_close({"logits": logits}, {"logits": twins.step(twin)["logits"]})
 
 
 def test_save_pretrained_loads_in_plain_peft(model, twin, twins, tmp_path):
@@ -130,15 +97,6 @@ def test_load_adapter_into_a_patched_model(model, twins, tmp_path):
         found = model(twins.token_ids()).logits
     assert ops.forward == LAYERS
     twins.check_close({"logits": found}, {"logits": other(twins.token_ids()).logits})
-
-
-def test_state_dict_travels_both_ways(model, twin, twins):
-    twins.train_a_little(twin, seed=41)
-    assert model.load_state_dict(twin.state_dict()) == ([], [])
-    twins.check_close(twins.step(model), twins.step(twin))
-    twins.train_a_little(model, seed=43)
-    assert twin.load_state_dict(model.state_dict()) == ([], [])
-    twins.check_close(twins.step(model), twins.step(twin))
 
 
 def test_moved_and_cast(model, twin, twins):
