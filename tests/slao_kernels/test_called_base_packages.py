@@ -81,7 +81,7 @@ PACKAGES = {
 }
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", ["EETQ", pytest.param("INC", marks=pytest.mark.exhaustive)])
 def test_class_of_a_package(package, tmp_path):
     module, name, theirs, ours = PACKAGES[package]
     folder = tmp_path

@@ -107,21 +107,12 @@ def test_use_backend():
                 assert dispatch.choose("lora_linear", "cpu") == "eager"
         assert dispatch.choose("lora_linear", "cpu") == "reference"
     assert dispatch.choose("lora_linear", "cpu") == AUTO
-
-
-def test_auto_inside_the_block_wins_over_a_layers_wish():
-    with slao_kernels.use_backend("auto"):
+    with slao_kernels.use_backend("auto"):  # wins over a layer's own wish too
         assert dispatch.choose("lora_linear", "cpu", "reference") == AUTO
-
-
-def test_use_backend_ends_with_an_exception():
     with pytest.raises(KeyError), slao_kernels.use_backend("reference"):
         raise KeyError
     assert dispatch.choose("lora_linear", "cpu") == AUTO
-
-
-def test_a_layers_wish():
-    assert dispatch.choose("lora_linear", "cpu", "reference") == "reference"
+    assert dispatch.choose("lora_linear", "cpu", "reference") == "reference"  # a layer's own wish
     assert dispatch.choose("fold", "cpu", "eager") == "reference"  # "eager" is torch's calls; fold has one order
 
 
