@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from torch import Tensor
 
 from slao.cli import main
+from slao.folders import read_adapter
 from slao_kernels.testing import error_ratio
 
 pytestmark = pytest.mark.slow
 METHODS = ("slao", "inflora", "sdlora")
-# fp32, gradients summed in two halves; see test_sharding.py, whose bounds these are (InfLoRA's A are eigenvectors).
-TOLERANCE = {"inflora": 1e-4}
+# Of what the adapter adds to a layer: the sign of an eigenvector (InfLoRA's A) and the size of a magnitude near zero
+# (SD-LoRA's) are no result. fp32, gradients summed in two halves: how far their last bits take the weights depends on
+# what cancels in a gradient, and which bits they are on the processor. Up to 5e-5 between any two of eight settings of
+# MKL, ATen and threads; with the gradients of one rank alone every layer is off by 5e-1 and more.
+TOLERANCE = 1e-3
 
 
 def command(model: Path, stream: Path, runs: Path, batch: int, *more: str) -> list[str]:
@@ -78,6 +82,11 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
+def deltas(folder: Path) -> dict[str, Tensor]:
+    """By layer the B A of an adapter."""
+    return {name: B.double() @ A.double() for name, (A, B, _) in read_adapter(folder).items()}
+
+
 def test_the_results_are_those_of_one_process(both):
     one, two = (results(folder)["methods"] for folder in both[:2])
     assert list(one) == list(two) == list(METHODS)
@@ -87,12 +96,9 @@ def test_the_results_are_those_of_one_process(both):
         for ours, theirs in zip(two[label]["losses"][0], one[label]["losses"][0], strict=True):
             assert len(theirs) == 2
             assert ours == pytest.approx(theirs, rel=1e-3)  # logged with four digits
-        mine, other = (
-            load_file(folder / "adapters" / f"{label}-0" / "adapter_model.safetensors") for folder in both[:2]
-        )
+        mine, other = (deltas(folder / "adapters" / f"{label}-0") for folder in both[:2])
         assert mine.keys() == other.keys()
-        bound = TOLERANCE.get(label, 1e-5)
-        assert max(error_ratio(mine[key], value) for key, value in other.items()) <= bound, label
+        assert max(error_ratio(mine[key], value) for key, value in other.items()) <= TOLERANCE, label
 
 
 def test_the_first_process_alone_writes_and_prints(both):

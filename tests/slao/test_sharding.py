@@ -21,9 +21,10 @@ from slao.methods import METHODS
 from slao_kernels.testing import error_ratio, tiny_model
 
 RANKS = 2
-# fp32. A gradient that is summed in two halves differs by about 1e-7; four steps and two merges take the largest
-# error of a tensor to 2e-6 (measured). A rank's gradients alone would be wrong by 1e-1.
-TOLERANCE = 1e-5
+# A gradient that is summed in two halves is rounded elsewhere, which four steps and two merges enlarge. How much, one
+# process shows: by how far its fp32 is from fp64 (2e-6 in the worst tensor, whatever the settings of MKL and ATen).
+# The ranks may be so many times as far from it: another draw of the same errors. A rank alone would be off by 1e-1.
+FACTOR = 10
 WRAPS = ("ddp", "fsdp2_blocks", "fsdp2_leaves", "fsdp2_accelerate", "fsdp1", "fsdp1_flat")
 # Why every adapted layer runs PEFT's own forward there; None: all are fused.
 UNIT = "lora_A is an FSDP unit of its own ({}) and has to be called; FSDP2 over whole blocks (fully_shard(block)) "
@@ -85,6 +86,18 @@ def one(ranks) -> dict[str, Any]:
     return ranks.reference()
 
 
+@pytest.fixture(scope="module")
+def bound(ranks, one) -> float:
+    """How far a tensor may be from that of one process."""
+    return FACTOR * rounding(one["weights"], ranks.reference(torch.float64)["weights"])
+
+
+def rounding(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """The error of the tensor that is furthest off."""
+    assert found.keys() == exact.keys()
+    return max(error_ratio(found[name], value) for name, value in exact.items())
+
+
 def results(folder: Path, case: str) -> list[dict[str, Any]]:
     """What each rank left; an error there is one here."""
     found = [torch.load(folder / f"{case}.{rank}.pt") for rank in range(RANKS)]
@@ -93,20 +106,19 @@ def results(folder: Path, case: str) -> list[dict[str, Any]]:
     return found
 
 
-def check_as_one(found: list[dict[str, Any]], one: dict[str, Any], ranks: SimpleNamespace) -> None:
+def check_as_one(found: list[dict[str, Any]], one: dict[str, Any], bound: float, ranks: SimpleNamespace) -> None:
     """Adapters and merge as in one process, bitwise alike on all ranks; merged() leaves no trace."""
     for each in found:
-        assert each["weights"].keys() == one["weights"].keys()
-        for name, expected in one["weights"].items():
-            assert error_ratio(each["weights"][name], expected) <= TOLERANCE, name
-        assert error_ratio(each["logits"], one["logits"]) <= TOLERANCE
-        assert error_ratio(each["trained_logits"], one["trained_logits"]) <= TOLERANCE
+        assert rounding(each["weights"], one["weights"]) <= bound
+        assert error_ratio(each["logits"], one["logits"]) <= bound
+        assert error_ratio(each["trained_logits"], one["trained_logits"]) <= bound
         assert ranks.equal(each["weights"], found[0]["weights"])
         assert ranks.equal(each["weights"], each["after"])
 
 
-def test_the_reference_can_tell(one):
-    """Merged and trained weights, and what the model says with them, differ by far more than the tolerance."""
+def test_the_reference_can_tell(one, bound):
+    """Merged and trained weights, and what the model says with them, differ by far more than the bound."""
+    assert bound <= 1e-4
     merged = [name for name in one["weights"] if name.endswith("B.merged")]
     assert len(merged) == 6
     for name in merged:
@@ -128,9 +140,9 @@ def check_fallbacks(found: dict[str, Any], one: dict[str, Any], reason: str | No
 
 
 @pytest.mark.parametrize("case", [*WRAPS, "patched_late", "trainer", "callback"])
-def test_two_tasks(case, folder, one, ranks):
+def test_two_tasks(case, folder, one, bound, ranks):
     found = results(folder, case)
-    check_as_one(found, one, ranks)
+    check_as_one(found, one, bound, ranks)
     for each in found:
         check_fallbacks(each, one, FALLBACK.get(case))
         assert each.get("skipped", {}) == {}
@@ -141,14 +153,15 @@ def test_every_method_over_ddp(folder, ranks, tmp_path):
     found = [
         {**each, "sdlora": results(folder, "sdlora")[rank]} for rank, each in enumerate(results(folder, "every_method"))
     ]
-    one = {**ranks.every_method(0, 1, tmp_path), "sdlora": ranks.sdlora(0, 1, tmp_path)}
+    one, exact = (
+        {**ranks.every_method(0, 1, tmp_path, dtype), "sdlora": ranks.sdlora(0, 1, tmp_path, dtype)}
+        for dtype in (torch.float32, torch.float64)
+    )
     assert found[0].keys() == one.keys() == METHODS.keys() - {"ewc"}
     for name, expected in one.items():
-        # InfLoRA's A are eigenvectors: the gaps between eigenvalues enlarge the inputs' errors (measured: 1.2e-5).
-        bound = 10 * TOLERANCE if name == "inflora" else TOLERANCE
-        assert found[0][name].keys() == expected.keys()
         assert ranks.equal(found[0][name], found[1][name]), name
-        assert max(error_ratio(found[0][name][key], value) for key, value in expected.items()) <= bound, name
+        state, alone, right = (ranks.decided(name, each) for each in (found[0][name], expected, exact[name]))
+        assert rounding(state, alone) <= FACTOR * rounding(alone, right) <= 1e-2, name
 
 
 def test_ewcs_information_is_the_mean_over_the_ranks(folder, ranks):
@@ -176,10 +189,10 @@ def deepspeed_folder(ranks, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("case", ["zero", "kept", "trainer"])
-def test_deepspeed(case, stage, deepspeed_folder, one, ranks):
+def test_deepspeed(case, stage, deepspeed_folder, one, bound, ranks):
     """An engine a task, one engine for all, and transformers' Trainer, whose engine is older than the task."""
     found = results(deepspeed_folder, f"{case}{stage}")
-    check_as_one(found, one, ranks)
+    check_as_one(found, one, bound, ranks)
     for each in found:
         check_fallbacks(each, one, FALLBACK.get(f"zero{stage}"))
         assert "DeepSpeedEngine" in each.get("wrapped", ["DeepSpeedEngine"])
@@ -229,13 +242,13 @@ def test_the_operations_refuse_shards(folder):
 
 
 @pytest.mark.parametrize("case", WRAPS)
-def test_on_disk(case, folder, one, ranks, tmp_path):
+def test_on_disk(case, folder, one, bound, ranks, tmp_path):
     """Saved by two ranks in the middle of a task, and taken up by two others, or by one process."""
     found = results(folder, f"{case}_on_disk")
     for each in found:
         assert each["extra"] == {"note": 0}
         assert ranks.equal(each["saved"], each["loaded"])
-    check_as_one(found, one, ranks)
+    check_as_one(found, one, bound, ranks)
     # The README comes from PeftModel.save_pretrained, which writes unsharded models only.
     expected = ["adapter", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "slao_state.safetensors"]
     assert [name for name in found[0]["files"] if "README" not in name] == expected
@@ -254,7 +267,7 @@ def test_on_disk(case, folder, one, ranks, tmp_path):
     name = "adapter_model.safetensors"
     mine, theirs = load_file(tmp_path / name), load_file(saved / "adapter" / name)
     assert mine.keys() == theirs.keys()
-    assert max(error_ratio(theirs[key], mine[key]) for key in mine) <= TOLERANCE
+    assert rounding(theirs, mine) <= bound
     loaded = peft.PeftModel.from_pretrained(tiny_model("llama", initializer_range=0.3), saved / "adapter")
     for key, value in theirs.items():
         assert torch.equal(loaded.state_dict()[key.replace(".weight", ".default.weight")], value)

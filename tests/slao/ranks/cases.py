@@ -123,13 +123,18 @@ def with_trainer(rank: int, ranks: int, folder: Path, **options: Any) -> dict[st
 
 
 def by_trainers(
-    ranks: int, folder: Path, callback: bool = False, kind: type[Method] = SLAO, **more: Any
+    ranks: int,
+    folder: Path,
+    callback: bool = False,
+    kind: type[Method] = SLAO,
+    dtype: torch.dtype = torch.float32,
+    **more: Any,
 ) -> tuple[Method, nn.Module]:
     """transformers' Trainer, a new one for each task, which wraps the model through accelerate.
 
     callback: the task begins and ends in SlaoCallback, so when the model is wrapped already.
     """
-    model = make()
+    model = make(dtype)
     method = kind(model)
     arguments: dict[str, Any] = {"use_cpu": True, "optim": "sgd", "learning_rate": RATE, "max_grad_norm": 0.0}
     arguments |= {"lr_scheduler_type": "constant", "max_steps": STEPS, "report_to": "none", "save_strategy": "no"}
@@ -155,18 +160,18 @@ def by_trainers(
 KINDS = [kind for name, kind in METHODS.items() if name not in ("ewc", "sdlora")]
 
 
-def every_method(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
+def every_method(rank: int, ranks: int, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Each in transformers' Trainer, which wraps the model in DDP before the callback begins the task."""
     found = {}
     for kind in KINDS:
-        method, _ = by_trainers(ranks, folder, callback=True, kind=kind)
+        method, _ = by_trainers(ranks, folder, callback=True, kind=kind, dtype=dtype)
         found[kind.name] = {key: value.clone() for key, value in (method._live_tensors() | method._state()).items()}
     return found
 
 
-def sdlora(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
+def sdlora(rank: int, ranks: int, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Its magnitudes are parameters that DDP has to see."""
-    model = make()
+    model = make(dtype)
     method = SDLoRA(model)
     for task in range(TASKS):
         method.begin_task(str(task))

@@ -18,12 +18,12 @@ from slao_kernels.testing import tiny_model
 TASKS, STEPS, BATCH, RATE = 2, 2, 4, 0.2
 
 
-def make() -> nn.Module:
+def make(dtype: torch.dtype = torch.float32) -> nn.Module:
     """Adapters on layers of several shapes; r = 3 over two ranks leaves uneven shards."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "down_proj"]}
     model = get_peft_model(tiny_model("llama", initializer_range=0.3), LoraConfig(**settings))
-    slao_kernels.patch(model)
+    slao_kernels.patch(model.to(dtype))
     return model.train()
 
 
@@ -67,6 +67,23 @@ def weights(method: Method) -> dict[str, torch.Tensor]:
     return found
 
 
+def decided(kind: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the mathematics decides of a state. OPCM's and InfLoRA's factors come from decompositions, whose vectors may
+    have either sign: of these the products, which plain gradient descent keeps apart from it, and the projections."""
+    if kind not in ("opcm", "inflora"):
+        return state
+    found: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        layer, _, what = key.rpartition(".")
+        if what in ("A", "frozen_A", "A_merged"):
+            found[f"{key} B"] = state[f"{layer}.{what.replace('A', 'B')}"].double() @ value.double()
+        elif what in ("space", "complement"):
+            found[key] = value @ value.T
+        elif "B" not in what:
+            found[key] = value
+    return found
+
+
 def outcome(method: Method, model: nn.Module) -> dict[str, Any]:
     """What a case leaves: the weights, the merged model's logits, what fell back and why."""
     found: dict[str, Any] = {"weights": weights(method)}
@@ -97,9 +114,9 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def reference() -> dict[str, Any]:
+def reference(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """One process, whole batches."""
-    model = make()
+    model = make(dtype)
     method = SLAO(model)
     run(method, model)
     return outcome(method, model)
