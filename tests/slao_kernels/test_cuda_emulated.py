@@ -45,7 +45,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def merge(core: ModuleType, merged: list[Tensor], tuned: list[Tensor], lam: list[float]) -> None:
-    scaled_merge.on_gpu(core, scaled_merge.tables(merged, tuned, lam), 0, 0)
+    scaled_merge.on_gpu(core, scaled_merge.records(scaled_merge.tables(merged, tuned), lam), 0, 0)
 
 
 @pytest.mark.parametrize("target", DTYPES, ids=str)
@@ -143,6 +143,10 @@ def test_more_pairs_than_one_launch_takes(core):
 # --- fold ------------------------------------------------------------------------------------------------------------
 
 
+def add_in(core: ModuleType, Ws: list[Tensor], As: list[Tensor], Bs: list[Tensor], scalings: list[float]) -> None:
+    fold.on_gpu(core, fold.records(fold.tables(Ws, As, Bs), scalings), 0, 0)
+
+
 @pytest.mark.parametrize("adapter", DTYPES, ids=str)
 @pytest.mark.parametrize("weight", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -152,7 +156,7 @@ def test_fold_equals_the_exact_sum_rounded_once(core, shape, weight, adapter):
     n, k, r = shape
     W, A, B = torch.randn(n, k).to(weight), torch.randn(r, k).to(adapter), torch.randn(n, r).to(adapter)
     expected = W.double() + 0.7 * B.double() @ A.double()
-    fold.on_gpu(core, [W], [A], [B], [0.7], 0, 0)
+    add_in(core, [W], [A], [B], [0.7])
     # fp32 sums of 130 products have more rounding than those of 64.
     slack = 4 if r > 64 and weight in (torch.float32, torch.float64) else 1
     assert error_ratio(W, expected) <= ONCE[weight] * slack
@@ -185,7 +189,7 @@ def test_fold_of_any_shape_and_layout(core, sizes, layouts, weight, adapter, see
     expected = [W.clone() for W in Ws]
     outside = [whole.double().sum() - W.double().sum() for whole, W in zip(wholes, Ws, strict=True)]
     fold_reference.fold_(expected, As, Bs, scalings)
-    fold.on_gpu(core, list(Ws), As, Bs, scalings, 0, 0)
+    add_in(core, list(Ws), As, Bs, scalings)
     for W, e, whole, rest in zip(Ws, expected, wholes, outside, strict=True):
         torch.testing.assert_close(W.double(), e.double(), rtol=torch.finfo(weight).eps, atol=2e-5)
         if layouts[0] != "plain":
@@ -197,11 +201,11 @@ def test_more_weights_than_one_launch_takes(core):
     As, Bs = [torch.randn(2, 7) for _ in Ws], [torch.randn(len(W), 2) for W in Ws]
     expected = [W.double() + 0.5 * B.double() @ A.double() for W, A, B in zip(Ws, As, Bs, strict=True)]
     start = core.launches()
-    fold.on_gpu(core, Ws, As, Bs, [0.5] * 600, 0, 0)
+    add_in(core, Ws, As, Bs, [0.5] * 600)
     assert core.launches() - start == 3  # 450 in fp32, 150 in fp64
     for W, e in zip(Ws, expected, strict=True):
         torch.testing.assert_close(W.double(), e, rtol=torch.finfo(W.dtype).eps, atol=1e-5)
-    fold.on_gpu(core, [torch.empty(0, 4)], [torch.ones(1, 4)], [torch.ones(0, 1)], [1.0], 0, 0)
+    add_in(core, [torch.empty(0, 4)], [torch.ones(1, 4)], [torch.ones(0, 1)], [1.0])
     assert core.launches() - start == 3
 
 
@@ -216,7 +220,7 @@ def test_the_order_of_blocks_and_threads_does_not_matter(core):
         core.set_order(*order)
         w, f = [W.clone() for W in Ws], [W.clone() for W in Ws]
         merge(core, w, Fs, [0.3, 0.9])
-        fold.on_gpu(core, f, lows, ups, [0.5, 0.5], 0, 0)
+        add_in(core, f, lows, ups, [0.5, 0.5])
         results.append([bits(t) for t in w + f])
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
@@ -232,7 +236,7 @@ def test_an_older_driver_gets_smaller_tables(core):
         core.set_driver(version)
         w, f, start = [W.clone() for W in Ws], [F.clone() for F in Fs], core.launches()
         merge(core, w, Fs, [0.3] * 100)
-        fold.on_gpu(core, f, lows, ups, [0.5] * 100, 0, 0)
+        add_in(core, f, lows, ups, [0.5] * 100)
         assert core.launches() - start == launches
         results.append([bits(t) for t in w + f])
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))

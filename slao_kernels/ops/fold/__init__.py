@@ -12,6 +12,7 @@ from ... import dispatch
 from .. import (
     checks,
     operators,  # noqa: F401  (defines the operators)
+    repeated,
 )
 
 
@@ -34,6 +35,23 @@ def fold_(
     weights, As, Bs = list(weights), list(As), list(Bs)
     one = isinstance(scalings, int | float)
     factors = [float(scalings)] * len(weights) if one else [float(value) for value in scalings]  # type: ignore
+    more = len(weights), len(As), len(Bs), len(factors), all(map(math.isfinite, factors))
+    call = _calls.call(weights + As + Bs, more, lambda: _check(weights, As, Bs, factors))
+    if not weights:
+        return
+    chosen = dispatch.choose("fold", weights[0].device.type, backend)
+    with torch.no_grad():
+        if chosen == "reference" or call.seen is None:
+            torch.ops.slao_kernels.fold_(weights, As, Bs, factors, chosen)
+        else:
+            module = dispatch.implementation("fold", chosen)
+            module.fold_(weights, As, Bs, factors, call.table(chosen, module, weights, As, Bs))
+
+
+_calls = repeated.Repeated()
+
+
+def _check(weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], factors: list[float]) -> None:
     problems = checks.Problems("fold_")
     if checks.lengths(problems, weights=weights, As=As, Bs=Bs, scalings=factors):
         device = next((tensor.device for tensor in weights if isinstance(tensor, Tensor)), None)
@@ -51,8 +69,3 @@ def fold_(
         if not problems.found:
             checks.distinct_memory(problems, "weights", weights, As=As, Bs=Bs)
     problems.raise_if_any()
-    if not weights:
-        return
-    chosen = dispatch.choose("fold", weights[0].device.type, backend)
-    with torch.no_grad():
-        torch.ops.slao_kernels.fold_(weights, As, Bs, factors, chosen)

@@ -42,11 +42,17 @@ class Launch:
 _plans: device_tables.Kept[list[Launch]] = device_tables.Kept()
 
 
-def fold_(weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], scalings: list[float]) -> None:
-    """As `reference.fold_`; see device.py."""
+def fold_(
+    weights: list[Tensor],
+    As: list[Tensor],
+    Bs: list[Tensor],
+    scalings: list[float],
+    prepared: list[Launch] | None = None,
+) -> None:
+    """As `reference.fold_`; see device.py. prepared: `tables` of the same lists, which the caller has kept."""
     if not weights:
         return
-    for launch in tables(weights, As, Bs):
+    for launch in tables(weights, As, Bs) if prepared is None else prepared:
         launch.run(scalings, weights[0].device)
     native.written(weights)
 

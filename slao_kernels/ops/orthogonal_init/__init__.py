@@ -11,6 +11,7 @@ from ... import dispatch
 from .. import (
     checks,
     operators,  # noqa: F401  (defines the operators)
+    repeated,
 )
 
 
@@ -65,7 +66,42 @@ def orthogonal_init_(
     report raises when it is read.
     Source: SLAO, arXiv 2512.23017, Algorithm 1.
     """
-    As = list(As)
+    As, kept = list(As), [] if keep is None else list(keep)
+    call = _calls.call(As + kept, (len(As), keep is None), lambda: _check(As, None if keep is None else kept))
+    if not As:
+        return OrthogonalInitReport([] if return_r else None, torch.empty(0, dtype=torch.int32))
+    device = As[0].device
+    chosen = dispatch.choose("orthogonal_init", device.type, backend)
+    r = [A.new_empty((A.shape[0], A.shape[0]), dtype=_r_dtype(A.dtype)) for A in As] if return_r else []
+    status = torch.empty(len(As), dtype=torch.int32, device=device)
+    direct = chosen != "reference" and call.seen is not None
+    in_one_pass = direct and chosen == "native" and device.type == "cpu"
+    with torch.no_grad():
+        if kept and not in_one_pass:
+            if device.type == "cpu":
+                _refuse_not_finite(As)  # the copies come first here
+            # A merge with weight 1 copies bits, all in one launch.
+            copies, ones = dispatch.choose("scaled_merge", device.type, backend), [1.0] * len(As)
+            if direct and copies != "reference":
+                merge = dispatch.implementation("scaled_merge", copies)
+                merge.scaled_merge_(kept, As, ones, call.table(f"keep, {copies}", merge, kept, As))
+            else:
+                torch.ops.slao_kernels.scaled_merge_(kept, As, ones, copies)
+        if direct:
+            module = dispatch.implementation("orthogonal_init", chosen)
+            module.orthogonal_init_(As, r, status, kept if in_one_pass else (), call.table(chosen, module, As))
+        else:
+            torch.ops.slao_kernels.orthogonal_init_(As, r, status, chosen)
+    report = OrthogonalInitReport(r if return_r else None, status)
+    if device.type == "cpu":
+        report.check()
+    return report
+
+
+_calls = repeated.Repeated()
+
+
+def _check(As: list[Tensor], keep: list[Tensor] | None) -> None:
     problems = checks.Problems("orthogonal_init_")
     device = next((A.device for A in As if isinstance(A, Tensor)), None)
     known_good = checks.plain(As)
@@ -79,33 +115,13 @@ def orthogonal_init_(
             fits = isinstance(A, Tensor) and checks.tensor(problems, f"keep[{index}]", copy, device)
             if fits and (copy.shape, copy.dtype) != (A.shape, A.dtype):
                 problems.add(f"keep[{index}]", f"is {tuple(copy.shape)} {copy.dtype}, A {tuple(A.shape)} {A.dtype}")
-    kept = [] if keep is None else list(keep)
     if not problems.found:
         checks.distinct_memory(problems, "As", As)
-        checks.distinct_memory(problems, "keep", kept, As=As)
-        for index, copy in enumerate(kept):
+        checks.distinct_memory(problems, "keep", keep or [], As=As)
+        for index, copy in enumerate(keep or ()):
             if copy.data_ptr() == As[index].data_ptr():
                 problems.add(f"keep[{index}]", f"is As[{index}] itself")
     problems.raise_if_any()
-    if not As or device is None:
-        return OrthogonalInitReport([] if return_r else None, torch.empty(0, dtype=torch.int32))
-    chosen = dispatch.choose("orthogonal_init", device.type, backend)
-    r = [A.new_empty((A.shape[0], A.shape[0]), dtype=_r_dtype(A.dtype)) for A in As] if return_r else []
-    status = torch.empty(len(As), dtype=torch.int32, device=device)
-    with torch.no_grad():
-        if kept and chosen == "native" and device.type == "cpu" and dispatch.direct():
-            dispatch.implementation("orthogonal_init", chosen).orthogonal_init_(As, r, status, kept)
-        else:
-            if kept and device.type == "cpu":
-                _refuse_not_finite(As)  # the copies come first here
-            if kept:  # a merge with weight 1 copies bits, all in one launch
-                copies = dispatch.choose("scaled_merge", device.type, backend)
-                torch.ops.slao_kernels.scaled_merge_(kept, As, [1.0] * len(As), copies)
-            torch.ops.slao_kernels.orthogonal_init_(As, r, status, chosen)
-    report = OrthogonalInitReport(r if return_r else None, status)
-    if device.type == "cpu":
-        report.check()
-    return report
 
 
 def _refuse_not_finite(As: list[Tensor]) -> None:

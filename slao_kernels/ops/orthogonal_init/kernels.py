@@ -65,12 +65,15 @@ class Plan:
 _plans: device_tables.Kept[Plan] = device_tables.Kept()
 
 
-def orthogonal_init_(As: list[Tensor], r: list[Tensor], status: Tensor) -> None:
-    """As `reference.orthogonal_init_`."""
+def orthogonal_init_(
+    As: list[Tensor], r: list[Tensor], status: Tensor, keep: Sequence[Tensor] = (), prepared: Plan | None = None
+) -> None:
+    """As `reference.orthogonal_init_`. keep: none. prepared: `tables` of As, which the caller has kept."""
+    assert not keep
     if not As:
         return
     where = As[0].device
-    plan = _plans.of_tensors(As, None, lambda: _plan(As))
+    plan = tables(As) if prepared is None else prepared
     # From torch's allocator on the current stream: capturable, and free for reuse behind the last launch.
     ws = torch.empty(plan.words, dtype=torch.float64, device=where)
     states = torch.empty(len(As), dtype=torch.int32, device=where)
@@ -92,6 +95,11 @@ def orthogonal_init_(As: list[Tensor], r: list[Tensor], status: Tensor) -> None:
     if found is not status:
         status.copy_(found)
     native.written(As)  # whether or not the device finds a NaN; nobody has waited to know
+
+
+def tables(As: list[Tensor]) -> Plan:
+    """The launches for these matrices, kept."""
+    return _plans.of_tensors(As, None, lambda: _plan(As))
 
 
 def types(group: Group) -> dict[str, Any]:

@@ -18,10 +18,17 @@ logger = logging.getLogger("slao_kernels")
 _DONE, _NOT_FINITE, _FLAGGED = 0, 2, 3
 
 
-def orthogonal_init_(As: list[Tensor], r: list[Tensor], status: Tensor, keep: Sequence[Tensor] = ()) -> None:
+def orthogonal_init_(
+    As: list[Tensor],
+    r: list[Tensor],
+    status: Tensor,
+    keep: Sequence[Tensor] = (),
+    prepared: array.array[int] | None = None,
+) -> None:
     """As `reference.orthogonal_init_`; see csrc/cpu/orthogonal_init.cpp and csrc/cuda/orthogonal_init.cu.
 
     keep (on a CPU only): tensors like As, which receive them as they were, in the pass that overwrites them.
+    prepared: `tables` of As, which the caller has kept.
     """
     core = native.core()
     if As and As[0].is_cuda:
@@ -35,11 +42,11 @@ def orthogonal_init_(As: list[Tensor], r: list[Tensor], status: Tensor, keep: Se
             reference.orthogonal_init_(As, r, status)
             return
         with native.launching(As[0].device) as (device, stream):
-            on_gpu(core, As, r, status, device, stream)
+            on_gpu(core, As, r, status, device, stream, prepared)
         native.written(As)  # whether or not the device finds a NaN; nobody has waited to know
         return
     states = array.array("i", [0]) * len(As)
-    table = native.table(map(native.matrix, As))
+    table = tables(As) if prepared is None else prepared
     triangles = native.table(map(native.matrix, r))
     kept = native.table(map(native.matrix, keep))
     finite = core.orthogonal_init(table, triangles, kept, states, torch.get_num_threads(), "auto")
@@ -56,9 +63,22 @@ def orthogonal_init_(As: list[Tensor], r: list[Tensor], status: Tensor, keep: Se
         status[flagged] = found
 
 
-def on_gpu(core: ModuleType, As: list[Tensor], r: list[Tensor], status: Tensor, device: int, stream: int) -> None:
+def tables(As: list[Tensor]) -> array.array[int]:
+    """The records of csrc/tensor_table.h."""
+    return native.table(map(native.matrix, As))
+
+
+def on_gpu(
+    core: ModuleType,
+    As: list[Tensor],
+    r: list[Tensor],
+    status: Tensor,
+    device: int,
+    stream: int,
+    prepared: array.array[int] | None = None,
+) -> None:
     """Four launches for each few hundred matrices; what they find out stays in `status`, nothing is waited for."""
-    table = native.table(map(native.matrix, As))
+    table = tables(As) if prepared is None else prepared
     triangles = native.table(map(native.matrix, r))
     # From torch's allocator on the current stream: capturable, and free for reuse behind the last launch.
     workspace = torch.empty(core.cuda_orthogonal_init_workspace(table), dtype=torch.uint8, device=status.device)

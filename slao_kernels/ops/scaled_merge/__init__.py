@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +12,7 @@ from ... import dispatch
 from .. import (
     checks,
     operators,  # noqa: F401  (defines the operators)
+    repeated,
 )
 
 
@@ -33,37 +32,23 @@ def scaled_merge_(
     Raises ValueError that names every offender, with nothing written.
     Source: SLAO, arXiv 2512.23017, eq. for B_merge with λ(i) = 1/√i.
     """
-    global _last
     merged, finetuned = list(merged), list(finetuned)
     weights = [float(lam)] * len(merged) if isinstance(lam, int | float) else [float(value) for value in lam]
-    call = _last
-    seen = checks.description(merged + finetuned) if dispatch.direct() else None
-    if seen is None or seen != call.seen or weights != call.weights or len(merged) != len(finetuned):
-        _check(merged, finetuned, weights)
-        if not merged:
-            return
-        call = _last = _Call(seen, weights)
+    # The weights change from task to task, the tables do not have them.
+    more = len(merged), len(finetuned), len(weights), all(0.0 <= weight <= 1.0 for weight in weights)
+    call = _calls.call(merged + finetuned, more, lambda: _check(merged, finetuned, weights))
+    if not merged:
+        return
     chosen = dispatch.choose("scaled_merge", merged[0].device.type, backend)
     with torch.no_grad():
-        if chosen != "reference" and seen is not None:
-            backend_module = dispatch.implementation("scaled_merge", chosen)
-            if chosen not in call.tables:
-                call.tables[chosen] = backend_module.tables(merged, finetuned, weights)
-            backend_module.scaled_merge_(merged, finetuned, weights, call.tables[chosen])
-        else:
+        if chosen == "reference" or call.seen is None:
             torch.ops.slao_kernels.scaled_merge_(merged, finetuned, weights, chosen)
+        else:
+            module = dispatch.implementation("scaled_merge", chosen)
+            module.scaled_merge_(merged, finetuned, weights, call.table(chosen, module, merged, finetuned))
 
 
-@dataclass
-class _Call:
-    """The last call that passed the checks: the same adapter is merged again and again, task after task."""
-
-    seen: tuple[list[object], ...] | None = None
-    weights: list[float] | None = None
-    tables: dict[str, Any] = field(default_factory=dict)  # by backend
-
-
-_last = _Call()
+_calls = repeated.Repeated()
 
 
 def _check(merged: list[Tensor], finetuned: list[Tensor], weights: list[float]) -> None:

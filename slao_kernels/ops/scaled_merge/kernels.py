@@ -65,13 +65,13 @@ def scaled_merge_(
     """
     if not merged:
         return
-    launches = tables(merged, finetuned, lam) if prepared is None else prepared
+    launches = tables(merged, finetuned) if prepared is None else prepared
     for launch in launches:
         launch.run(lam, merged[0].device)
     native.written(merged)
 
 
-def tables(merged: list[Tensor], finetuned: list[Tensor], lam: list[float]) -> list[Launch]:
+def tables(merged: list[Tensor], finetuned: list[Tensor]) -> list[Launch]:
     """The launches for these tensors; the weights are not in them, since they change from task to task."""
     return _plans.of_tensors(merged + finetuned, len(merged), lambda: _plan(merged, finetuned))
 

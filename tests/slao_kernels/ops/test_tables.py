@@ -94,22 +94,22 @@ def test_copies_and_merges_of_any_dtypes_are_one_launch():
     merged = [torch.zeros(40, dtype=dtype, device=DEVICE) for dtype in DTYPES[1:] * 3]
     tuned = [torch.ones(40, dtype=dtype, device=DEVICE) for dtype in DTYPES[1:] for _ in range(3)]
     lam = [1.0, 0.5, 0.25] * 3
-    assert len(kernels.tables(merged, tuned, lam)) == 1
+    assert len(kernels.tables(merged, tuned)) == 1
     merge(merged, tuned, lam)
     assert [m.double().mean().item() for m in merged] == lam
     merged.append(torch.zeros(40, dtype=torch.float64, device=DEVICE))
-    assert len(kernels.tables(merged, [*tuned, tuned[0]], [*lam, 1.0])) == 2  # fp64 is computed in fp64
+    assert len(kernels.tables(merged, [*tuned, tuned[0]])) == 2  # fp64 is computed in fp64
 
 
 @on_device
 def test_a_table_is_kept_as_long_as_it_describes_the_call():
     merged, tuned = [torch.zeros(40, device=DEVICE)], [torch.ones(40, device=DEVICE)]
-    (first,) = kernels.tables(merged, tuned, [0.5])
-    assert kernels.tables(merged, tuned, [0.3])[0] is first
-    assert kernels.tables([merged[0][:20]], [tuned[0][:20]], [0.5])[0] is not first
-    assert kernels.tables(merged, [tuned[0].bfloat16()], [0.5])[0] is not first
-    again = kernels.tables(merged, tuned, [0.5])[0]
-    assert again is kernels.tables(merged, tuned, [0.5])[0]
+    (first,) = kernels.tables(merged, tuned)
+    assert kernels.tables(merged, tuned)[0] is first
+    assert kernels.tables([merged[0][:20]], [tuned[0][:20]])[0] is not first
+    assert kernels.tables(merged, [tuned[0].bfloat16()])[0] is not first
+    again = kernels.tables(merged, tuned)[0]
+    assert again is kernels.tables(merged, tuned)[0]
     kept = tables.Kept(2)
     built = [kept.get(key, None, lambda: object()) for key in "abab"]
     assert built[0] is built[2]
