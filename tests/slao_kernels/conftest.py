@@ -77,14 +77,6 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers of tiny models share a node too, where on a CPU it does not pay."""
-    from slao_kernels import groups
-
-    monkeypatch.setattr(groups, "_WORTH", 0)
-
-
-@pytest.fixture
 def told(caplog) -> Callable[[], list[str]]:
     """What slao_kernels has logged in this test, as if no reason had been logged before."""
     from slao_kernels import layers
