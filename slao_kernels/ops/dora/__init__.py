@@ -13,6 +13,7 @@ The norm carries no gradient, as in the paper's section 4.3 and in PEFT. Saved b
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class _Scale(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(z if c.requires_grad else None, c)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _run("scale", z, c, bias)
+        return products.scale(z, c, bias) if dispatch.direct() else torch.ops.slao_kernels.dora_scale(z, c, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,13 +72,9 @@ def run(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, magnitude: T
     with torch.no_grad():
         c = _run("norm", weight.detach(), A.detach().to(wide), B.detach().to(wide), scaling)
     c = magnitude.to(wide) / c
-    scale = _Scale.apply if torch.is_grad_enabled() else _scale_only
+    scale = _Scale.apply if torch.is_grad_enabled() else partial(_run, "scale")
     if call.wide:  # c dy, were it rounded to the base's dtype, would narrow the branch's gradients
         y = scale(F.linear(x, weight), c, bias)
         return add(call)(call, y, x, A, c[:, None] * B, dispatch.direct())
     z = linear(call)(call, x, weight, None, A, B)
     return scale(z, c, bias)
-
-
-def _scale_only(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
-    return _run("scale", z, c, bias)
