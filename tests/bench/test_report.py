@@ -77,6 +77,15 @@ def test_what_cannot_be_read_is_one_line_that_names_it(measured, whole, tmp_path
     assert "there is no file" in capsys.readouterr().err
 
 
+def test_a_bench_with_a_wrong_answer_is_left_out(whole):
+    before = len(results.parse(whole, "here")[0].cases)
+    bench = whole["benchmarks"][0]
+    bench["extra_info"]["wrong"] = {"triton": "is off by 1.0e-01"}
+    (run,) = results.parse(whole, "here")
+    assert len(run.cases) == before - 1
+    assert run.left_out[bench["name"]] == "triton is off by 1.0e-01"
+
+
 def test_the_best_of_several_races_is_one_race_s_ratio(whole):
     bench = copy.deepcopy(next(bench for bench in whole["benchmarks"] if "races" in bench["extra_info"]))
     (race,) = bench["extra_info"]["races"]

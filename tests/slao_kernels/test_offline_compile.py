@@ -2,7 +2,8 @@
 no trap, shared memory within the device's; on sm_90 the GEMM has Hopper's own instructions.
 
 What Triton would not refuse by itself: it emits code that spills registers, needs more shared memory than there is,
-or stops at a bare trap.
+or stops at a bare trap. What it does refuse differs between its versions: these two files also pass under the oldest
+that is served, in an environment with `triton==3.6.*` and `numpy<2.4`.
 """
 
 from __future__ import annotations
