@@ -202,9 +202,13 @@ class Run:
 
 
 def importing_from_here() -> dict[str, str]:
-    """The environment of a process that finds this checkout's packages, installed or not."""
+    """The environment of a process that finds this checkout's packages, installed or not.
+
+    Without that of a pytest-xdist worker, in which pytest-benchmark would measure nothing.
+    """
     paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    mine = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
+    return mine | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def write(out: Path, found: dict[str, Any]) -> None:

@@ -181,12 +181,6 @@ def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs
         if part is not None and part.device != x.device:
             return f"x is on {x.device}, the base {what} on {part.device}"
     out_features = int(base.weight.shape[0 if type(base) is nn.Linear else 1])
-    for adapter in adapters:
-        rows = layer.lora_B[adapter].weight.shape[:1]
-        if rows != (out_features,):
-            return f"adapter {adapter!r} has a B of {tuple(rows)} rows, the base layer makes {out_features} features"
-    if base.bias is not None and base.bias.shape != (out_features,):
-        return f"the base bias is {tuple(base.bias.shape)}, the base layer makes {out_features} features"
     if x.shape[-1] != in_features(base):
         return f"x has {x.shape[-1]} features, the base layer reads {in_features(base)}"
     if torch.is_autocast_enabled(x.device.type):
@@ -194,7 +188,16 @@ def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs
             return "fp64 under autocast"
     elif x.dtype != base.weight.dtype:
         return f"x is {x.dtype}, the base weight {base.weight.dtype}"
-    return variant_reason(layer, adapters, called=False) or _branch_reason(layer, adapters, x)
+    reason = variant_reason(layer, adapters, called=False) or _branch_reason(layer, adapters, x)
+    if reason is not None:
+        return reason
+    for adapter in adapters:
+        rows = layer.lora_B[adapter].weight.shape[:1]
+        if rows != (out_features,):
+            return f"adapter {adapter!r} has a B of {tuple(rows)} rows, the base layer makes {out_features} features"
+    if base.bias is not None and base.bias.shape != (out_features,):
+        return f"the base bias is {tuple(base.bias.shape)}, the base layer makes {out_features} features"
+    return None
 
 
 def branch_reason(layer: nn.Module, adapters: list[str], x: Any, kwargs: Any) -> str | None:

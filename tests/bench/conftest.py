@@ -25,9 +25,7 @@ def measured(tmp_path_factory):
     command = [sys.executable, "-m", "pytest", "bench", "-q", "-k", WANTED, "--device=cpu", "--model=minilm"]
     command += ["--rounds=3", "--threads=1", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
     command += [f"--lines={path.with_suffix('.jsonl')}"]
-    # In a worker's environment pytest-benchmark would measure nothing.
-    environment = {key: value for key, value in gpu.importing_from_here().items() if not key.startswith("PYTEST_XDIST")}
-    done = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=gpu.ROOT, env=gpu.importing_from_here(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return path
 

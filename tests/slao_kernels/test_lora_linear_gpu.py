@@ -5,14 +5,13 @@ Training whole layers there, groups and streams: test_training_gpu.py.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import lora_cases
 import pytest
 import torch
 from torch import Tensor
@@ -25,20 +24,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAMES = ("x", "weight", "bias", "A", "B")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ON_A_GPU_ONLY = [((1024,), 4096, 4096, 16), ((4, 500), 2048, 8192, 64), ((3000,), 4096, 1024, 8)]
-
-
-def _cases() -> ModuleType:
-    """The inputs, the fp64 oracle and the comparison of ops/test_lora_linear.py."""
-    path = Path(__file__).parent / "ops" / "test_lora_linear.py"
-    spec = importlib.util.spec_from_file_location("slao_kernels_tests_lora_cases", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lora_cases = _cases()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")

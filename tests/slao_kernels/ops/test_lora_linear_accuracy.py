@@ -50,7 +50,8 @@ SAME_DTYPE += [Setting("base", bf16, fp32, bf16), Setting("base", fp32, fp32, bf
 NARROWED = [Setting("base", bf16, fp32), Setting("base", fp16, fp32)]
 
 # DoRA's base product, scaled, and the branch that joins it are each rounded: three roundings to PEFT's two.
-DORA_WIDE = {"y": math.sqrt(3 / 2)}
+# The magnitude's gradient reads that product.
+DORA_WIDE = {"y": math.sqrt(3 / 2), "dmagnitude": math.sqrt(3 / 2)}
 
 
 def grid(settings: list[Setting], deltas: tuple[float, ...], places: list, kinds: tuple[str, ...]) -> list:
