@@ -149,7 +149,8 @@ def train(
     model: carries the adapter that `method` was built on; patch it first for speed. objective: built before training.
     seed: of the data order and of whatever draws random numbers; each task starts from (seed, its index) alone.
     state_dir: after every task the whole state is written there (atomically); a call that finds one continues after
-    its last finished task and ends bit-identical to an uninterrupted run. callbacks: further TrainerCallbacks.
+    its last finished task and ends bit-identical to an uninterrupted run, on the same machine with as many threads
+    (torch's own sums depend on both). callbacks: further TrainerCallbacks.
     With several processes each trains on batch_size rows of its own a step, and scores all rows; rank 0 writes.
     on_task(index, result) is called after each task. Scores use the merged weights.
     similarity: a new `Similarity`, which records what each task trained, and beside the state too.

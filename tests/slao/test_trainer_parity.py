@@ -2,8 +2,8 @@
 architectures; and a fused run that was killed and resumed against one that was not.
 
 Mixtral twice: LoRA on its attention, with SLAO; and on router and experts too, which SLAO refuses and PEFT's own
-forward runs, without a method. Each test prints the patch report. Largest differences here (two cores, torch 2.13):
-a loss 2e-6 of the first one in fp32 (T5; the others 3e-7), weights 1e-12 in fp64.
+forward runs, without a method. Each test prints the patch report. Largest differences of eight settings of MKL, ATen
+and threads: a loss 1e-5 of the first one in fp32 (T5; the others 1e-6), weights 1e-12 in fp64.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from slao_kernels.testing import tiny_model
 STEPS = 30
 KINDS = ["llama", "qwen3", "gpt2", "bert", "t5", "vit", "mixtral"]  # with SLAO
 TASKS = {"first": 1, "second": 2}
-# Of the first loss. Both runs round every product once, in another order: 1e-7 an operation in fp32, which sixty steps
-# of AdamW, whose step is g/|g| while its averages are young, carry on. In fp64 they differ by less than the fp32 number
-# that the Trainer keeps the loss in can show; so the trained weights are compared as well.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1.2e-7}
+# Of the first loss, as are all errors of losses here. Both runs round every product once, in another order: 1e-7 an
+# operation in fp32, which sixty steps of AdamW, whose step is g/|g| while its averages are young, carry on. How far is
+# seen in plain PEFT, by its distance from itself in fp64; the fused run may be so many times as far from that. In fp64
+# they differ by less than the fp32 number that the Trainer keeps the loss in can show; so the trained weights are
+# compared as well.
+FACTOR = 10
+LOSS_DIGIT = 1.2e-7
 WEIGHTS_FP64 = 1e-9  # RMS error ratio: 2e-16 an operation, times what AdamW makes of it (1e6 in the fp32 losses' case)
 # Mixtral's experts and router are parameters, not modules: PEFT wraps them, and there is no fused form of that.
 SKIPPED = {"mixtral+experts": {"lora.layer.ParamWrapper has no fused forward"}}
@@ -108,22 +111,23 @@ def finished(tiny, tmp_path_factory) -> Any:
     return run
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("kind", [*KINDS, "mixtral+experts"])
 def test_losses_are_those_of_plain_peft(tiny, finished, kind, dtype, capsys):
-    ours, plain = finished(kind, dtype, True), finished(kind, dtype, False)
-    found, expected = (torch.tensor(session.losses, dtype=torch.float64) for session in (ours, plain))
+    ours, plain, exact = finished(kind, dtype, True), finished(kind, dtype, False), finished(kind, torch.float64, False)
+    found, expected, right = (torch.tensor(session.losses, dtype=torch.float64) for session in (ours, plain, exact))
     assert len(found) == 2 * STEPS
     for task in (slice(0, STEPS), slice(STEPS, 2 * STEPS)):
         assert found[task][-8:].mean() < 0.95 * found[task][:8].mean(), "nothing was learned: this run tests nothing"
-    worst = ((found - expected).abs().max() / expected[0]).item()
+    worst, theirs = (((losses - right).abs().max() / right[0]).item() for losses in (found, expected))
     weights = tiny.largest_error(ours.model.state_dict(), plain.model.state_dict())
     with capsys.disabled():
-        print(f"\n{kind} {dtype}: largest difference of a loss {worst:.1e}, of weights {weights:.1e}\n{ours.report}")
+        print(f"\n{kind} {dtype}: largest error of a loss {worst:.1e}, plain {theirs:.1e}; of weights {weights:.1e}")
+        print(ours.report)
     assert set(ours.report.skipped.values()) == SKIPPED.get(kind, set())
     assert ours.report.fallbacks == {}, "these layers ran PEFT's forward in some call"
     assert plain.model.state_dict().keys() == ours.model.state_dict().keys()
-    assert worst <= TOLERANCE[dtype]
+    assert worst <= (LOSS_DIGIT if dtype == torch.float64 else FACTOR * max(theirs, LOSS_DIGIT)) <= 1e-3
     assert dtype == torch.float32 or weights <= WEIGHTS_FP64
 
 

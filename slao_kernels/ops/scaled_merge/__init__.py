@@ -27,8 +27,9 @@ def scaled_merge_(
 
     merged, finetuned: equally long lists, pairwise of one shape (any), any mix of floating dtypes and strides, one
     device; merged tensors share no memory. lam: one number in [0, 1], or one a pair. Arithmetic in fp32 (fp64 for
-    fp64 destinations), rounded once to the destination's dtype; within one unit in the last place of `torch.lerp`;
-    lam = 0 leaves the destination as it is and lam = 1 copies, exactly. Deterministic. Values are not inspected.
+    fp64 destinations), rounded once to the destination's dtype; within one unit in the last place of `torch.lerp` and
+    half a unit of lam times the change, which only fused arithmetic leaves unrounded; lam = 0 leaves the destination
+    as it is and lam = 1 copies, exactly. Deterministic. Values are not inspected.
     Raises ValueError that names every offender, with nothing written.
     Source: SLAO, arXiv 2512.23017, eq. for B_merge with λ(i) = 1/√i.
     """

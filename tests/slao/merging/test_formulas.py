@@ -119,11 +119,12 @@ def test_magmax_is_the_dense_one(m, n, ranks, rank):
 
 
 def test_magmax_ties_go_to_the_newer():
+    """The other choice would be off by 2 B; fp32's rounding is some eps of B's norm, 3.7."""
     A, B = torch.eye(2), torch.tensor([[1.0, -2.0], [3.0, 0.0]])
     cut = product.magmax([(A, B), (A, -B)], [1.0, 1.0], 2)
-    assert (cut.B @ cut.A + B).abs().max() <= 1e-6
+    assert (cut.B @ cut.A + B).abs().max() <= 1e-5
     cut = product.magmax([(A, -B), (A, B)], [1.0, 1.0], 2)
-    assert (cut.B @ cut.A - B).abs().max() <= 1e-6
+    assert (cut.B @ cut.A - B).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
