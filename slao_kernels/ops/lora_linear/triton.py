@@ -86,12 +86,11 @@ class TritonProducts(TorchProducts):
         return dx
 
     def grad_x(self, dy: Tensor, W: Tensor, g: Tensor, A: Tensor) -> Tensor:
-        if (
-            self.seed is self.mask is None
-        ):  # else the rank's term alone is masked, and in the one kernel it is not alone
+        if self.seed is self.mask is None:  # else the rank's term alone is masked; in the one kernel it is not alone
             dx = g.new_empty((g.shape[0], A.shape[1]))
             if gemm.gemm_(dx, dy, W, g, A, 1.0, None):
                 return dx
+            del dx  # torch makes its own: not two of x's size at once
         return super().grad_x(dy, W, g, A)
 
     # fp32 adapters on a 16-bit base; no dropout of our own there (`Call.draws` in autograd.py).
