@@ -227,7 +227,7 @@ def test_too_little_memory_is_an_error():
     code = """
 import resource, torch, slao_kernels
 from slao_kernels import native
-from slao_kernels.ops.lora_linear import native as lora
+from slao_kernels.ops.lora_linear import cpu
 torch.set_num_threads(2)
 As = [torch.randn(2000, 2000) for _ in range(2)]
 before = [A.clone() for A in As]
@@ -237,7 +237,7 @@ used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20),) * 2)
 calls = [lambda: slao_kernels.orthogonal_init_(As, backend="native")]
 if native.core().lora_rank:
-    calls.append(lambda: lora.shrink(x, A))
+    calls.append(lambda: cpu.products().shrink(x, A))
 for call in calls:
     try:
         call()
