@@ -69,7 +69,7 @@ def weights(method: Method) -> dict[str, torch.Tensor]:
 
 def decided(kind: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the mathematics decides of a state. OPCM's and InfLoRA's factors come from decompositions, whose vectors may
-    have either sign: of these the products, which plain gradient descent keeps apart from it, and the projections."""
+    have either sign; their products (plain gradient descent gives the same ones for either) and projections do not."""
     if kind not in ("opcm", "inflora"):
         return state
     found: dict[str, torch.Tensor] = {}
