@@ -59,13 +59,11 @@ class LayerPlan:
     def watch(self, layer: Any, x: Any) -> LayerPlan:
         """Write down what the plan for this layer and x was concluded from; returns the plan."""
         own = layer.__dict__
-        self.owner, self.own = id(own), [_copied(own.get(name)) for name in _OWN]
-        self.dictionaries = list(map(own.get, _DICTIONARIES))
+        self.owner = id(own)
         containers, slots = _modules_of(layer)
-        modules = [parent[key] for parent, key in slots]
-        self.modules = modules
-        self.kinds = list(map(type, modules))
-        same = [*containers, *slots, *((module.__dict__, "forward") for module in modules)]
+        self.modules = [parent[key] for parent, key in slots]
+        self.kinds = list(map(type, self.modules))
+        same = [*containers, *slots, *((module.__dict__, "forward") for module in self.modules)]
         for name in layer.active_adapters:
             if name not in layer.lora_A:  # it may get one
                 same.append((layer.lora_A._modules, name))
@@ -75,39 +73,36 @@ class LayerPlan:
             dropout = layer.lora_dropout[name]
             if type(dropout) is not nn.Identity:
                 same += [(dropout.__dict__, "training"), (dropout.__dict__, "p")]
-        self.parents, self.keys = map(list, zip(*same, strict=True))
-        self.objects = list(map(dict.get, self.parents, self.keys))
+        tensors = [place(module, name) for module, name in parameters_of(layer)]
+        same += [(holder, name) for holder, name in tensors if holder.get(name) is None]
         # Somebody may give a module another dictionary of hooks: they are looked for anew.
-        self.hooked_by = [module.__dict__ for module in modules for _ in _HOOKS], _HOOKS * len(modules)
-        self.hooks = self._hooks()
-        places = [place(module, name) for module, name in parameters_of(layer)]
-        self.holders, self.names = map(list, zip(*places, strict=True))
-        self.facts = _facts_of(list(map(dict.get, self.holders, self.names)))
+        hooks = [(module.__dict__, name) for module in self.modules for name in _HOOKS]
+        self.hooks_from, self.tensors_from = len(same), len(same) + len(hooks)
+        self.places, self.names = map(list, zip(*same, *hooks, *tensors, strict=True))
+        found = list(map(dict.get, self.places, self.names))
+        self.objects = [*map(own.get, _DICTIONARIES), *found[: self.hooks_from]]
+        self.hooks = list(map(bool, [*found[self.hooks_from : self.tensors_from], *GLOBAL_HOOKS]))
+        self.hooked = any(self.hooks)
+        self.own = [_copied(own.get(name)) for name in _OWN]
+        self.facts = _facts_of(found[self.tensors_from :])
         self.of_x = _of_x(x)
         device = x.device.type if isinstance(x, Tensor) else "cpu"
         self.device_type = device if torch.amp.is_autocast_available(device) else "cpu"
         self.modes = _modes(self.device_type)
         return self
 
-    def _hooks(self) -> list[bool] | None:
-        """Which dictionaries of hooks have any; None where none has."""
-        found = [bool(hooks) for hooks in (*map(dict.get, *self.hooked_by), *GLOBAL_HOOKS)]
-        return found if any(found) else None
-
     def tensors(self, own: dict[str, Any], x: Any) -> list[Any] | None:
         """The tensors of `parameters_of`, as they are now, if the plan holds for the layer of this __dict__ and x."""
-        if self.owner != id(own) or list(map(own.get, _OWN)) != self.own:
+        if self.owner != id(own) or list(map(own.get, _OWN)) != self.own or list(map(type, self.modules)) != self.kinds:
             return None
-        hooked = self.hooks is not None or any(map(dict.get, *self.hooked_by)) or any(GLOBAL_HOOKS)
-        if hooked and self._hooks() != self.hooks:
+        found: list[Any] = list(map(dict.get, self.places, self.names))
+        if not all(map(is_, [*map(own.get, _DICTIONARIES), *found], self.objects)):
             return None
-        if not all(map(is_, map(own.get, _DICTIONARIES), self.dictionaries)):
+        hooks = found[self.hooks_from : self.tensors_from]
+        hooked = self.hooked or any(hooks) or any(GLOBAL_HOOKS)
+        if hooked and list(map(bool, [*hooks, *GLOBAL_HOOKS])) != self.hooks:
             return None
-        if list(map(type, self.modules)) != self.kinds:
-            return None
-        if not all(map(is_, map(dict.get, self.parents, self.keys), self.objects)):
-            return None
-        found: list[Any] = list(map(dict.get, self.holders, self.names))
+        found = found[self.tensors_from :]
         if _of_x(x) != self.of_x or _facts_of(found) != self.facts or _modes(self.device_type) != self.modes:
             return None
         return found

@@ -10,7 +10,8 @@ back empty.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +27,16 @@ def products_of(backend: str, drawn: Tensor | None = None, p: float = 0.0) -> An
     return dispatch.implementation("lora_linear", backend).products(drawn, p)
 
 
-def without_autocast(run: Any, x: Tensor, *args: Any) -> Any:
-    """run(x, *args): everything has its dtype already, and autocast would change it, in a backward pass above all."""
-    if not torch.is_autocast_enabled(x.device.type):  # entering a block takes microseconds
-        return run(x, *args)
-    with torch.autocast(x.device.type, enabled=False):
-        return run(x, *args)
+def outside_autocast(run: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """run, whose tensors have their dtypes already: autocast would change them, in a backward pass above all."""
+    if not torch.is_autocast_enabled(device):  # entering a block takes microseconds
+        return run
+    return partial(_outside, run, device)
+
+
+def _outside(run: Callable[..., Any], device: str, *args: Any) -> Any:
+    with torch.autocast(device, enabled=False):
+        return run(*args)
 
 
 def batched(dys: Sequence[Tensor]) -> bool:
@@ -73,7 +78,7 @@ def _lora_linear(
 ) -> tuple[list[Tensor], Tensor]:
     products = products_of(backend, drawn, p)
     run = products.wide_forward if wide else products.forward
-    return without_autocast(run, x, source, weights, biases, As, Bs, scalings)
+    return outside_autocast(run, x.device.type)(x, source, weights, biases, As, Bs, scalings)
 
 
 def _lora_linear_fake(
@@ -113,7 +118,7 @@ def _lora_linear_backward(
     products = products_of(backend, drawn, p)
     run = products.wide_backward if wide else products.backward
     needs = need_x, need_As, need_Bs
-    dx, dAs, dBs, g = without_autocast(run, source, dys, weights, t, As, Bs, scalings, needs)
+    dx, dAs, dBs, g = outside_autocast(run, source.device.type)(source, dys, weights, t, As, Bs, scalings, needs)
 
     def found(tensor: Tensor | None) -> Tensor:
         return source.new_empty(0) if tensor is None else tensor
@@ -171,7 +176,7 @@ def _lora_add(
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     out = y.new_empty(y.shape)
-    return out, without_autocast(products_of(backend, drawn, p).add, x, y, A, B, scaling, out)
+    return out, outside_autocast(products_of(backend, drawn, p).add, x.device.type)(x, y, A, B, scaling, out)
 
 
 def _lora_add_fake(
@@ -202,7 +207,7 @@ def _lora_add_backward(
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run, needs = products_of(backend, drawn, p).add_backward, (need_x, need_A, need_B)
-    dx, dA, dB = without_autocast(run, x, dy, t, A, B, scaling, needs)
+    dx, dA, dB = outside_autocast(run, x.device.type)(x, dy, t, A, B, scaling, needs)
     return (
         x.new_empty(0) if dx is None else dx,
         A.new_empty(0) if dA is None else dA,
@@ -245,7 +250,7 @@ def _dora() -> Any:
 
 
 def _dora_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    return without_autocast(_dora().norm, weight, A, B, scaling)
+    return outside_autocast(_dora().norm, weight.device.type)(weight, A, B, scaling)
 
 
 def _dora_norm_fake(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -253,7 +258,7 @@ def _dora_norm_fake(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Ten
 
 
 def _dora_scale(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
-    return without_autocast(_dora().scale, z, c, bias)
+    return outside_autocast(_dora().scale, z.device.type)(z, c, bias)
 
 
 def _dora_scale_fake(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
@@ -261,7 +266,7 @@ def _dora_scale_fake(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _dora_scale_backward(dy: Tensor, z: Tensor, c: Tensor, need_z: bool, need_c: bool) -> tuple[Tensor, Tensor]:
-    return without_autocast(_dora().scale_backward, dy, z, c, need_z, need_c)
+    return outside_autocast(_dora().scale_backward, dy.device.type)(dy, z, c, need_z, need_c)
 
 
 def _dora_scale_backward_fake(dy: Tensor, z: Tensor, c: Tensor, need_z: bool, need_c: bool) -> tuple[Tensor, Tensor]:

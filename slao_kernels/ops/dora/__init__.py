@@ -55,7 +55,7 @@ def _scale_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _run(name: str, first: Tensor, *args: Any) -> Any:
     """The product, or its operator where something looks on."""
     if dispatch.direct():
-        return operators.without_autocast(getattr(products, name), first, *args)
+        return operators.outside_autocast(getattr(products, name), first.device.type)(first, *args)
     return getattr(torch.ops.slao_kernels, f"dora_{name}")(first, *args)
 
 
@@ -70,8 +70,8 @@ def run(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, magnitude: T
     wide = torch.promote_types(wide, torch.promote_types(weight.dtype, magnitude.dtype))
     (scaling,) = call.scalings
     with torch.no_grad():
-        c = _run("norm", weight.detach(), A.detach().to(wide), B.detach().to(wide), scaling)
-    c = magnitude.to(wide) / c
+        norms = _run("norm", weight, A.to(wide), B.to(wide), scaling)
+    c = magnitude.to(wide) / norms
     scale = _Scale.apply if torch.is_grad_enabled() else partial(_run, "scale")
     if call.wide:  # c dy, were it rounded to the base's dtype, would narrow the branch's gradients
         y = scale(F.linear(x, weight), c, bias)

@@ -34,6 +34,7 @@ class Call(NamedTuple):
     """
 
     scalings: tuple[float, ...]
+    device: str
     dtype: torch.dtype
     factor: torch.dtype | None
     wide: bool
@@ -75,7 +76,7 @@ def call_for(
     reads = not wide if made is None else x.dtype is branch or not _holds(branch, x.dtype)
     draws = backend == "triton" and 0.0 < dropout < 1.0 and reads and branch in _SEEDED_DTYPES
     draws = draws and sum(A.shape[0] for A in layers[2::4] if A is not None) <= _SEEDED_RANK
-    return Call(scalings, dtype, None if rounds else branch, wide, uniform, backend, dropout, draws)
+    return Call(scalings, device, dtype, None if rounds else branch, wide, uniform, backend, dropout, draws)
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
@@ -140,48 +141,46 @@ class LoraLinear(torch.autograd.Function):
 
 
 def _linear_grads(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-    call, saved, count = ctx.call, ctx.saved_tensors, len(dys)
-    _, need_x, *needs = ctx.needs_input_grad
-    read, t, weights, As, Bs = saved[0], saved[1], *(saved[2 + i * count : 2 + (i + 1) * count] for i in range(3))
-    x, drawn, *cores = saved[2 + 3 * count :] or (read, None)
-    need_As, need_Bs = needs[2::4], needs[3::4]
+    call, saved, wanted, n = ctx.call, ctx.saved_tensors, ctx.needs_input_grad, len(dys)
+    need_x, end = wanted[1], 2 + 4 * n
+    need_As, need_Bs = wanted[4:end:4], wanted[5:end:4]
+    read, t, weights, As, Bs = saved[0], saved[1], *(saved[i * n + 2 : i * n + n + 2] for i in range(3))
+    x, drawn, *cores = saved[2 + 3 * n :] or (read, None)
     if cores:
-        need_As, As = [need_As[0] or needs[5]], [routing(cores).to(As[0].dtype) @ As[0]]
-    args, wanted, direct = (read, dys, weights, t, As, Bs, call.scalings), (need_x, need_As, need_Bs), dispatch.direct()
+        need_As, As = [need_As[0] or wanted[7]], [routing(cores).to(As[0].dtype) @ As[0]]
+    needs, direct, args = (need_x, need_As, need_Bs), dispatch.direct(), (weights, t, As, Bs, call.scalings)
     if not direct:
-        op = torch.ops.slao_kernels.lora_linear_backward
-        dx, dAs, dBs, g = op(dys, read, *args[2:], call.wide, *wanted, call.backend, drawn, call.dropout)
+        op, dropped = torch.ops.slao_kernels.lora_linear_backward, (drawn, call.dropout)
+        dx, dAs, dBs, g = op(dys, read, *args, call.wide, *needs, call.backend, *dropped)
     elif operators.batched(dys):
-        dx, dAs, dBs, g = operators.without_autocast(reference.grads, *args, _kept(call, drawn))
+        dx, dAs, dBs, g = operators.outside_autocast(reference.grads, call.device)(read, dys, *args, _kept(call, drawn))
     else:
         products = operators.products_of(call.backend, drawn, call.dropout)
-        run = products.wide_backward if call.wide else products.backward
-        if torch.is_autocast_enabled(read.device.type):
-            run = partial(operators.without_autocast, run)
-        dx, dAs, dBs, g = run(*args, wanted)
+        run = operators.outside_autocast(products.wide_backward if call.wide else products.backward, call.device)
+        dx, dAs, dBs, g = run(read, dys, *args, needs)
     grads: list[Any] = [None, dx]
-    for i, dy in enumerate(dys):
-        dW = db = None
-        if needs[4 * i] or needs[4 * i + 1]:
-            b_dtype = dy.dtype if call.uniform else ctx.dtypes[4 * i + 3]
-            dW, db = _base_grads(dy, x, needs[4 * i : 4 * i + 2], b_dtype)
-        grads += dW, db, dAs[i], dBs[i]
+    for dA, dB in zip(dAs, dBs, strict=True):
+        grads += None, None, dA, dB
+    if True in wanted[2:end:4] or True in wanted[3:end:4]:
+        _add_base_grads(grads, ctx, dys, x)
     if cores:
-        grads[4:] = _through_cores(cores[1], g, t, dAs[0], dBs[0], needs[2:])
+        grads[4:] = _through_cores(cores[1], g, t, dAs[0], dBs[0], wanted[4:])
     if not call.uniform:
         grads = [None if one is None else one.to(dtype) for one, dtype in zip(grads, ctx.dtypes, strict=True)]
     if direct:
         return tuple(grads)
     # An operator gives something for everything.
-    return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))
+    return tuple(grad if need else None for grad, need in zip(grads, wanted, strict=True))
 
 
-def _base_grads(
-    dy: Tensor, x: Tensor, needs: Sequence[bool], dtype: torch.dtype | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """dW, and db in its bias's dtype, of a base layer that trains."""
-    dy2 = dy.reshape(-1, dy.shape[-1])
-    return dy2.t() @ x.reshape(-1, x.shape[-1]) if needs[0] else None, dy2.sum(0, dtype=dtype) if needs[1] else None
+def _add_base_grads(grads: list[Any], ctx: Any, dys: Sequence[Tensor], x: Any) -> None:
+    """dW, and db in its bias's dtype, of the base layers that train."""
+    for place, dy in enumerate(dys):
+        wanted, at, dy2 = ctx.needs_input_grad, 2 + 4 * place, dy.reshape(-1, dy.shape[-1])
+        if wanted[at]:
+            grads[at] = dy2.t() @ x.reshape(-1, x.shape[-1])
+        if wanted[at + 1]:
+            grads[at + 1] = dy2.sum(0, dtype=dy.dtype if ctx.call.uniform else ctx.dtypes[at + 1])
 
 
 def _through_cores(
@@ -208,21 +207,22 @@ class LoraAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, y: Tensor, x: Tensor, A: Tensor, B: Tensor, in_place: bool) -> Tensor:
-        ctx.call, ctx.dtypes = call, (x.dtype, A.dtype, B.dtype)
-        if not _holds(call.factor, x.dtype):  # autocast's is narrower; an x that is narrower still is read as it is
-            x = x.to(call.factor)
-        A, B = cast((A, B), call.factor)
-        (scaling,) = call.scalings
+        ctx.call = call
+        if not call.uniform:
+            ctx.dtypes = x.dtype, A.dtype, B.dtype
+            if not _holds(call.factor, x.dtype):  # autocast's is narrower; a narrower x yet is read as it is
+                x = x.to(call.factor)
+            A, B = cast((A, B), call.factor)
         x, drawn = drop(call, x) if call.dropout else (x, None)
         if dispatch.direct():
             out = y if in_place else torch.empty(y.shape, dtype=y.dtype, device=y.device)
             # The branch may be wider than what autocast would make of it: a called base returns what it likes.
-            run = operators.products_of(call.backend, drawn, call.dropout).add
-            t = operators.without_autocast(run, x, y, A, B, scaling, out)
+            run = operators.outside_autocast(operators.products_of(call.backend, drawn, call.dropout).add, call.device)
+            t = run(x, y, A, B, call.scalings[0], out)
             if in_place:
                 ctx.mark_dirty(y)
         else:
-            out, t = torch.ops.slao_kernels.lora_add(y, x, A, B, scaling, call.backend, drawn, call.dropout)
+            out, t = torch.ops.slao_kernels.lora_add(y, x, A, B, call.scalings[0], call.backend, drawn, call.dropout)
         ctx.save_for_backward(x, t, A, B, drawn)
         return out
 
@@ -232,26 +232,21 @@ class LoraAdd(torch.autograd.Function):
 
 
 def _add_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    call, (scaling,), (x, t, A, B, drawn) = ctx.call, ctx.call.scalings, ctx.saved_tensors
-    _, need_y, need_x, need_A, need_B, _ = ctx.needs_input_grad
-    args, needs = (x, dy, t, A, B, scaling), (need_x, need_A, need_B)
-    if not dispatch.direct():
-        op = torch.ops.slao_kernels.lora_add_backward
-        dx, dA, dB = op(dy, x, *args[2:], *needs, call.backend, drawn, call.dropout)
+    call, (x, t, A, B, drawn) = ctx.call, ctx.saved_tensors
+    _, need_y, *needs, _ = ctx.needs_input_grad
+    direct, args, grads = dispatch.direct(), (t, A, B, call.scalings[0]), None
+    if not direct:
+        grads = torch.ops.slao_kernels.lora_add_backward(dy, x, *args, *needs, call.backend, drawn, call.dropout)
     elif operators.batched((dy,)):
-        dx, dA, dB = operators.without_autocast(reference.add_grads, *args, _kept(call, drawn))
+        grads = operators.outside_autocast(reference.add_grads, call.device)(x, dy, *args, _kept(call, drawn))
     else:
         run = operators.products_of(call.backend, drawn, call.dropout).add_backward
-        dx, dA, dB = operators.without_autocast(run, *args, needs)
-    x_dtype, A_dtype, B_dtype = ctx.dtypes
-    return (
-        None,
-        dy if need_y else None,
-        dx.to(x_dtype) if need_x else None,
-        dA.to(A_dtype) if need_A else None,
-        dB.to(B_dtype) if need_B else None,
-        None,
-    )
+        grads = operators.outside_autocast(run, call.device)(x, dy, *args, needs)
+    if not call.uniform:
+        grads = [None if one is None else one.to(dtype) for one, dtype in zip(grads, ctx.dtypes, strict=True)]
+    if not direct:  # an operator gives something for everything
+        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    return (None, dy if need_y else None, *grads, None)
 
 
 # `Function.apply` without what it does for torch.func at every call (2.7 of the 8 µs that an empty node takes).

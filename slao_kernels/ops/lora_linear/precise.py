@@ -19,7 +19,7 @@ less only while the branch is the smaller of the two, and here it may have any s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,8 +51,8 @@ class WideProducts:
             t = shrink_split(x, A, _mm)
             return t if scaling == 1.0 else t.mul_(scaling)
         t = A.new_empty((x.shape[0], A.shape[0]))
-        for rows in row_blocks(x):
-            torch.addmm(t[rows], x[rows].to(A.dtype), A.t(), beta=0, alpha=scaling, out=t[rows])
+        for x_block, out in by_rows(x, t):
+            torch.addmm(out, x_block.to(A.dtype), A.t(), beta=0, alpha=scaling, out=out)
         return t
 
     def outer_wide(self, t: Tensor, x: Tensor, scaling: float) -> Tensor:
@@ -61,8 +61,8 @@ class WideProducts:
             out = outer_split(t, x, _mm)
             return out if scaling == 1.0 else out.mul_(scaling)
         total = t.new_zeros((t.shape[1], x.shape[1]))
-        for rows in row_blocks(x):
-            total.addmm_(t[rows].t(), x[rows].to(t.dtype), alpha=scaling)
+        for x_block, own in by_rows(x, t):
+            total.addmm_(own.t(), x_block.to(t.dtype), alpha=scaling)
         return total
 
     def add_wide_(self, y: Tensor, t: Tensor, B: Tensor, scaling: float) -> None:
@@ -70,8 +70,8 @@ class WideProducts:
         if adds_split(y, B):
             add_split_(y, t, B, scaling)
             return
-        for rows in row_blocks(y):
-            y[rows].copy_(torch.addmm(y[rows].to(t.dtype), t[rows], B.t(), alpha=scaling))
+        for out, own in by_rows(y, t):
+            out.copy_(torch.addmm(out.to(t.dtype), own, B.t(), alpha=scaling))
 
     def grad_source_wide(self, x: Tensor, g: Tensor, A: Tensor) -> Tensor:
         """g A where dropout kept x, in x's dtype and shape (..., K): g (M, r), A (r, K)."""
@@ -160,11 +160,11 @@ def _mm(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
-def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Slices of rows, each of about so many elements that a widened copy of them is small."""
-    rows, columns = matrix.shape
-    step = max(16, _BLOCK.get(matrix.device.type, _BLOCK_ELSEWHERE) // max(columns, 1))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+def by_rows(*matrices: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """All of them a block of rows at a time, of so few elements of the first that a widened copy of it is small."""
+    rows, columns = matrices[0].shape
+    step = max(16, _BLOCK.get(matrices[0].device.type, _BLOCK_ELSEWHERE) // max(columns, 1))
+    return (matrices,) if rows <= step else zip(*(matrix.split(step) for matrix in matrices), strict=True)
 
 
 def terms_of(matrix: Tensor, dtype: torch.dtype, terms: int) -> list[Tensor]:

@@ -61,7 +61,10 @@ class TorchProducts(WideProducts):
 
     def grad_source(self, g: Tensor, A: Tensor) -> Tensor:
         """g A (M, K) where dropout kept x, the branch's part of dx: g (M, r), A (r, K)."""
-        return torch.mm(g, A) if self.mask is None else torch.mm(g * self.scale, A).mul_(rows_of(self.mask))
+        if self.mask is None:
+            return torch.mm(g, A)
+        out = g.new_empty((g.shape[0], A.shape[1]))
+        return torch.addmm(out, g, A, beta=0, alpha=self.scale, out=out).mul_(rows_of(self.mask))
 
     def grad_x(self, dy: Tensor, W: Tensor, g: Tensor, A: Tensor) -> Tensor:
         """dy W + g A (M, K): dy (M, N), W (N, K), g (M, r), A (r, K)."""
@@ -79,11 +82,11 @@ class TorchProducts(WideProducts):
     ) -> tuple[list[Tensor], Tensor]:
         """(ys, t) of the operator `lora_linear`; see operators.py."""
         x2, tokens, ys = rows_of(x), x.shape[:-1], []
-        t = self.shrink(x2 if source is None else rows_of(source), stacked(As))
-        for i, own in enumerate(by_layer(t, Bs)):
+        t = self.shrink(x2 if source is None else rows_of(source), As[0] if len(As) == 1 else torch.cat(tuple(As)))
+        for W, bias, own, B, scaling in zip(weights, biases, by_layer(t, Bs), Bs, scalings, strict=True):
             # N-D from the start: a view of a 2-D result would refuse the caller's in-place operations.
-            y = x.new_empty((*tokens, weights[i].shape[0]))
-            self.linear_(rows_of(y), x2, weights[i], own, Bs[i], scalings[i], biases[i])
+            y = x.new_empty((*tokens, W.shape[0]))
+            self.linear_(rows_of(y), x2, W, own, B, scaling, bias)
             ys.append(y)
         return ys, t
 
@@ -100,27 +103,28 @@ class TorchProducts(WideProducts):
     ) -> Grads:
         """What the operator `lora_linear_backward` computes; see operators.py."""
         need_x, need_As, need_Bs = needs
-        rows, need_A, gs, dBs = list(map(rows_of, dys)), any(need_As), [], []
-        need_g, dx = need_x or need_A, None
-        for i, own in enumerate(by_layer(t, Bs)):
-            g, dB = self.grad_t(rows[i], own, Bs[i], scalings[i], need_g, need_Bs[i])
-            gs.append(g)
-            dBs.append(dB)
-        if not need_g:
-            return None, [None] * len(As), dBs, None
-        g, A = stacked(gs, 1), stacked(As)
+        need_A, dx = True in need_As, None
+        need_g, rows, source2 = need_x or need_A, [rows_of(dy) for dy in dys], rows_of(source)
+        if len(rows) == 1:
+            g, dB = self.grad_t(rows[0], t, Bs[0], scalings[0], need_g, need_Bs[0])
+            A, dBs = As[0], [dB]
+        else:
+            parts = zip(rows, by_layer(t, Bs), Bs, scalings, need_Bs, strict=True)
+            gs, dBs = zip(*(self.grad_t(dy, own, B, s, need_g, need_B) for dy, own, B, s, need_B in parts), strict=True)
+            g, A = torch.cat(gs, 1) if need_g else None, torch.cat(tuple(As))
         # By one product: what the branch read is large, and read once.
-        dA = self.grad_A(g, rows_of(source)) if need_A else None
+        dA = self.grad_A(g, source2) if need_A else None
         if need_x:
             dx = self.grad_x(rows[0], weights[0], g, A)
             for dy, weight in zip(rows[1:], weights[1:], strict=True):
                 dx.addmm_(dy, weight)
-            dx = dx.view(source.shape)
+            dx = dx if source2 is source else dx.view(source.shape)
         return dx, split_as(dA, As, need_As), dBs, g
 
     def add(self, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float, out: Tensor) -> Tensor:
         """Writes y + scaling x Aᵀ Bᵀ into `out` (contiguous; y itself, or as large) and returns t; see `lora_add`."""
-        x2, y2, out2 = rows_of(x), rows_of(y), rows_of(out)
+        x2, out2 = rows_of(x), rows_of(out)
+        y2 = out2 if out is y else rows_of(y)
         t = self.shrink(x2, A) if x.dtype is A.dtype else self.shrink_wide(x2, A, 1.0)
         if B.shape[1] > A.shape[0]:  # a bias as one more column of B: its factor is 1
             t = torch.cat([t, t.new_ones(t.shape[0], 1)], 1)
@@ -154,17 +158,14 @@ class TorchProducts(WideProducts):
             return None, None, dB
         if x.dtype is g.dtype:
             dA = self.grad_A(g, x2) if need_A else None
-            dx = self.grad_source(g, A).view(x.shape) if need_x else None
+            if need_x:
+                dx = self.grad_source(g, A)
+                dx = dx if x2 is x else dx.view(x.shape)
         else:
             dA = self.outer_wide(g, x2, 1.0) if need_A else None
             if need_x:
                 dx = self.grad_source_wide(x, g, A)
         return dx, dA, dB
-
-
-def stacked(matrices: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """All of them one below the other, or side by side."""
-    return matrices[0] if len(matrices) == 1 else torch.cat(tuple(matrices), dim)
 
 
 def by_layer(t: Tensor, Bs: Sequence[Tensor]) -> Sequence[Tensor]:

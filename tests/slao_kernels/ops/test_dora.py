@@ -27,7 +27,7 @@ def test_norms(weight_dtype, transposed, monkeypatch):
     assert whole.dtype == torch.float32
     assert error_ratio(whole, expected) <= 1e-6
     monkeypatch.setitem(precise._BLOCK, "cpu", 200 * 16)
-    assert sum(1 for _ in precise.row_blocks(weight)) == 10
+    assert sum(1 for _ in precise.by_rows(weight)) == 10
     assert error_ratio(norm(weight, t["A"], t["B"], 1.3), expected) <= 1e-6
 
 
@@ -52,7 +52,7 @@ def test_blocks_of_rows_cover_all(op, monkeypatch):
     inputs = make((103,), 48, 40, 5, torch.bfloat16, torch.float32)
     whole = ours(op, inputs, precision="adapter", backend="eager")
     monkeypatch.setitem(precise._BLOCK, "cpu", 40 * 16)
-    assert sum(1 for _ in precise.row_blocks(inputs["y"])) == 7
+    assert sum(1 for _ in precise.by_rows(inputs["y"])) == 7
     cut = ours(op, inputs, precision="adapter", backend="eager")
     check(op, cut, exact(op, inputs), inputs, "adapter")
     # An element of a 16-bit result may be rounded the other way: 2^-8 of it, of one in some hundred.
