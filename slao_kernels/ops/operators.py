@@ -12,14 +12,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
 
+Tensors = Sequence[Tensor]
 LIBRARY = torch.library.Library("slao_kernels", "DEF")
+
+
+class Layers(NamedTuple):
+    """Linear layers of one x with their adapters: weights (N, K), biases (N), As (r, K), Bs (N, r), the scalings.
+
+    The As share one dtype with the Bs. A backward pass has no biases.
+    """
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    As: Sequence[Tensor]
+    Bs: Sequence[Tensor]
+    scalings: Sequence[float]
 
 
 def products_of(backend: str, drawn: Tensor | None = None, p: float = 0.0) -> Any:
@@ -66,10 +80,10 @@ LIBRARY.define(
 def _lora_linear(
     x: Tensor,
     source: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: Tensors,
     biases: Sequence[Tensor | None],
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
+    As: Tensors,
+    Bs: Tensors,
     scalings: Sequence[float],
     wide: bool,
     backend: str,
@@ -78,21 +92,11 @@ def _lora_linear(
 ) -> tuple[list[Tensor], Tensor]:
     products = products_of(backend, drawn, p)
     run = products.wide_forward if wide else products.forward
-    return outside_autocast(run, x.device.type)(x, source, weights, biases, As, Bs, scalings)
+    return outside_autocast(run, x.device.type)(x, source, Layers(weights, biases, As, Bs, scalings))
 
 
 def _lora_linear_fake(
-    x: Tensor,
-    source: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    wide: bool,
-    backend: str,
-    drawn: Tensor | None = None,
-    p: float = 0.0,
+    x: Tensor, source: Any, weights: Tensors, biases: Any, As: Tensors, Bs: Any, scalings: Any, wide: bool, *_: Any
 ) -> tuple[list[Tensor], Tensor]:
     tokens = x.shape[:-1]
     t = (As[0] if wide else x).new_empty((tokens.numel(), sum(A.shape[0] for A in As)))
@@ -100,12 +104,12 @@ def _lora_linear_fake(
 
 
 def _lora_linear_backward(
-    dys: Sequence[Tensor],
+    dys: Tensors,
     source: Tensor,
-    weights: Sequence[Tensor],
+    weights: Tensors,
     t: Tensor,
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
+    As: Tensors,
+    Bs: Tensors,
     scalings: Sequence[float],
     wide: bool,
     need_x: bool,
@@ -117,8 +121,8 @@ def _lora_linear_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     products = products_of(backend, drawn, p)
     run = products.wide_backward if wide else products.backward
-    needs = need_x, need_As, need_Bs
-    dx, dAs, dBs, g = outside_autocast(run, source.device.type)(source, dys, weights, t, As, Bs, scalings, needs)
+    layers, needs = Layers(weights, [None] * len(As), As, Bs, scalings), (need_x, need_As, need_Bs)
+    dx, dAs, dBs, g = outside_autocast(run, source.device.type)(source, dys, layers, t, needs)
 
     def found(tensor: Tensor | None) -> Tensor:
         return source.new_empty(0) if tensor is None else tensor
@@ -127,22 +131,9 @@ def _lora_linear_backward(
 
 
 def _lora_linear_backward_fake(
-    dys: Sequence[Tensor],
-    source: Tensor,
-    weights: Sequence[Tensor],
-    t: Tensor,
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    wide: bool,
-    need_x: bool,
-    need_As: Sequence[bool],
-    need_Bs: Sequence[bool],
-    backend: str,
-    drawn: Tensor | None = None,
-    p: float = 0.0,
+    dys: Tensors, source: Tensor, weights: Any, t: Tensor, As: Tensors, Bs: Tensors, scalings: Any, *rest: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    nothing = source.new_empty
+    (_, need_x, need_As, need_Bs, *_), nothing = rest, source.new_empty
     dAs = [torch.empty_like(A) if need else nothing(0) for A, need in zip(As, need_As, strict=True)]
     dBs = [torch.empty_like(B) if need else nothing(0) for B, need in zip(Bs, need_Bs, strict=True)]
     g = torch.empty_like(t) if need_x or any(need_As) else nothing(0)
@@ -179,16 +170,7 @@ def _lora_add(
     return out, outside_autocast(products_of(backend, drawn, p).add, x.device.type)(x, y, A, B, scaling, out)
 
 
-def _lora_add_fake(
-    y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    backend: str,
-    drawn: Tensor | None = None,
-    p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def _lora_add_fake(y: Tensor, x: Tensor, A: Tensor, B: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape), B.new_empty((x.shape[:-1].numel(), B.shape[1]))
 
 
@@ -205,35 +187,16 @@ def _lora_add_backward(
     backend: str,
     drawn: Tensor | None = None,
     p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     run, needs = products_of(backend, drawn, p).add_backward, (need_x, need_A, need_B)
-    dx, dA, dB = outside_autocast(run, x.device.type)(x, dy, t, A, B, scaling, needs)
-    return (
-        x.new_empty(0) if dx is None else dx,
-        A.new_empty(0) if dA is None else dA,
-        B.new_empty(0) if dB is None else dB,
-    )
+    grads = outside_autocast(run, x.device.type)(x, dy, t, A, B, scaling, needs)
+    return tuple(of.new_empty(0) if grad is None else grad for of, grad in zip((x, A, B), grads, strict=True))
 
 
 def _lora_add_backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    t: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    need_x: bool,
-    need_A: bool,
-    need_B: bool,
-    backend: str,
-    drawn: Tensor | None = None,
-    p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape if need_x else 0),
-        A.new_empty(A.shape if need_A else 0),
-        B.new_empty(B.shape if need_B else 0),
-    )
+    dy: Any, x: Tensor, t: Any, A: Tensor, B: Tensor, scaling: float, *rest: Any
+) -> tuple[Tensor, ...]:
+    return tuple(of.new_empty(of.shape if need else 0) for of, need in zip((x, A, B), rest, strict=False))
 
 
 # DoRA (dora/products.py). "wide" is fp32, or fp64 if asked for.

@@ -121,7 +121,7 @@ class LoraLinear(torch.autograd.Function):
         if dispatch.direct():
             products = operators.products_of(call.backend, drawn, call.dropout)
             run = products.wide_forward if call.wide else products.forward
-            ys, t = run(x, source, weights, biases, As, values, call.scalings)
+            ys, t = run(x, source, operators.Layers(weights, biases, As, values, call.scalings))
         else:
             op, args = torch.ops.slao_kernels.lora_linear, (x, source, weights, biases, As, values, call.scalings)
             ys, t = op(*args, call.wide, call.backend, drawn, call.dropout)
@@ -148,16 +148,18 @@ def _linear_grads(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
     x, drawn, *cores = saved[2 + 3 * n :] or (read, None)
     if cores:
         need_As, As = [need_As[0] or wanted[7]], [routing(cores).to(As[0].dtype) @ As[0]]
-    needs, direct, args = (need_x, need_As, need_Bs), dispatch.direct(), (weights, t, As, Bs, call.scalings)
+    needs, direct = (need_x, need_As, need_Bs), dispatch.direct()
+    layers = operators.Layers(weights, (None,) * n, As, Bs, call.scalings)
     if not direct:
-        op, dropped = torch.ops.slao_kernels.lora_linear_backward, (drawn, call.dropout)
-        dx, dAs, dBs, g = op(dys, read, *args, call.wide, *needs, call.backend, *dropped)
+        op, rest = torch.ops.slao_kernels.lora_linear_backward, (call.backend, drawn, call.dropout)
+        dx, dAs, dBs, g = op(dys, read, weights, t, As, Bs, call.scalings, call.wide, *needs, *rest)
     elif operators.batched(dys):
-        dx, dAs, dBs, g = operators.outside_autocast(reference.grads, call.device)(read, dys, *args, _kept(call, drawn))
+        run, kept = operators.outside_autocast(reference.grads, call.device), _kept(call, drawn)
+        dx, dAs, dBs, g = run(read, dys, layers, t, kept)
     else:
         products = operators.products_of(call.backend, drawn, call.dropout)
         run = operators.outside_autocast(products.wide_backward if call.wide else products.backward, call.device)
-        dx, dAs, dBs, g = run(read, dys, *args, needs)
+        dx, dAs, dBs, g = run(read, dys, layers, t, needs)
     grads: list[Any] = [None, dx]
     for dA, dB in zip(dAs, dBs, strict=True):
         grads += None, None, dA, dB

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ... import native
-from .precise import outer_split, rows_of, splits
-from .products import Grads, Needs, TorchProducts
+from ..operators import Layers
+from .precise import Grads, Needs, outer_split, rows_of, splits
+from .products import TorchProducts
 
 _FP32, _BF16 = 1, 2  # csrc/tensor_table.h
 # Elements of x from which splitting t into 16-bit terms pays: at r = 16, 164 µs against 146 for 1024 × 384, 269 against
@@ -38,21 +39,13 @@ class CpuProducts(TorchProducts):
     AVX-512 cores with bf16 products).
     """
 
-    def forward(
-        self,
-        x: Tensor,
-        source: Tensor | None,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        As: Sequence[Tensor],
-        Bs: Sequence[Tensor],
-        scalings: Sequence[float],
-    ) -> tuple[list[Tensor], Tensor]:
+    def forward(self, x: Tensor, source: Tensor | None, layers: Layers) -> tuple[list[Tensor], Tensor]:
         """As TorchProducts'; one layer of bf16 in one call: t, and y while t is in the cache."""
-        read, A, B, bias = x if source is None else source, As[0], Bs[0], biases[0]
+        (weights, biases, As, Bs, scalings), read = layers, x if source is None else source
+        A, B, bias = As[0], Bs[0], biases[0]
         one = len(As) == 1 and (bias is None or (bias.is_contiguous() and bias.dtype is torch.bfloat16))
         if not (one and read.is_contiguous() and x.is_contiguous() and _serves(read, A, B)):
-            return super().forward(x, source, weights, biases, *_rounded(x.dtype, As, Bs), scalings)
+            return super().forward(x, source, _rounded(layers, x.dtype))
         core, (n, r), k = _core()[0], B.shape, x.shape[-1]
         x2 = rows_of(x)
         m = x2.shape[0]
@@ -64,23 +57,14 @@ class CpuProducts(TorchProducts):
         rows_of(y).addmm_(x2, weights[0].t())
         return [y], t
 
-    def backward(
-        self,
-        source: Tensor,
-        dys: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        t: Tensor,
-        As: Sequence[Tensor],
-        Bs: Sequence[Tensor],
-        scalings: Sequence[float],
-        needs: Needs,
-    ) -> Grads:
+    def backward(self, source: Tensor, dys: Sequence[Tensor], layers: Layers, t: Tensor, needs: Needs) -> Grads:
         """As TorchProducts'; one layer of bf16 in one call: g, dx's part, dA and dB while dy is in the cache."""
         need_x, need_As, need_Bs = needs
+        weights, _, As, Bs, scalings = layers
         A, B, dy = As[0], Bs[0], rows_of(dys[0])
         one = len(As) == 1 and self.mask is None and t.is_contiguous()
         if not (one and source.is_contiguous() and dy.stride(1) == 1 and _serves(source, A, B)):
-            dx, dAs, dBs, g = super().backward(source, dys, weights, t, *_rounded(t.dtype, As, Bs), scalings, needs)
+            dx, dAs, dBs, g = super().backward(source, dys, _rounded(layers, t.dtype), t, needs)
             return dx, _as_wide(dAs, As), _as_wide(dBs, Bs), g
         (n, r), k = B.shape, source.shape[-1]
         dx = torch.empty_like(source) if need_x else None
@@ -109,9 +93,9 @@ def _serves(x: Tensor, A: Tensor, B: Tensor) -> bool:
     return 0 < A.shape[0] <= _core()[1] and A.is_contiguous() and B.is_contiguous()
 
 
-def _rounded(dtype: torch.dtype, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _rounded(layers: Layers, dtype: torch.dtype) -> Layers:
     """What torch's products need: all of one dtype."""
-    return [A.to(dtype) for A in As], [B.to(dtype) for B in Bs]
+    return layers._replace(As=[A.to(dtype) for A in layers.As], Bs=[B.to(dtype) for B in layers.Bs])
 
 
 def _as_wide(grads: list[Tensor | None], factors: Sequence[Tensor]) -> list[Tensor | None]:

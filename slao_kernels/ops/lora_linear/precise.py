@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..operators import Layers
+
 # (M, K) and (K, n) of one 16-bit dtype -> their product in fp32, (M, n).
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,6 +39,10 @@ _SMALLEST = 2.0**-112
 # took up to 1.6 times as long with a quarter million (2 threads, 2 MiB of L2 each). A GPU wants fewer, larger launches.
 _BLOCK = {"cpu": 1 << 19}
 _BLOCK_ELSEWHERE = 1 << 24
+# Which gradients are wanted: of x, of each A and of each B.
+Needs = tuple[bool, Sequence[bool], Sequence[bool]]
+# None where not needed: (dx, dAs, dBs, g).
+Grads = tuple["Tensor | None", "list[Tensor | None]", "list[Tensor | None]", "Tensor | None"]
 
 
 class WideProducts:
@@ -79,38 +85,19 @@ class WideProducts:
         self.add_wide_(rows_of(dx), g, A.t(), self.scale)
         return dx if self.mask is None else dx.mul_(self.mask)
 
-    def wide_forward(
-        self,
-        x: Tensor,
-        source: Tensor | None,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        As: Sequence[Tensor],
-        Bs: Sequence[Tensor],
-        scalings: Sequence[float],
-    ) -> tuple[list[Tensor], Tensor]:
+    def wide_forward(self, x: Tensor, source: Tensor | None, layers: Layers) -> tuple[list[Tensor], Tensor]:
         """(ys, t) of the operator `lora_linear` with t in the adapters' dtype; see operators.py."""
         ys, ts = [], []
         read = rows_of(x if source is None else source)
-        for weight, bias, A, B, scaling in zip(weights, biases, As, Bs, scalings, strict=True):
+        for weight, bias, A, B, scaling in zip(*layers, strict=True):
             ys.append(torch.nn.functional.linear(x, weight, bias))
             ts.append(self.shrink_wide(read, A, 1.0))
             self.add_wide_(ys[-1].view(-1, weight.shape[0]), ts[-1], B, scaling)
         return ys, ts[0] if len(ts) == 1 else torch.cat(ts, 1)
 
-    def wide_backward(
-        self,
-        source: Tensor,
-        dys: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        t: Tensor,
-        As: Sequence[Tensor],
-        Bs: Sequence[Tensor],
-        scalings: Sequence[float],
-        needs: tuple[bool, Sequence[bool], Sequence[bool]],
-    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
+    def wide_backward(self, source: Tensor, dys: Sequence[Tensor], layers: Layers, t: Tensor, needs: Needs) -> Grads:
         """What the operator `lora_linear_backward` computes, gradients of A and B and g in the adapters' dtype."""
-        need_x, need_As, need_Bs = needs
+        (need_x, need_As, need_Bs), (weights, _, As, Bs, scalings) = needs, layers
         need_g, read, gs = need_x or any(need_As), rows_of(source), []
         dx = source.new_empty(source.shape) if need_x else None
         dAs: list[Tensor | None] = []

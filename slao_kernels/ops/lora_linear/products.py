@@ -16,12 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .precise import WideProducts, rows_of
-
-# Which gradients are wanted: of x, of each A and of each B.
-Needs = tuple[bool, Sequence[bool], Sequence[bool]]
-# None where not needed: (dx, dAs, dBs, g).
-Grads = tuple["Tensor | None", "list[Tensor | None]", "list[Tensor | None]", "Tensor | None"]
+from ..operators import Layers
+from .precise import Grads, Needs, WideProducts, rows_of
 
 
 class TorchProducts(WideProducts):
@@ -70,39 +66,21 @@ class TorchProducts(WideProducts):
         """dy W + g A (M, K): dy (M, N), W (N, K), g (M, r), A (r, K)."""
         return self.grad_source(g, A).addmm_(dy, W)
 
-    def forward(
-        self,
-        x: Tensor,
-        source: Tensor | None,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        As: Sequence[Tensor],
-        Bs: Sequence[Tensor],
-        scalings: Sequence[float],
-    ) -> tuple[list[Tensor], Tensor]:
+    def forward(self, x: Tensor, source: Tensor | None, layers: Layers) -> tuple[list[Tensor], Tensor]:
         """(ys, t) of the operator `lora_linear`; see operators.py."""
-        x2, tokens, ys = rows_of(x), x.shape[:-1], []
+        x2, tokens, ys, As = rows_of(x), x.shape[:-1], [], layers.As
         t = self.shrink(x2 if source is None else rows_of(source), As[0] if len(As) == 1 else torch.cat(tuple(As)))
-        for W, bias, own, B, scaling in zip(weights, biases, by_layer(t, Bs), Bs, scalings, strict=True):
+        owns = by_layer(t, layers.Bs)
+        for W, bias, _, B, scaling, own in zip(*layers, owns, strict=True):
             # N-D from the start: a view of a 2-D result would refuse the caller's in-place operations.
             y = x.new_empty((*tokens, W.shape[0]))
             self.linear_(rows_of(y), x2, W, own, B, scaling, bias)
             ys.append(y)
         return ys, t
 
-    def backward(
-        self,
-        source: Tensor,
-        dys: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        t: Tensor,
-        As: Sequence[Tensor],
-        Bs: Sequence[Tensor],
-        scalings: Sequence[float],
-        needs: Needs,
-    ) -> Grads:
+    def backward(self, source: Tensor, dys: Sequence[Tensor], layers: Layers, t: Tensor, needs: Needs) -> Grads:
         """What the operator `lora_linear_backward` computes; see operators.py."""
-        need_x, need_As, need_Bs = needs
+        (need_x, need_As, need_Bs), (weights, _, As, Bs, scalings) = needs, layers
         need_A, dx = True in need_As, None
         need_g, rows, source2 = need_x or need_A, [rows_of(dy) for dy in dys], rows_of(source)
         if len(rows) == 1:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..operators import Layers
+
 
 def lora_linear(
     x: Tensor,
@@ -57,20 +59,12 @@ def lora_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tens
     return (y.to(A.dtype) + scaling * branch).to(y.dtype)
 
 
-def grads(
-    source: Tensor,
-    dys: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    t: Tensor,
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    kept: Tensor | float,
-) -> tuple[Any, ...]:
+def grads(source: Tensor, dys: Sequence[Tensor], layers: Layers, t: Tensor, kept: Tensor | float) -> tuple[Any, ...]:
     """The backward pass of several layers in functions that torch can batch: (dx, dAs, dBs, g) as of
     `TorchProducts.backward`, needed or not. kept: the factor of each x (..., K) in what the branch read."""
     dtype, rows = t.dtype, source.reshape(-1, source.shape[-1]).to(t.dtype)
     flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    weights, _, As, Bs, scalings = layers
     gs = [s * (dy.to(dtype) @ B) for s, dy, B in zip(scalings, flat, Bs, strict=True)]
     ts = t.split([B.shape[1] for B in Bs], 1)
     dx = sum(dy @ weight for dy, weight in zip(flat, weights, strict=True)).to(dtype).reshape(source.shape)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slao_kernels.ops.lora_linear import precise, products
+from slao_kernels.ops.operators import Layers
 from slao_kernels.testing import TOLERANCE, error_ratio
 
 NARROW = [torch.bfloat16, torch.float16]
@@ -188,11 +189,10 @@ class Largest(TorchDispatchMode):
 def test_no_wide_copy_of_x_or_y(way):
     """The largest fp32 tensor that a pass makes is a block of rows, or of the rank's size."""
     t = make((400,), 64, 64, 2, torch.bfloat16, torch.float32)
-    torchs, x, lists = products.products(), t["x"], ([t["weight"]], [None], [t["A"]], [t["B"]], [0.7])
+    torchs, x, layers = products.products(), t["x"], Layers([t["weight"]], [None], [t["A"]], [t["B"]], [0.7])
     with Largest() as largest:
-        (y,), saved = torchs.wide_forward(x, None, *lists)
-        weights, _, *rest = lists
-        torchs.wide_backward(x, [t["y"]], weights, saved, *rest, (True, [True], [True]))
+        (y,), saved = torchs.wide_forward(x, None, layers)
+        torchs.wide_backward(x, [t["y"]], layers, saved, (True, [True], [True]))
     assert y.dtype == torch.bfloat16
     # x has 400 × 64. A block has at least 16 rows; the split's terms are padded to rank 16.
     assert 0 < largest.numel <= (16 * 64 if way == "blocks" else 400 * 16)
