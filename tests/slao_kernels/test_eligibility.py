@@ -193,15 +193,21 @@ def test_before_patch(what, told):
 
 @pytest.mark.parametrize("what", {**ALWAYS, **AFTER})
 def test_after_patch(what, told):
-    """And the layer is fused again when the cause has gone."""
+    """Patched again it gets PEFT's class back; and it is fused again when the cause has gone."""
     case = {**ALWAYS, **AFTER}[what]
     model, twin, report = twins.net_pair(case.net)
     undos = [case.change(net.proj) for net in (model, twin)] if case.change else []
     try:
         twins.check_peft_runs(model, twin, report.fallbacks, case.why, told, *case.args, **case.kwargs)
+        if what in ALWAYS:
+            assert slao_kernels.patch(model).skipped == report.fallbacks
+            assert type(model.proj) is type(twin.proj)
+            assert "slao_options" not in vars(model.proj)
     finally:
         for undo in undos:
             undo()
+    if what in ALWAYS:
+        assert slao_kernels.patch(model).patched == ["proj"]
     if undos:
         twins.check_fused(model, *case.args)
 
