@@ -86,7 +86,15 @@ for folder in sys.argv[2:]:
     print(type(model.proj).__name__)
 """
 # Not HQQ, which has no forward where nobody has made a layer before, and not torchao, which cannot be pickled.
-LOADED = ["bias", "DoRA", "subclass of nn.Linear", "GPTQ, stand-in", "bitsandbytes, 4 bits", "bitsandbytes, 8 bits"]
+LOADED = [
+    "EETQ, made up",
+    "bias",
+    "DoRA",
+    "subclass of nn.Linear",
+    "GPTQ, stand-in",
+    "bitsandbytes, 4 bits",
+    "bitsandbytes, 8 bits",
+]
 
 
 def test_load_in_another_process(tmp_path):
@@ -203,6 +211,8 @@ def test_names_and_classes(told):
     with pytest.raises(AttributeError, match="has no attribute 'FusedNothing'"):
         layers.FusedNothing  # noqa: B018
     assert "peft" not in vars(layers)
+    for kind in ("EETQ, made up", "INC, made up"):
+        check_fused(kind, *pair(kind)[:2])
     # Nobody knows what a subclass computes, of PEFT's class or of ours.
     model = foreign.net("GPTQ, stand-in")
     for _ in range(2):
