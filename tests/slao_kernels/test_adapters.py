@@ -47,14 +47,11 @@ def weights(pair: Any) -> tuple[Tensor, Tensor]:
 
 
 IDS, IMAGES = twins.token_ids(), twins.net_input(2, 6, 8, 8)
-# The model, what it reads, and of each pair of its (first) block the name, A's and B's shapes: (r, n) and (m, r), also of
-# transformers' Conv1D, which stores W as (in, out), and of a convolution, where n is channels·kh·kw.
-MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, list[tuple[str, tuple[int, int], tuple[int, int]]]]] = {
-    "linear": (
-        model_of("llama", "q_proj", "k_proj", "down_proj"),
-        IDS,
-        [("q_proj", (3, 32), (32, 3)), ("k_proj", (3, 32), (16, 3)), ("down_proj", (3, 64), (32, 3))] * 2,
-    ),
+BLOCK = [("q_proj", (3, 32), (32, 3)), ("k_proj", (3, 32), (16, 3)), ("down_proj", (3, 64), (32, 3))]
+# The model, what it reads, and of each pair its name, A's and B's shapes: (r, n) and (m, r), also of transformers'
+# Conv1D, which stores W as (in, out), and of a convolution, where n is channels·kh·kw.
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, list[Any]]] = {
+    "linear": (model_of("llama", "q_proj", "k_proj", "down_proj"), IDS, BLOCK * 2),
     "Conv1D": (model_of("gpt2", "c_attn", fan_in_fan_out=True), IDS, [("c_attn", (3, 32), (96, 3))] * 2),
     "Embedding": (model_of("llama", "embed_tokens"), IDS, [("embed_tokens", (3, 128), (32, 3))]),
     "Conv2d": (lambda: conv_net(target_modules=["conv"]), IMAGES, [("conv", (3, 54), (8, 3))]),
@@ -179,47 +176,32 @@ def tied() -> nn.Module:
     return peft.get_peft_model(tiny_model("llama", tie_word_embeddings=True), config)
 
 
-ADALORA = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10)
-MORE = "{} trains more than A and B"
-# The model, the adapter, which layers have a pair, why others have none.
-LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], str, list[str], list[str]]] = {
-    "DoRA": (lambda: twins.net(use_dora=True), "default", [], [MORE.format("DoraLinearVariant")]),
-    "lora_bias": (lambda: twins.net(lora_bias=True), "default", [], [MORE.format("lora_bias")]),
-    "LoRA beside DoRA": (two_kinds, "default", ["proj"], []),
-    "DoRA beside LoRA": (two_kinds, "dora", [], [MORE.format("DoraLinearVariant")]),
-    "grouped convolution": (
-        lambda: conv_net(groups=2, r=4),
-        "default",
-        ["head"],
-        ["A (4, 6, 3, 3) and B (8, 2, 1, 1) are not (r, n) and (m, r)"],
-    ),
-    "experts": (experts, "default", ["q_proj"], ["ParamWrapper packs several experts into one A and B"] * 2),
-    "AdaLoRA": (
-        lambda: peft.get_peft_model(tiny_model("llama"), ADALORA),
-        "default",
-        [],
-        ["SVDLinear keeps no plain A and B"] * 2,
-    ),
-    "tied": (
-        tied,
-        "default",
-        ["embed_tokens", "q_proj", "q_proj"],
-        ["shares its weights with base_model.model.model.embed_tokens (tied adapters)"],
-    ),
-    "parametrized": (
-        parametrized,
-        "default",
-        [],
-        ["lora_A or lora_B is parametrized: its weight is computed, not kept"],
-    ),
+def adalora() -> nn.Module:
+    return peft.get_peft_model(tiny_model("llama"), peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10))
+
+
+DORA = ["DoraLinearVariant trains more than A and B"]
+TIED = ["shares its weights with base_model.model.model.embed_tokens (tied adapters)"]
+GROUPED = ["A (4, 6, 3, 3) and B (8, 2, 1, 1) are not (r, n) and (m, r)"]
+# The model, which layers have a pair, why others have none.
+LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], list[str], list[str]]] = {
+    "DoRA": (lambda: twins.net(use_dora=True), [], DORA),
+    "lora_bias": (lambda: twins.net(lora_bias=True), [], ["lora_bias trains more than A and B"]),
+    "LoRA beside DoRA": (two_kinds, ["proj"], []),
+    "DoRA beside LoRA": (two_kinds, [], DORA),
+    "grouped convolution": (lambda: conv_net(groups=2, r=4), ["head"], GROUPED),
+    "experts": (experts, ["q_proj"], ["ParamWrapper packs several experts into one A and B"] * 2),
+    "AdaLoRA": (adalora, [], ["SVDLinear keeps no plain A and B"] * 2),
+    "tied": (tied, ["embed_tokens", "q_proj", "q_proj"], TIED),
+    "parametrized": (parametrized, [], ["lora_A or lora_B is parametrized: its weight is computed, not kept"]),
 }
 
 
 @pytest.mark.parametrize("what", LEFT_OUT)
 def test_left_out(what):
-    make, adapter, names, reasons = LEFT_OUT[what]
+    make, names, reasons = LEFT_OUT[what]
     model = make()
-    pairs, left_out = find_pairs(model, adapter)
+    pairs, left_out = find_pairs(model, "dora" if what.startswith("DoRA beside") else "default")
     assert [pair.name.rpartition(".")[2] for pair in pairs] == names
     assert list(left_out.values()) == reasons
     assert all(hasattr(model.get_submodule(name), "base_layer") for name in left_out)

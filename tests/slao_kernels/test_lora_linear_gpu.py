@@ -1,6 +1,6 @@
-"""lora_linear on a real GPU, by the bodies that a CPU runs too: exactness, dropout, graphs, compile, syncs, memory.
+"""lora_linear on a real GPU, by the bodies that a CPU runs too: large sizes, dropout, graphs, compile, syncs, memory.
 
-Training whole layers there, groups and streams: test_training_gpu.py.
+All shapes and dtypes there: ops/test_every_op.py. Training whole layers, and streams: test_training_gpu.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from slao_kernels.testing import TOLERANCE, error_ratio
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAMES = ("x", "weight", "bias", "A", "B")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-ON_A_GPU_ONLY = [((1024,), 4096, 4096, 16), ((4, 500), 2048, 8192, 64), ((3000,), 4096, 1024, 8)]
+SHAPES = [((1024,), 4096, 4096, 16), ((4, 500), 2048, 8192, 64), ((3000,), 4096, 1024, 8)]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
@@ -36,53 +36,21 @@ def test_under_the_interpreter():
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=590, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     (passed,) = re.findall(r"(\d+) passed", done.stdout)
-    assert int(passed) > 60, done.stdout[-2000:]
+    assert int(passed) >= 40, done.stdout[-2000:]
 
 
-def poison() -> None:
-    """Every fresh tensor is NaN until the test ends: what is not written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(4).isnan().all()
-
-
-@pytest.fixture
-def _poisoned():
-    poison()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.usefixtures("_poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", lora_cases.SHAPES + ON_A_GPU_ONLY, ids=str)
-def test_value_and_every_gradient(shape, dtype, place):
-    if shape in ON_A_GPU_ONLY and not place.on_gpu:
-        pytest.skip("a GPU's size")
-    inputs = place.put(lora_cases.make(*shape, dtype))
-    found = lora_cases.ours(inputs, NAMES, backend=place.backend)
-    again = lora_cases.ours(inputs, NAMES, backend=place.backend)
-    expected = lora_cases.oracle(inputs, NAMES)
-    # Sums over thousands of rows: fp32 loses a few more bits there.
-    slack = 4 if shape in ON_A_GPU_ONLY and dtype == torch.float32 else 1
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_large_sizes(shape, dtype, place):
+    """And bitwise the same at the next run. A CPU has smaller ones."""
+    inputs = place.put(lora_cases.make(*(shape if place.on_gpu else ((20,), 96, 80, shape[-1])), dtype))
+    found, again = (lora_cases.ours(inputs, NAMES, backend=place.backend) for _ in range(2))
     for name in ("y", *NAMES):
         assert (found[name].device.type, found[name].dtype) == (place.device, dtype)
         assert torch.equal(found[name], again[name]), name
-    lora_cases.compare(found, expected, slack * TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("precision", ["base", "adapter"])
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
-def test_fp32_adapters_on_a_16_bit_base(narrow, precision, place):
-    inputs = place.put(lora_cases.make((70,), 96, 80, 16, narrow))
-    inputs |= {name: inputs[name].float() * 1.01 for name in ("A", "B")}  # no 16-bit values any more
-    found = lora_cases.ours(inputs, NAMES, backend=place.backend, precision=precision)
-    assert found["A"].dtype == found["B"].dtype == torch.float32
-    expected = lora_cases.oracle(inputs, NAMES)
-    # "base" rounds A, B, t and g, "adapter" only what is stored in 16 bits.
-    lora_cases.compare(found, expected, (1.5 if precision == "base" else 1) * TOLERANCE[narrow])
-    if precision == "adapter":
-        for name in ("A", "B"):
-            assert error_ratio(found[name], expected[name]) <= TOLERANCE[torch.float32]
+    # Sums over thousands of rows: fp32 loses a few more bits there.
+    slack = 4 if place.on_gpu and dtype == torch.float32 else 1
+    lora_cases.compare(found, lora_cases.oracle(inputs, NAMES), slack * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpoint", "reentrant checkpoint"])
