@@ -109,7 +109,7 @@ def test_other_arguments_reach_the_base():
 @pytest.mark.parametrize("kind", ["GPTQ, stand-in", "AWQ, stand-in", "AQLM, stand-in"])
 def test_classes_that_take_only_x(kind):
     model, twin, _ = pair(kind)
-    twins.check_same_error(model, twin, twins.net_input(2, 5, 64), adapter_names=["default", "default"])
+    twins.check_same_error(model, twin, adapter_names=["default", "default"])
 
 
 class Returning(nn.Linear):
@@ -152,7 +152,7 @@ def test_hook_on_a_foreign_base(kind):
     model, twin, report = pair(kind)
     for net in (model, twin):
         net.proj.base_layer.register_forward_hook(half)
-    twins.check_same(model, twin, twins.net_input(2, 5, 64), ops=ADD)
+    twins.check_same(model, twin, ops=ADD)
     assert report.fallbacks == {}
 
 

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import twins
-from kinds import build, operators, pair, x_of
+from kinds import build, operators, pair
 
 import slao_kernels
 from slao_kernels.layers import FusedLoraLinear
@@ -41,7 +41,7 @@ def test_dropout_in_eval_mode():
     assert list(report.fallbacks) == ["proj"]
     model.eval()
     twin.eval()
-    twins.check_same(model, twin, x_of(), ops=operators("DoRA"))
+    twins.check_same(model, twin, ops=operators("DoRA"))
 
 
 @pytest.mark.parametrize("other", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
@@ -55,7 +55,7 @@ def test_one_of_two_adapters(other):
     for name in ("default", "other"):
         for net in (model, twin):
             net.proj.set_adapter(name)
-        twins.check_same(model, twin, x_of(), ops=1)
+        twins.check_same(model, twin, ops=1)
     assert report.fallbacks == {}
 
 

@@ -29,6 +29,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = "lora_A is a {}, lora_B a {}, not plain nn.Linear"
 MATRIX = "lora_A or lora_B is not a plain floating matrix (sharded or quantised?)"
 DROPOUT = "lora_dropout=0.1 while training, and other adapters are active: each draws a mask of its own"
+DORA_DROPOUT = "DoRA with lora_dropout=0.4 while training: PEFT scales the base of the dropped x"
+CALLED = "DoRA over a base layer that has to be called"
+NUMBER = "x is a 0-dimensional tensor of torch.float32"
+MIXED, OFFSETS = "called with adapter_names beside x", "called with alora_offsets beside x"
+NAMES = {"adapter_names": ["default", "__base__"]}
+QUANTISED = ["bitsandbytes, 4 bits", "bitsandbytes, 8 bits", "HQQ, 8 bits", "torchao, int8"]
 A, B, BASE, MAGNITUDE = (PARTS[name] for name in ("lora_A", "lora_B", "base", "lora_magnitude_vector"))
 X = twins.net_input()
 dora = partial(twins.net, use_dora=True)
@@ -40,6 +46,9 @@ class Noisy(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * x
+
+
+noisy = item("lora_dropout", lambda _: Noisy(0.5))
 
 
 @dataclass(frozen=True)
@@ -84,9 +93,8 @@ def variant(why: str, **options: Any) -> Case:
 
 
 def other_layer(kind: str, x: Tensor, *sizes: int) -> Case:
-    return Case(
-        f"lora.layer.{kind} has no fused forward", None, lambda: twins.net(partial(getattr(nn, kind), *sizes)), (x,)
-    )
+    net = partial(twins.net, partial(getattr(nn, kind), *sizes))
+    return Case(f"lora.layer.{kind} has no fused forward", None, net, (x,))
 
 
 ALWAYS = {
@@ -95,23 +103,21 @@ ALWAYS = {
     for what, (change, why) in {**changes.OF_A_MODULE, **changes.OF_A_WEIGHT}.items()
 }
 ALWAYS |= {
+    f"{kind}, hook": Case("lora_A has hooks", on(A, hook), partial(foreign.net, kind))
+    for kind in ("GPTQ, stand-in", "bitsandbytes, 4 bits", "torchao, int8")
+}
+ALWAYS |= {
     "lora_A: parametrized": Case(PLAIN.format("ParametrizedLinear", "Linear"), on(A, changes.parametrized)),
     "lora_B: subclass": Case(PLAIN.format("Linear", "Other"), on(B, changes.other_class)),
     # PEFT's forward cannot multiply these either (as they are; FSDP and ZeRO-3 put others there for the call).
     "lora_A: flat": Case(MATRIX, on(A, attribute("weight", lambda _: nn.Parameter(torch.ones(0))))),
-    "lora_B: fp8": Case(
-        MATRIX, on(B, attribute("weight", lambda w: nn.Parameter(w.detach().to(torch.float8_e4m3fn), False)))
-    ),
+    "lora_B: fp8": Case(MATRIX, on(B, attribute("weight", lambda w: nn.Parameter(w.to(torch.float8_e4m3fn), False)))),
     "DoRA, hook on the magnitude": Case("DoRA's magnitude has hooks", on(MAGNITUDE, hook), dora),
-    "DoRA, hook on the base": Case("DoRA over a base layer that has to be called", on(BASE, hook), dora),
+    "DoRA, hook on the base": Case(CALLED, on(BASE, hook), dora),
     # PEFT's config refuses it, and its forward would count it into the norm.
-    "DoRA, bias of B": Case(
+    "DoRA, own bias": Case(
         "DoRA with lora_bias", on(B, attribute("bias", lambda _: nn.Parameter(torch.ones(20)))), dora
     ),
-    **{
-        f"{kind}, hook": Case("lora_A has hooks", on(A, hook), partial(foreign.net, kind), (twins.net_input(2, 5, 64),))
-        for kind in ("GPTQ, stand-in", "bitsandbytes, 4 bits", "torchao, int8")
-    },
 }
 BEFORE = {
     # Swapping the class of such a layer would do nothing.
@@ -124,58 +130,33 @@ BEFORE = {
     "Embedding": other_layer("Embedding", torch.arange(12).view(3, 4), 30, 20),
     "Conv2d": other_layer("Conv2d", twins.net_input(2, 6, 7, 7), 6, 8, 3),
     "Conv1d": other_layer("Conv1d", twins.net_input(2, 6, 7), 6, 8, 3),
-    **{
-        f"DoRA over {kind}": Case(
-            "DoRA over a base layer that has to be called",
-            net=partial(foreign.net, kind, use_dora=True),
-            args=(twins.net_input(2, 5, 64),),
-        )
-        for kind in ("bitsandbytes, 4 bits", "bitsandbytes, 8 bits", "HQQ, 8 bits", "torchao, int8")
-    },
 }
-NAMES = {"adapter_names": ["default", "__base__"]}
-AFTER = {
-    "called base, hook": Case("lora_B has hooks", on(B, hook), called),
+BEFORE |= {f"DoRA over {kind}": Case(CALLED, None, partial(foreign.net, kind, use_dora=True)) for kind in QUANTISED}
+OTHERS = beside("other", "default"), beside("other", "default", use_dora=True)
+AFTER = {f"global hook: {n}": Case("a global module hook is registered", c) for n, c in changes.GLOBAL_HOOKS.items()}
+AFTER |= {
     "dropout of one of two": Case(DROPOUT, beside("default", "other", lora_dropout=0.1)),
-    "other dropout": Case("lora_dropout is a Noisy", item("lora_dropout", lambda _: Noisy(0.5))),
-    "other dropout, eval": Case(
-        "lora_dropout is a Noisy", changes.all_of(item("lora_dropout", lambda _: Noisy(0.5)), changes.training)
-    ),
+    "other dropout": Case("lora_dropout is a Noisy", noisy),
+    "other dropout, eval": Case("lora_dropout is a Noisy", changes.all_of(noisy, changes.training)),
     "hook on dropout": Case("lora_dropout has hooks", on(PARTS["lora_dropout"], hook)),
-    **{
-        f"global hook: {name}": Case("a global module hook is registered", change)
-        for name, change in changes.GLOBAL_HOOKS.items()
-    },
     "aLoRA": Case("ALora: not plain LoRA", beside("other", alora_invocation_tokens=[1])),
-    "DoRA beside LoRA": Case("DoRA beside other active adapters", beside("other", "default"), dora),
-    "DoRA beside DoRA": Case("DoRA beside other active adapters", beside("other", "default", use_dora=True), dora),
-    "DoRA, dropout": Case(
-        "DoRA with lora_dropout=0.4 while training: PEFT scales the base of the dropped x",
-        net=partial(dora, lora_dropout=0.4),
-    ),
+    "DoRA beside LoRA": Case("DoRA beside other active adapters", OTHERS[0], dora),
+    "DoRA beside DoRA": Case("DoRA beside other active adapters", OTHERS[1], dora),
+    "DoRA, dropout": Case(DORA_DROPOUT, net=partial(dora, lora_dropout=0.4)),
+    "called base, hook": Case("lora_B has hooks", on(B, hook), called),
     "x: subclass": Case("x is a Tagged", args=(X.as_subclass(changes.Tagged),)),
     "x: dtype": Case("x is torch.bfloat16, the base weight torch.float32", args=(X.bfloat16(),)),
     "x: integers": Case("x is a 2-dimensional tensor of torch.int64", args=(torch.ones(2, 24, dtype=torch.int64),)),
-    "x: scalar": Case("x is a 0-dimensional tensor of torch.float32", args=(torch.tensor(1.0),)),
+    "x: number": Case(NUMBER, args=(torch.tensor(1.0),)),
     "x: device": Case("x is on meta, the base weight on cpu", args=(X.to("meta"),)),
     "positional": Case("called with positional arguments beside x", args=(X, 1)),
-    # aLoRA's offsets reach every LoRA layer of a model.
-    "offsets": Case("called with alora_offsets beside x", args=(X,), kwargs={"alora_offsets": [1, 2]}),
-    "called base, x: scalar": Case(
-        "x is a 0-dimensional tensor of torch.float32", net=called, args=(torch.tensor(1.0),)
-    ),
+    "offsets": Case(OFFSETS, kwargs={"alora_offsets": [1, 2]}),  # aLoRA's reach every LoRA layer of a model
+    "called base, x: number": Case(NUMBER, net=called, args=(torch.tensor(1.0),)),
     "called base, x: device": Case("adapter 'default' is on cpu, x on meta", net=called, args=(X.to("meta"),)),
-    "called base, offsets": Case(
-        "called with alora_offsets beside x", net=called, args=(X,), kwargs={"alora_offsets": [1, 2]}
-    ),
-    "called base, mixed batch": Case("called with adapter_names beside x", net=called, args=(X,), kwargs=NAMES),
-    **{
-        f"{kind}, mixed batch": Case(
-            "called with adapter_names beside x", None, partial(foreign.net, kind), (twins.net_input(2, 5, 64),), NAMES
-        )
-        for kind in ("bitsandbytes, 4 bits", "bitsandbytes, 8 bits", "HQQ, 8 bits")
-    },
+    "called base, offsets": Case(OFFSETS, net=called, kwargs={"alora_offsets": [1, 2]}),
+    "called base, mixed batch": Case(MIXED, net=called, kwargs=NAMES),
 }
+AFTER |= {f"{kind}, mixed batch": Case(MIXED, net=partial(foreign.net, kind), kwargs=NAMES) for kind in QUANTISED[:3]}
 
 
 @pytest.mark.parametrize("what", {**ALWAYS, **BEFORE})

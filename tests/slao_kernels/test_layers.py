@@ -230,7 +230,7 @@ def test_a_tensor_as_scaling(kind):
     model, twin, _ = pair(kind)
     for net in (model, twin):
         net.proj.scaling = {name: torch.tensor(value) for name, value in net.proj.scaling.items()}
-    expected = twins.check_same(model, twin, x_of(), ops=operators(kind))
+    expected = twins.check_same(model, twin, ops=operators(kind))
     twins.check_close(compiled(model)(x_of()), expected)
 
 
@@ -243,28 +243,3 @@ def test_functional_call(kind):
         y = functional_call(net, values, (x_of(),))
         grads.append(dict(zip(values, torch.autograd.grad(y.square().sum(), values.values()), strict=True)))
     twins.check_close(*grads)
-
-
-@pytest.mark.parametrize("base", grid([torch.float32, torch.bfloat16], [torch.float32]))
-@all_kinds
-def test_training(kind, base):
-    """Ten steps of SGD: the losses and the adapters end where PEFT's do."""
-    model, twin, report = pair(kind, base, torch.float32, lora_dropout=0.1 if kind in DROPPING else 0.0)
-    target = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(8))
-    losses: list[list[float]] = []
-    for net in (model, twin):
-        optimizer = torch.optim.SGD([p for n, p in net.named_parameters() if "lora_" in n], lr=0.02)
-        torch.manual_seed(6)
-        losses.append([])
-        for _ in range(10):
-            optimizer.zero_grad()
-            loss = (net(x_of(dtype=base)).float() - target).square().mean()
-            loss.backward()
-            optimizer.step()
-            losses[-1].append(loss.item())
-    assert losses[0][-1] < 0.99 * losses[0][0]
-    tolerance = 1e-5 if base == torch.float32 else 2e-2  # bf16: ten steps' roundings
-    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
-    ours, theirs = ({n: p.detach() for n, p in net.named_parameters() if "lora_" in n} for net in (model, twin))
-    twins.check_close(ours, theirs, tolerance)
-    assert report.fallbacks == {}

@@ -26,7 +26,7 @@ pytestmark = [
 
 
 def check_fused(kind: str, model: nn.Module, twin: nn.Module) -> None:
-    twins.check_same(model, twin, x_of(), ops=operators(kind))
+    twins.check_same(model, twin, ops=operators(kind))
 
 
 def check_pefts(model: nn.Module, twin: nn.Module) -> Tensor:

@@ -123,6 +123,11 @@ def net_input(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape or (2, 5, 24), generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+def input_of(model: nn.Module) -> Tensor:
+    """What an adapted layer of a net reads."""
+    return net_input(2, 5, getattr(model.proj.base_layer, "in_features", 24))
+
+
 def net_step(model: nn.Module, x: Tensor, *args, **kwargs) -> dict[str, Tensor]:
     """The output and every gradient, x's included, under one seed."""
     torch.manual_seed(2)
@@ -208,7 +213,7 @@ def check_same(
     """
     run = net_step if hasattr(model, "proj") else step
     if run is net_step and not args:
-        args = (net_input(),)
+        args = (input_of(model),)
     with CountOps() as ran:
         found = run(model, *args, **kwargs)
     assert ops is None or ops == (ran.forward if isinstance(ops, int) else ran.counts)
@@ -218,7 +223,7 @@ def check_same(
 
 def check_same_error(model: nn.Module, twin: nn.Module, *args, **kwargs) -> None:
     """PEFT's own exception, not one of ours."""
-    found, expected = (attempt(net_step, net, *(args or (net_input(),)), **kwargs) for net in (model, twin))
+    found, expected = (attempt(net_step, net, *(args or (input_of(net),)), **kwargs) for net in (model, twin))
     assert list(expected) == ["error"]
     assert found == expected
 
@@ -233,7 +238,7 @@ def check_peft_runs(
     **kwargs,
 ) -> None:
     """Twice the very numbers (or the error) of the unpatched twin, without our operators; `reason` logged once."""
-    args = args or (net_input(),)
+    args = args or (input_of(model),)
     with CountOps() as ops:
         for _ in range(2):
             found, expected = (attempt(net_step, net, *args, **kwargs) for net in (model, twin))
@@ -246,5 +251,5 @@ def check_peft_runs(
 def check_fused(model: nn.Module, *args) -> None:
     """One call runs our operator."""
     with CountOps() as ops:
-        model(*(args or (net_input(),)))
+        model(*(args or (input_of(model),)))
     assert ops.forward == 1
