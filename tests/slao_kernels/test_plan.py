@@ -16,6 +16,7 @@ from typing import Any
 import changes
 import pytest
 import torch
+import twins
 from plans import KINDS, NARROW, PEFTS, Pair, outcome
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -26,12 +27,17 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 
 
 @pytest.fixture(params=KINDS)
-def pair(request, twins) -> Pair:
-    return Pair(twins, request.param)
+def pair(request) -> Pair:
+    return Pair(request.param)
+
+
+def value(net: nn.Module) -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    return {"y": net(twins.net_input()).detach()}
 
 
 @pytest.mark.parametrize("what", ["of_parts", "of_the_layer", "of_hooks"])
-def test_changes_of_the_layer(what, pair, twins):
+def test_changes_of_the_layer(what, pair):
     """One at a time, each applied and undone: noticed both times, and PEFT's numbers (or its error) both times."""
     walk, wrong = dict(getattr(changes, what)(pair.twin.proj)), []
     assert len(walk) > 3
@@ -43,18 +49,8 @@ def test_changes_of_the_layer(what, pair, twins):
             pair.settle()
         except Exception as error:
             wrong.append(f"{name}: {error!s:.300}")
-            pair = Pair(twins, pair.kind)
+            pair = Pair(pair.kind)
     assert not wrong, "\n".join(wrong)
-
-
-def test_the_cause_of_a_refusal_goes(twins):
-    for kind, cure in (("refused", lambda a: a._forward_hooks.clear()), ("disabled", None)):
-        pair = Pair(twins, kind)
-        for net in (pair.net, pair.twin):
-            cure(net.proj.lora_A["default"]) if cure else changes.enabled(net.proj)
-        assert not pair.holds(pair.x)
-        pair.settle()
-        twins.check_fused(pair.net)
 
 
 def test_what_a_plan_reads_anew(pair):
@@ -148,7 +144,7 @@ PROCESS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("what", PROCESS)
-def test_changes_of_the_process(what, pair, twins):
+def test_changes_of_the_process(what, pair):
     held, answers = [], []
 
     def run(x: Tensor) -> Tensor:
@@ -176,14 +172,11 @@ def test_autocast_to_another_dtype(pair):
         pair.check(pair.x)
 
 
-def test_grad_modes_share_a_plan(pair, twins):
+def test_grad_modes_share_a_plan(pair):
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert pair.holds(pair.x)
-            torch.manual_seed(2)
-            y = pair.net(pair.x)
-            torch.manual_seed(2)
-            twins.check_close({"y": y}, {"y": pair.twin(pair.x)})
+            twins.check_close(*map(value, (pair.net, pair.twin)))
 
 
 # --- copies, replicas, memory ----------------------------------------------------------------------------------------
@@ -215,7 +208,7 @@ COPIES = {
 
 
 @pytest.mark.parametrize("how", COPIES)
-def test_copies(how, pair, twins):
+def test_copies(how, pair):
     """A copy makes its own plan, and the original's does not serve it, whichever of them is changed afterwards."""
     net = pair.net if how == "copy" else None
     original = pair.net.proj
@@ -224,10 +217,7 @@ def test_copies(how, pair, twins):
     assert copied.proj.__dict__.get("slao_plan") in ((None, pair.plan) if how in ("copy", "replica") else (None,))
     assert pair.plan.tensors(copied.proj.__dict__, pair.x) is None
     for _ in range(2):
-        torch.manual_seed(2)
-        y = copied(pair.x)
-        torch.manual_seed(2)
-        twins.check_close({"y": y.detach()}, {"y": pair.twin(pair.x).detach()})
+        twins.check_close(*map(value, (copied, pair.twin)))
     if net is not None:
         net.proj = original
     if how in ("deepcopy", "pickle"):
