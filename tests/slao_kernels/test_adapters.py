@@ -46,15 +46,14 @@ def weights(pair: Any) -> tuple[Tensor, Tensor]:
     return pair.layer.lora_A["default"].weight, pair.layer.lora_B["default"].weight
 
 
-IDS, IMAGES = twins.token_ids(), twins.net_input(2, 6, 8, 8)
 BLOCK = [("q_proj", (3, 32), (32, 3)), ("k_proj", (3, 32), (16, 3)), ("down_proj", (3, 64), (32, 3))]
-# The model, what it reads, and of each pair its name, A's and B's shapes: (r, n) and (m, r), also of transformers'
+# The model, and of each pair its name, A's and B's shapes: (r, n) and (m, r), also of transformers'
 # Conv1D, which stores W as (in, out), and of a convolution, where n is channels·kh·kw.
-MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, list[Any]]] = {
-    "linear": (model_of("llama", "q_proj", "k_proj", "down_proj"), IDS, BLOCK * 2),
-    "Conv1D": (model_of("gpt2", "c_attn", fan_in_fan_out=True), IDS, [("c_attn", (3, 32), (96, 3))] * 2),
-    "Embedding": (model_of("llama", "embed_tokens"), IDS, [("embed_tokens", (3, 128), (32, 3))]),
-    "Conv2d": (lambda: conv_net(target_modules=["conv"]), IMAGES, [("conv", (3, 54), (8, 3))]),
+MODELS: dict[str, tuple[Callable[[], nn.Module], list[Any]]] = {
+    "linear": (model_of("llama", "q_proj", "k_proj", "down_proj"), BLOCK * 2),
+    "Conv1D": (model_of("gpt2", "c_attn", fan_in_fan_out=True), [("c_attn", (3, 32), (96, 3))] * 2),
+    "Embedding": (model_of("llama", "embed_tokens"), [("embed_tokens", (3, 128), (32, 3))]),
+    "Conv2d": (lambda: conv_net(target_modules=["conv"]), [("conv", (3, 54), (8, 3))]),
 }
 every_kind = pytest.mark.parametrize("kind", MODELS)
 
@@ -62,7 +61,7 @@ every_kind = pytest.mark.parametrize("kind", MODELS)
 @every_kind
 def test_pairs(kind):
     """Names and order of the walk, PEFT's scaling and delta; the parameters are the model's own."""
-    make, _, expected = MODELS[kind]
+    make, expected = MODELS[kind]
     model = make()
     pairs, left_out = find_pairs(model)
     assert left_out == {}
@@ -78,47 +77,17 @@ def test_pairs(kind):
         assert torch.allclose(delta, theirs.t() if kind in ("Conv1D", "Embedding") else theirs, atol=1e-6)
 
 
-def outputs(model: nn.Module, x: Tensor) -> Tensor:
-    y = model(x)
-    return (y if isinstance(y, Tensor) else y.logits).detach()
-
-
-@every_kind
-def test_writing_into_a_pair_writes_the_model(kind):
-    make, x, _ = MODELS[kind]
-    model = make()
-    pairs, _ = find_pairs(model)
-    for pair in pairs:
-        for parameter in pair.parameters:
-            nn.init.normal_(parameter, std=0.1)
-    before = outputs(model, x)
-    for pair in pairs:
-        pair.A.mul_(2)
-    doubled_A = outputs(model, x)
-    for pair in pairs:
-        pair.A.div_(2)
-        pair.B.mul_(2)
-    doubled_B = outputs(model, x)
-    assert (doubled_A - before).abs().max() > 1e-3
-    if kind in ("Embedding", "Conv2d"):  # one layer: 2 A and 2 B are the same delta
-        assert torch.allclose(doubled_A, doubled_B, atol=1e-5)
-    for pair in pairs:
-        pair.B.zero_()
-        assert not pair.parameters[1].any()
-    zero = outputs(model, x)
-    for pair in pairs:
-        pair.layer.enable_adapters(False)
-    assert torch.allclose(zero, outputs(model, x), atol=1e-6)
-
-
 @every_kind
 def test_a_pair_follows_its_parameter(kind):
-    """A parameter that gets another storage (method.merged(), FSDP) is seen by a pair found before."""
+    """A parameter that gets another storage (method.merged(), FSDP) is seen by a pair found before; what is written
+    into the pair is in the parameter."""
     for pair in find_pairs(MODELS[kind][0]())[0]:
         for parameter, view in zip(pair.parameters, ("A", "B"), strict=True):
             parameter.data = torch.full_like(parameter, 0.25)
             assert getattr(pair, view).data_ptr() == parameter.data_ptr()
             assert (getattr(pair, view) == 0.25).all()
+            getattr(pair, view)[1:].mul_(2)
+            assert (parameter[1:] == 0.5).all()
 
 
 def test_scalings():

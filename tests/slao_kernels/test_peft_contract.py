@@ -7,7 +7,7 @@ import copy
 import json
 import pickle
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import peft
@@ -98,6 +98,20 @@ def biases(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
 
 
+def merge(model: nn.Module, safe: bool = False) -> None:
+    model.merge_adapter(safe_merge=safe)
+    model.unmerge_adapter()
+
+
+def disable(model: nn.Module, merged: bool = False) -> None:
+    """Disabling a merged adapter unmerges it."""
+    if merged:
+        model.merge_adapter()
+    with model.disable_adapter(), twins.CountOps() as ops:
+        twins.step(model.requires_grad_(True))
+    assert ops.counts == {}
+
+
 CONV1D = {"kind": "gpt2", "target_modules": ["c_attn", "c_fc"]}
 # Further adapters, options of the first, what is done then, forwards of fused layers in a step. Several active
 # adapters, Σ s_i B_i A_i: one product of stacked ranks; every adapter's gradient is its own.
@@ -117,6 +131,11 @@ USES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], Callable[[nn.Module]
     "lora_bias on Conv1D": ([], {**CONV1D, "lora_bias": True}, biases, 4),
     "deleted": ([{"r": 2}], {}, delete, LAYERS),
     **{f"weighted, {how}": ([{"lora_alpha": 7}], {}, weighted(how), LAYERS) for how in ("linear", "cat", "svd")},
+    # While it is merged or disabled, layer by layer: test_layers_peft.py.
+    "merged": ([], CONV1D, merge, 4),
+    "merged safely": ([], {}, partial(merge, safe=True), LAYERS),
+    "disabled": ([], {}, disable, LAYERS),
+    "merged and disabled": ([], {}, partial(disable, merged=True), LAYERS),
     "set_scale": ([], {}, scale, LAYERS),
     "checkpointed": ([], {}, checkpointed(False), 2 * LAYERS),  # once more in the backward pass
     "checkpointed, reentrant": ([], {}, checkpointed(True), 2 * LAYERS),
@@ -135,30 +154,6 @@ def test_uses(use, pair):
     tolerance = 1e-12 if use == "double" else twins.FP32_RATIO
     found = twins.check_same(model, twin, ops=fused, tolerance=tolerance)
     assert all(any(f".{name}." in key for key in found) for name in model.base_model.active_adapters)
-
-
-@pytest.mark.parametrize(
-    ("how", "kind"),
-    [("disabled", "llama"), ("merged", "gpt2"), ("merged safely", "llama"), ("merged and disabled", "llama")],
-)
-def test_off_and_on_again(how, kind, pair):
-    """PEFT's own forward while the adapter is disabled or merged, bit for bit; disabling a merged one unmerges it."""
-    model, twin = pair(**(CONV1D if kind == "gpt2" else {}))
-    ids = twins.token_ids()
-    before = model(ids).logits
-    for net in (model, twin) if "merged" in how else ():
-        net.merge_adapter(safe_merge=how == "merged safely")
-    with ExitStack() as stack, twins.CountOps() as ops:
-        for net in (model, twin) if "disabled" in how else ():
-            stack.enter_context(net.disable_adapter())
-        logits, theirs = model(ids).logits, twin(ids).logits
-    assert ops.counts == {}
-    assert torch.equal(logits, theirs)
-    assert error_ratio(logits, before) > 1e-4 if "disabled" in how else error_ratio(logits, before) <= twins.FP32_RATIO
-    twins.check_equal(dict(model.state_dict()), dict(twin.state_dict()))
-    for net in (model, twin) if "disabled" not in how else ():
-        net.unmerge_adapter()
-    twins.check_same(model, twin, ops=4 if kind == "gpt2" else LAYERS)
 
 
 def test_unloaded(pair):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import slao_kernels
 from slao_kernels.testing import error_ratio, tiny_model
 
+Pair = tuple[nn.Module, nn.Module, slao_kernels.PatchReport]
 FP32_RATIO = 1e-5  # of an output or gradient against the unpatched fp32 model
 
 
@@ -66,7 +67,7 @@ def peft_model(kind: str, dtype: torch.dtype = torch.float32, **options) -> nn.M
     return train_a_little(peft.get_peft_model(base_model(kind, dtype), config(**options)))
 
 
-def model_pair(kind: str = "llama", *args, **options) -> tuple[nn.Module, nn.Module, slao_kernels.PatchReport]:
+def model_pair(kind: str = "llama", *args, **options) -> Pair:
     """(patched, unpatched, report)"""
     model, twin = (peft_model(kind, *args, **options) for _ in range(2))
     return model, twin, slao_kernels.patch(model)
@@ -143,9 +144,7 @@ def net_step(model: nn.Module, x: Tensor, *args, **kwargs) -> dict[str, Tensor]:
     return found
 
 
-def net_pair(
-    make: Callable[..., nn.Module] = net, *args, **options
-) -> tuple[nn.Module, nn.Module, slao_kernels.PatchReport]:
+def net_pair(make: Callable[..., nn.Module] = net, *args, **options) -> Pair:
     """(patched, unpatched, report)"""
     model, twin = make(*args, **options), make(*args, **options)
     report = slao_kernels.patch(model, strict=True)
@@ -228,15 +227,7 @@ def check_same_error(model: nn.Module, twin: nn.Module, *args, **kwargs) -> None
     assert found == expected
 
 
-def check_peft_runs(
-    model: nn.Module,
-    twin: nn.Module,
-    reasons: dict[str, str],
-    reason: str,
-    told: Callable[[], list[str]],
-    *args,
-    **kwargs,
-) -> None:
+def check_peft_runs(model, twin, reasons: dict[str, str], reason: str, told, *args, **kwargs) -> None:
     """Twice the very numbers (or the error) of the unpatched twin, without our operators; `reason` logged once."""
     args = args or (input_of(model),)
     with CountOps() as ops:
