@@ -79,10 +79,8 @@ def stand_in(path: str) -> Callable[..., Net]:
     def make(linear: nn.Linear, dtype: torch.dtype, **options: Any) -> Net:
         module, _, name = path.rpartition(".")
         cls = getattr(importlib.import_module(f"peft.tuners.lora.{module}"), name)
-        base = Quantised(linear)
-        return Net(
-            cls(base, "default", config=config(**options), **{**R, **{k: options[k] for k in R & options.keys()}})
-        )
+        own = {**R, **{key: options[key] for key in R & options.keys()}}
+        return Net(cls(Quantised(linear), "default", config=config(**options), **own))
 
     return make
 

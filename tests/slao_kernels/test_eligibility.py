@@ -19,7 +19,6 @@ import torch
 import twins
 from changes import PARTS, Change, attribute, half, item, on, replace_forward
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 import slao_kernels
 from slao_kernels import layers
@@ -151,6 +150,7 @@ AFTER |= {
     "x: device": Case("x is on meta, the base weight on cpu", args=(X.to("meta"),)),
     "positional": Case("called with positional arguments beside x", args=(X, 1)),
     "offsets": Case(OFFSETS, kwargs={"alora_offsets": [1, 2]}),  # aLoRA's reach every LoRA layer of a model
+    "mixed batch": Case(MIXED, beside("default"), kwargs={"adapter_names": ["other", "__base__"]}),
     "called base, x: number": Case(NUMBER, net=called, args=(torch.tensor(1.0),)),
     "called base, x: device": Case("adapter 'default' is on cpu, x on meta", net=called, args=(X.to("meta"),)),
     "called base, offsets": Case(OFFSETS, net=called, kwargs={"alora_offsets": [1, 2]}),
@@ -268,35 +268,10 @@ def test_fp64_under_autocast(told):
         assert model(X.double()).dtype == torch.float64
 
 
-def test_mixed_batch(told):
-    """adapter_names: another adapter, or none, for every row."""
-    model, twin, report = twins.model_pair(target_modules=["q_proj", "down_proj"])
-    for net in (model, twin):
-        torch.manual_seed(4)
-        net.add_adapter("other", twins.config(r=5, target_modules=["q_proj"]))
-        twins.train_a_little(net).eval()
-    with twins.CountOps() as ops, torch.no_grad():
-        names = ["other", "__base__", "default"]
-        found, expected = (net(twins.token_ids(), adapter_names=names).logits for net in (model, twin))
-    assert ops.counts == {}
-    assert torch.equal(found, expected)
-    assert report.fallbacks == dict.fromkeys(report.patched, "called with adapter_names beside x")
-    assert len(told()) == 1
-    twins.check_same(model, twin, ops=4)
-
-
-def forward_mode(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    with forward_ad.dual_level():
-        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
-
-
 TRANSFORMS = {
-    "grad": lambda f, x: torch.func.grad(lambda v: f(v).square().sum())(x),
-    "vmap": lambda f, x: torch.func.vmap(f)(x),
+    **changes.TRANSFORMS,
     "per-sample grad": lambda f, x: torch.func.vmap(torch.func.grad(lambda v: f(v).square().sum()))(x),
-    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
     "jacrev": lambda f, x: torch.func.jacrev(f)(x[0, 0]),
-    "forward mode": forward_mode,
 }
 
 
