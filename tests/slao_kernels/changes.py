@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
@@ -299,3 +300,19 @@ def of_the_layer(layer: Any) -> Iterator[tuple[str, Change]]:
 def of_hooks(layer: Any) -> Iterator[tuple[str, Change]]:
     for name, change in GLOBAL_HOOKS.items():
         yield f"global hook: {name}", change
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+def forward_mode(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(run(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "grad": lambda run, x: torch.func.grad(lambda v: run(v).square().sum())(x),
+    "vmap": lambda run, x: torch.func.vmap(run, randomness="different")(x),
+    "jvp": lambda run, x: torch.func.jvp(run, (x,), (torch.ones_like(x),))[1],
+    "forward mode": forward_mode,
+}

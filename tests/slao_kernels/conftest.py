@@ -1,5 +1,4 @@
-"""Fixtures of the tests of `slao_kernels`: twins.py, places.py, one thread for tiny models, the log, the emulated GPU
-kernels."""
+"""Fixtures of the tests of `slao_kernels`: places.py, one thread for tiny models, the log, the emulated GPU kernels."""
 
 from __future__ import annotations
 
@@ -19,42 +18,16 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # test_offline_compile, accelerator
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
 
+import places
 from accelerator import _wait_for_the_accelerator  # noqa: F401  (a fixture of every test)
-
-
-def _module(stem: str) -> ModuleType:
-    """A module beside this one: test folders are no packages, so it cannot be imported by name."""
-    path = Path(__file__).with_name(f"{stem}.py")
-    spec = importlib.util.spec_from_file_location(f"slao_kernels_tests_{stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look there
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def twins() -> ModuleType:
-    """twins.py: tiny models in pairs, their comparison, a count of our operators."""
-    return _module("twins")
-
-
-@pytest.fixture(scope="session")
-def foreign() -> ModuleType:
-    """foreign.py: LoRA layers over quantised and other bases."""
-    return _module("foreign")
-
-
-_places = _module("places")
 
 
 @pytest.fixture(
     params=[
         pytest.param(place, marks=[pytest.mark.gpu] if place.on_gpu else [], id=f"{place.device}-{place.backend}")
-        for place in _places.PLACES
+        for place in places.PLACES
     ]
 )
 def place(request: pytest.FixtureRequest) -> Any:

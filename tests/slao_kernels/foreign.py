@@ -1,19 +1,26 @@
 """LoRA layers over bases that are no plain nn.Linear, a net for each kind; what needs a package is skipped without it.
 
-"stand-in" kinds put PEFT's own LoRA class (which needs no package for that) over `Quantised`, which really quantises.
+"stand-in" kinds put PEFT's own LoRA class (which needs no package for that) over `Quantised`, which really quantises;
+"made up" ones have a package made up for PEFT's class to exist beside: its class and dispatch are the real ones.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from changes import Doubling
+from peft import import_utils
 from torch import Tensor, nn
 
 K, N = 64, 32  # in eval mode bitsandbytes packs 4 bits in whole blocks of 64 × 32
@@ -36,11 +43,12 @@ class Quantised(nn.Module):
         return F.linear(x, (self.qweight * self.scale).to(x.dtype), self.bias.to(x.dtype))
 
 
-class Doubling(nn.Linear):
-    """A base layer that computes something else than its parent class."""
+class Packed(Quantised):
+    """With a weight of integers."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.weight = nn.Parameter(self.qweight, requires_grad=False)
 
 
 class Net(nn.Module):
@@ -71,10 +79,8 @@ def stand_in(path: str) -> Callable[..., Net]:
     def make(linear: nn.Linear, dtype: torch.dtype, **options: Any) -> Net:
         module, _, name = path.rpartition(".")
         cls = getattr(importlib.import_module(f"peft.tuners.lora.{module}"), name)
-        base = Quantised(linear)
-        return Net(
-            cls(base, "default", config=config(**options), **{**R, **{k: options[k] for k in R & options.keys()}})
-        )
+        own = {**R, **{key: options[key] for key in R & options.keys()}}
+        return Net(cls(Quantised(linear), "default", config=config(**options), **own))
 
     return make
 
@@ -112,6 +118,29 @@ def torchao(linear: nn.Linear, dtype: torch.dtype, **options: Any) -> Net:
     return injected(base[0], **options)
 
 
+def made_up(name: str, package: str, layer: str) -> Callable[..., Net]:
+    """Over a package that cannot be installed here: there while PEFT asks for it, here when it defines its class."""
+    parts = package.split(".")
+    modules = {name: ModuleType(name) for name in (".".join(parts[: i + 1]) for i in range(len(parts)))}
+    for key, module in modules.items():
+        module.__spec__ = ModuleSpec(key, None)
+    setattr(modules[package], layer, Packed)
+    available = getattr(import_utils, f"is_{name}_available")
+
+    def make(linear: nn.Linear, dtype: torch.dtype, **options: Any) -> Net:
+        with mock.patch.dict(sys.modules, modules):
+            available.cache_clear()
+            made = injected(Packed(linear), **options)
+        available.cache_clear()
+        return made
+
+    with mock.patch.dict(sys.modules, modules):
+        available.cache_clear()
+        importlib.reload(importlib.import_module(f"peft.tuners.lora.{name}"))
+    available.cache_clear()
+    return make
+
+
 def hqq(linear: nn.Linear, dtype: torch.dtype, **options: Any) -> Net:
     pytest.importorskip("hqq", reason="hqq is not installed")
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
@@ -121,6 +150,7 @@ def hqq(linear: nn.Linear, dtype: torch.dtype, **options: Any) -> Net:
     return injected(base, **options)
 
 
+INC = "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules"
 # kind -> (the fused class, how it is made)
 KINDS: dict[str, tuple[str, Callable[..., Net]]] = {
     "subclass of nn.Linear": ("FusedLoraLinear", subclass),
@@ -128,6 +158,8 @@ KINDS: dict[str, tuple[str, Callable[..., Net]]] = {
     "AWQ, stand-in": ("FusedAwqLoraLinear", stand_in("awq.AwqLoraLinear")),
     "AQLM, stand-in": ("FusedAqlmLoraLinear", stand_in("aqlm.AqlmLoraLinear")),
     "Transformer Engine, stand-in": ("FusedTeLinear", stand_in("te.TeLinear")),
+    "EETQ, made up": ("FusedEetqLoraLinear", made_up("eetq", "eetq", "EetqLinear")),
+    "INC, made up": ("FusedIncLoraLinear", made_up("inc", INC, "PatchedLinear")),
     "bitsandbytes, 4 bits": ("FusedLinear4bit", bitsandbytes(4)),
     "bitsandbytes, 8 bits": ("FusedLinear8bitLt", bitsandbytes(8)),
     "torchao, int8": ("FusedTorchaoLoraLinear", torchao),

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -31,9 +30,6 @@ class Place:
     def compiler(self) -> str:
         """torch.compile's backend: on a CPU only what comes before the code is generated."""
         return "inductor" if self.on_gpu else "aot_eager"
-
-    def put(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def captured(self, step: Callable[[], Any]) -> Callable[[], Any]:
         """`step` as a CUDA graph: each call replays it, and returns the tensors that the capture returned.

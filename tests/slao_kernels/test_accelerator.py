@@ -13,10 +13,7 @@ import pytest
 
 CONFTEST = f"""
 import sys
-
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch
-from accelerator import _wait_for_the_accelerator
+import types
 
 errors = []  # of the next waits; the last one stays
 
@@ -24,9 +21,10 @@ def synchronize():
     if errors:
         raise RuntimeError(errors.pop(0) if len(errors) > 1 or errors[0] == "once" else errors[0])
 
-torch.cuda.is_available = lambda: True
-torch.cuda.synchronize = synchronize
-torch.cuda.errors = errors
+torch = sys.modules["torch"] = types.ModuleType("torch")  # torch itself takes seconds in every process
+torch.cuda = types.SimpleNamespace(is_available=lambda: True, synchronize=synchronize, errors=errors)
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from accelerator import _wait_for_the_accelerator
 """
 
 TESTS = """

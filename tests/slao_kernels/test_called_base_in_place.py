@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import twins
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,6 +48,12 @@ class Base(nn.Linear):
         return y
 
 
+def within_inference(base: Base, f: Any, x: Tensor) -> Tensor:
+    """Kept from an evaluation, say: autograd refuses to write into it."""
+    with torch.inference_mode():
+        return f(x)
+
+
 class Exp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -78,26 +85,31 @@ RESULTS: dict[str, tuple[Callable[[Base, Any, Tensor], Tensor], tuple[bool, bool
     "cached": (lambda base, f, x: base.once(f(x)), NEVER),
     "alias kept": (lambda base, f, x: base.keep(f(x), torch.detach), NEVER),
     "kept": (lambda base, f, x: base.keep(f(x)), NEVER),
+    "kept by a hook": (lambda base, f, x: f(x), NEVER),  # feature extraction
     "leaf": (lambda base, f, x: base.keep(f(x).detach().requires_grad_()), NEVER),
     "expanded": (lambda base, f, x: f(x[:1]).expand(x.shape[0], -1), NEVER),
+    "inference": (within_inference, NEVER),
     "numpy's memory": (lambda base, f, x: torch.from_numpy(f(x).detach().numpy().copy()), NEVER),
 }
 
 
-def pair(twins, kind: str) -> list[nn.Module]:
+def pair(kind: str) -> list[nn.Module]:
     """[patched, unpatched]"""
     models = [twins.net(Base) for _ in range(2)]
     for net in models:
-        net.proj.base_layer.kind = kind
-        net.proj.base_layer.requires_grad_(True)
+        base = net.proj.base_layer
+        base.kind = kind
+        if kind == "kept by a hook":
+            base.register_forward_hook(lambda base, args, y: base.kept.append(y))
+        base.requires_grad_(True)
     slao_kernels.patch(models[0])
     return models
 
 
 @pytest.mark.parametrize("kind", RESULTS)
-def test_values_gradients_and_what_others_hold(kind, twins):
+def test_values_gradients_and_what_others_hold(kind):
     """As PEFT's, which never writes into the result; and what the base has kept stays as it was."""
-    model, twin = pair(twins, kind)
+    model, twin = pair(kind)
     x = twins.net_input(7, 20)
     steps, kept = [], []
     for net in (model, twin):
@@ -117,8 +129,8 @@ def test_values_gradients_and_what_others_hold(kind, twins):
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
 @pytest.mark.parametrize("kind", RESULTS)
-def test_which_results_are_overwritten(kind, grad, twins):
-    model, _ = pair(twins, kind)
+def test_which_results_are_overwritten(kind, grad):
+    model, _ = pair(kind)
     x = twins.net_input(7, 20)
     with torch.set_grad_enabled(grad):
         y = model(x.requires_grad_(grad))
@@ -132,7 +144,7 @@ def overwritten(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return add(call)(call, y, x, A, B, True)
 
 
-def test_a_saved_result_must_not_be_overwritten(twins):
+def test_a_saved_result_must_not_be_overwritten():
     """What the rule is for: written into all the same, such a base's backward raises."""
     t = torch.randn(7, 20, requires_grad=True)
     A, B = torch.randn(3, 20, requires_grad=True), torch.randn(20, 3)
@@ -146,43 +158,3 @@ def test_a_saved_result_must_not_be_overwritten(twins):
     assert holders(y) != FRESH
     (wrong,) = torch.autograd.grad(overwritten(y, t.detach(), A, B).sum(), t)
     assert not torch.allclose(wrong, t.exp())
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(mode, twins):
-    model, twin = pair(twins, "fresh")
-    x = twins.net_input(7, 20)
-    with mode():
-        y = model(x)
-        assert y.data_ptr() == model.proj.base_layer.made
-        twins.check_close({"y": y}, {"y": twin(x)})
-    assert y.is_inference() == (mode is torch.inference_mode)
-    twins.check_close(twins.net_step(model, x), twins.net_step(twin, x))
-
-
-def test_an_inference_result_outside_inference_mode(twins):
-    """Kept from an evaluation, say: autograd refuses to write into it."""
-
-    class FromInference(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.inference_mode():
-                return super().forward(x)
-
-    model, twin = (twins.net(lambda: FromInference(20, 20)) for _ in range(2))
-    slao_kernels.patch(model)
-    x = twins.net_input(7, 20)
-    y = model(x)
-    assert not y.is_inference()
-    twins.check_close({"y": y.detach()}, {"y": twin(x).detach()})
-
-
-def test_a_forward_hook_that_keeps_the_result(twins):
-    """Feature extraction: what the hook has kept is the base's result, before and after."""
-    seen: list[list[Tensor]] = [[], []]
-    models = [twins.net(lambda: nn.Linear(20, 20)) for _ in range(2)]
-    for net, outputs in zip(models, seen, strict=True):
-        net.proj.base_layer.register_forward_hook(lambda module, args, output, to=outputs: to.append(output))
-    slao_kernels.patch(models[0])
-    x = twins.net_input(7, 20)
-    twins.check_close(*(twins.net_step(net, x) for net in models))
-    twins.check_equal(*({str(i): y.detach() for i, y in enumerate(outputs)} for outputs in seen))

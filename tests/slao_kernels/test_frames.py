@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import twins
 from changes import Doubling, set_adapter
 from torch import nn
 
@@ -52,32 +53,33 @@ def deepest(call: Callable[[], Any]) -> list[str]:
     return found
 
 
-# Options of the adapter, base, options of patch.
-CALLS: dict[str, tuple[dict[str, Any], Callable[[], nn.Module], dict[str, Any]]] = {
-    "fp32": ({}, lambda: nn.Linear(64, 64), {}),
-    "bf16, fp32 adapters": ({}, lambda: nn.Linear(64, 64).to(torch.bfloat16), {}),
-    "autocast": ({}, lambda: nn.Linear(64, 64), {}),
-    "dropout": ({"lora_dropout": 0.1}, lambda: nn.Linear(64, 64), {}),
-    "called base": ({}, lambda: Doubling(64, 64), {}),
-    "called base, dropout": ({"lora_dropout": 0.1}, lambda: Doubling(64, 64), {}),
-    "DoRA": ({"use_dora": True}, lambda: nn.Linear(64, 64), {}),
-    "two adapters": ({}, lambda: nn.Linear(64, 64), {}),
-    "lora_bias": ({"lora_bias": True}, lambda: nn.Linear(64, 64), {}),
-    "precision adapter": ({}, lambda: nn.Linear(64, 64).to(torch.bfloat16), {"precision": "adapter"}),
-    "no grad": ({}, lambda: nn.Linear(64, 64), {}),
-    "reference": ({}, lambda: nn.Linear(64, 64), {"backend": "reference"}),
+BF16 = lambda: nn.Linear(64, 64).to(torch.bfloat16)  # noqa: E731
+# Base (an nn.Linear unless it is given), options of the adapter, options of patch.
+CALLS: dict[str, tuple[Callable[[], nn.Module] | None, dict[str, Any], dict[str, Any]]] = {
+    "fp32": (None, {}, {}),
+    "bf16, fp32 adapters": (BF16, {}, {}),
+    "autocast": (None, {}, {}),
+    "dropout": (None, {"lora_dropout": 0.1}, {}),
+    "called base": (lambda: Doubling(64, 64), {}, {}),
+    "called base, dropout": (lambda: Doubling(64, 64), {"lora_dropout": 0.1}, {}),
+    "DoRA": (None, {"use_dora": True}, {}),
+    "two adapters": (None, {}, {}),
+    "lora_bias": (None, {"lora_bias": True}, {}),
+    "precision adapter": (BF16, {}, {"precision": "adapter"}),
+    "no grad": (None, {}, {}),
+    "reference": (None, {}, {"backend": "reference"}),
 }
 
 
 @pytest.mark.parametrize("kind", CALLS)
-def test_frames(kind, twins):
-    options, base, how = CALLS[kind]
-    net = twins.net(base, **options)
+def test_frames(kind):
+    base, options, how = CALLS[kind]
+    net = twins.net(base or (lambda: nn.Linear(64, 64)), **options)
     if kind == "two adapters":
         peft.inject_adapter_in_model(twins.config(target_modules=["proj"]), net, adapter_name="other")
         set_adapter("default", "other")(net.proj)
     slao_kernels.patch(net, strict=True, **how)
-    x = twins.net_input(2, 5, 64, dtype=net.proj.base_layer.weight.dtype)
+    x = twins.input_of(net).to(net.proj.base_layer.weight.dtype)
     with torch.set_grad_enabled(kind != "no grad"), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         net(x)  # makes the plan
         found = deepest(lambda: net(x))

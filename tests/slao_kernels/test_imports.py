@@ -1,9 +1,11 @@
-"""Imports point downwards only: no circle within a package, no slao below slao, no Python and no torch in the C++."""
+"""Imports point downwards only: no circle within a package, no slao below slao, no PEFT in the ops, no Python and no
+torch in the C++."""
 
 from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -69,6 +71,23 @@ def test_no_circle(package):
 def test_the_kernels_do_not_know_slao():
     for name, file in modules("slao_kernels").items():
         assert not [other for other in imported(name, file, {}) if other.split(".")[0] == "slao"], name
+
+
+def test_ops_import_nothing_but_torch_and_each_other():
+    """What a hub build takes (test_hub_layer.py), by relative imports: patching and its classes know PEFT."""
+    parts = ("slao_kernels.dispatch", "slao_kernels.native", "slao_kernels.ops")
+    files = [file for name, file in modules("slao_kernels").items() if name.startswith(parts)]
+    assert len(files) > 25
+    allowed = {*sys.stdlib_module_names, "torch", "triton", "numpy"}
+    outside = {"patching", "layers", "eligibility", "injection", "plan", "extension"}
+    for file in files:
+        for node in statements(ast.parse(file.read_text()).body):
+            names = [alias.name.split(".")[0] for alias in node.names]
+            base = (getattr(node, "module", None) or "").split(".")[0]
+            if getattr(node, "level", 0):
+                assert outside.isdisjoint([base, *names]), (file, ast.unparse(node))
+            else:
+                assert allowed.issuperset([base] if base else names), (file, ast.unparse(node))
 
 
 def test_the_cpp_knows_neither_python_nor_torch():

@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import foreign
-import peft
 import pytest
 import torch
 import twins
@@ -27,10 +26,7 @@ pytestmark = [
 
 
 def check_fused(kind: str, model: nn.Module, twin: nn.Module) -> None:
-    with twins.CountOps() as ops:
-        found = twins.net_step(model, x_of())
-    assert ops.counts == operators(kind)
-    twins.check_close(found, twins.net_step(twin, x_of()))
+    twins.check_same(model, twin, ops=operators(kind))
 
 
 def check_pefts(model: nn.Module, twin: nn.Module) -> Tensor:
@@ -90,7 +86,15 @@ for folder in sys.argv[2:]:
     print(type(model.proj).__name__)
 """
 # Not HQQ, which has no forward where nobody has made a layer before, and not torchao, which cannot be pickled.
-LOADED = ["bias", "DoRA", "subclass of nn.Linear", "GPTQ, stand-in", "bitsandbytes, 4 bits", "bitsandbytes, 8 bits"]
+LOADED = [
+    "EETQ, made up",
+    "bias",
+    "DoRA",
+    "subclass of nn.Linear",
+    "GPTQ, stand-in",
+    "bitsandbytes, 4 bits",
+    "bitsandbytes, 8 bits",
+]
 
 
 def test_load_in_another_process(tmp_path):
@@ -189,19 +193,7 @@ def test_several_adapters(kind, tensor_scaling):
     assert report.fallbacks == {}
 
 
-def test_scaling_of_dora_as_a_tensor():
-    model, twin, _ = pair("DoRA")
-    for net in (model, twin):
-        net.proj.scaling["default"] = torch.tensor(net.proj.scaling["default"])
-    check_fused("DoRA", model, twin)
-
-
-@pytest.mark.parametrize("kind", ["torchao, int8", "HQQ, 8 bits"])
-def test_no_lora_bias_of_pefts_there(kind):
-    with pytest.raises(ValueError, match="does not support lora_bias"):
-        foreign.net(kind, lora_bias=True)
-
-
+# PEFT's classes for torchao and HQQ refuse it.
 @pytest.mark.parametrize("kind", grid([k for k in foreign.KINDS if k not in ("torchao, int8", "HQQ, 8 bits")], FEW))
 def test_lora_bias_over_a_called_base(kind):
     model, twin, _ = pair(kind, lora_bias=True)
@@ -210,16 +202,17 @@ def test_lora_bias_over_a_called_base(kind):
 
 
 def test_names_and_classes(told):
-    for name, theirs in (("GPTQ, stand-in", "FusedGPTQLoraLinear"), ("bias", "FusedLoraLinear")):
-        fused = type(pair(name)[0].proj)
+    assert set(FEW) < set(KINDS)
+    assert set(MERGING) < set(KINDS) == {*PLAIN, *foreign.KINDS}
+    for kind, theirs in (("GPTQ, stand-in", "FusedGPTQLoraLinear"), ("bias", "FusedLoraLinear")):
+        fused = type(pair(kind)[0].proj)
         assert fused is getattr(layers, theirs) is getattr(layers, theirs)
         assert (fused.__module__, fused.__qualname__) == ("slao_kernels.layers", theirs)
-    for kind, (theirs, _) in foreign.KINDS.items():
-        if kind in FEW:
-            assert type(pair(kind)[0].proj).__name__ == theirs
     with pytest.raises(AttributeError, match="has no attribute 'FusedNothing'"):
         layers.FusedNothing  # noqa: B018
-    assert peft.__name__ not in vars(layers)
+    assert "peft" not in vars(layers)
+    for kind in ("EETQ, made up", "INC, made up"):
+        check_fused(kind, *pair(kind)[:2])
     # Nobody knows what a subclass computes, of PEFT's class or of ours.
     model = foreign.net("GPTQ, stand-in")
     for _ in range(2):
@@ -229,7 +222,3 @@ def test_names_and_classes(told):
         model.proj.__class__ = type(model.proj).__mro__[1]
         slao_kernels.patch(model)
     assert told() != []
-
-
-def test_all_kinds_are_of_the_table():
-    assert set(MERGING) < set(KINDS) == {*PLAIN, *foreign.KINDS}

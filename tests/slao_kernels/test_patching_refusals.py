@@ -1,18 +1,24 @@
-"""When patch refuses (strict, bad arguments) it names why and leaves the model as it was; what its report prints."""
+"""When patch refuses (strict, bad arguments, other kernels) it names why and leaves the model as it was; its report."""
 
 from __future__ import annotations
 
 import re
+import types
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
 
 import peft
 import pytest
 import torch
+import twins
+from changes import half
 from peft.tuners.lora import layer as lora
-from torch import Tensor, nn
+from torch import nn
 
 import slao_kernels
 from slao_kernels import dispatch
-from slao_kernels.layers import FusedLoraLinear
 from slao_kernels.testing import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,28 +32,11 @@ class OtherLora(lora.Linear):
     """A LoRA layer that patch must leave alone: it may compute something else."""
 
 
-def config(twins, **options) -> peft.LoraConfig:
+def config(**options: Any) -> peft.LoraConfig:
     """One that puts OtherLora around OtherLinear, by PEFT's own (experimental) means."""
     made = twins.config(**options)
     made._register_custom_module({OtherLinear: OtherLora})
     return made
-
-
-def state_of(model: nn.Module) -> dict[str, object]:
-    """What must not change: classes, instance dictionaries (tensors by identity), trainability, values."""
-    modules = {}
-    for name, module in model.named_modules():
-        state = {key: dict(value) if isinstance(value, dict) else value for key, value in module.__dict__.items()}
-        modules[name] = (type(module), state)
-    return {
-        "modules": modules,
-        "trainable": {name: p.requires_grad for name, p in model.named_parameters()},
-        "loaded": getattr(model, "_hf_peft_config_loaded", False),
-    }
-
-
-def values_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def plain_model(other: bool = True) -> nn.Module:
@@ -59,32 +48,41 @@ def plain_model(other: bool = True) -> nn.Module:
     return model
 
 
-def refuses(model: nn.Module, match: str, *args, **options) -> str:
-    """patch(model, ...) raises ValueError with `match`, and the model is what it was; returns the message."""
-    before, values = state_of(model), values_of(model)
-    with pytest.raises(ValueError, match=match) as caught:
-        slao_kernels.patch(model, *args, **options)
-    assert state_of(model) == before
-    assert "peft_config" not in model.__dict__ or "peft_config" in before["modules"][""][1]
-    after = model.state_dict()
-    assert list(after) == list(values)
-    assert all(torch.equal(after[name], value) for name, value in values.items())
-    return str(caught.value)
+def patched_model(**options: Any) -> nn.Module:
+    model = plain_model(other=False)
+    slao_kernels.patch(model, twins.config(**options))
+    return model
 
 
-def test_strict_on_a_peft_model(twins):
-    model = peft.get_peft_model(plain_model(), config(twins))
-    message = refuses(model, "strict=True", strict=True)
-    name = "base_model.model.model.layers.1.mlp.down_proj"
-    assert f"1 LoRA layers would be skipped: {name}: " in message
-    assert message.endswith("OtherLora has no fused forward")
-    assert not any(type(module) is FusedLoraLinear for module in model.modules())
-    report = slao_kernels.patch(model)  # without strict the rest is patched
-    assert list(report.skipped) == [name]
-    assert len(report.patched) == 13
+def plain_module() -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 6), OtherLinear(6, 4))
+    model[0].bias.requires_grad_(False)
+    return model
 
 
-EXTRAS = {
+def kernel(name: str, package: str, part: nn.Module) -> types.MethodType:
+    """As Axolotl and Unsloth name and bind theirs; it is never called."""
+    made = types.FunctionType((lambda self, x: x).__code__, {}, name)
+    made.__module__ = f"{package}.kernels.lora"
+    return types.MethodType(made, part)
+
+
+def with_kernels(package: str, *names: str, patched: bool) -> nn.Module:
+    """On the instances, as both libraries do it: methods of the attention, the forward of the MLP."""
+    model = patched_model(target_modules=["q_proj", "down_proj"]) if patched else plain_model(other=False)
+    for block in model.model.layers:
+        for name in names:
+            part, attribute = (block.mlp, "forward") if "mlp" in name else (block.self_attn, name.replace("lora_", ""))
+            setattr(part, attribute, kernel(name, package, part))
+    return model
+
+
+def refusal(make: Callable[[], nn.Module], *texts: str, **options: Any) -> tuple[Any, ...]:
+    """The model, what the message says, what patch is given."""
+    return make, texts, options
+
+
+STRICT = {
     "lora only": {},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "trainable tokens": {"trainable_token_indices": [1, 2]},
@@ -92,75 +90,107 @@ EXTRAS = {
     "base weights changed": {"init_lora_weights": "pissa"},
     "embedding": {"target_modules": ["q_proj", "down_proj", "embed_tokens"]},
 }
-
-
-@pytest.mark.parametrize("extra", EXTRAS)
-def test_strict_takes_an_injected_adapter_out_again(extra, twins):
-    model = plain_model()
-    refuses(model, "strict=True", config(twins, **EXTRAS[extra]), strict=True)
-    assert not hasattr(model, "peft_config")
-    ids = torch.arange(1, 9)[None]
-    assert torch.equal(model(ids).logits, plain_model()(ids).logits)
-    assert slao_kernels.patch(model, twins.config()).injected  # nothing is left that would be in the way
-
-
-def test_strict_without_a_skip(twins):
-    report = slao_kernels.patch(plain_model(other=False), twins.config(), strict=True)
-    assert len(report.patched) == 14
-    assert report.skipped == {}
-
-
-def test_strict_on_a_plain_module(twins):
-    """Not a transformers model: the adapter goes in and out through PEFT's low-level functions."""
-    model = nn.Sequential(nn.Linear(8, 6), OtherLinear(6, 4))
-    model[0].bias.requires_grad_(False)
-    refuses(model, "strict=True", config(twins, target_modules=["0", "1"]), strict=True)
-
-
-def test_nothing_to_inject():
-    message = refuses(nn.Sequential(nn.Linear(4, 4)), "nothing to patch")
-    assert message.startswith("Sequential has no LoRA layers and is no transformers model")
-
-
-# A name that matches nothing; one that matches a layer PEFT has no LoRA for, met after others were replaced.
-TARGETS = {"none": ["no_such_layer"], "unsupported": ["q_proj", "norm"]}
-
-
-@pytest.mark.parametrize("targets", TARGETS)
-def test_target_modules_that_do_not_fit(targets, twins):
-    message = refuses(plain_model(), "no LoRA adapter could be injected", twins.config(target_modules=TARGETS[targets]))
-    assert "LlamaForCausalLM" in message
-    assert {"none": "no_such_layer", "unsupported": "RMSNorm"}[targets] in message
-
-
-def test_target_modules_that_do_not_fit_in_a_plain_module(twins):
-    refuses(nn.Sequential(nn.Linear(4, 4)), "no_such_layer", twins.config(target_modules=["no_such_layer"]))
-
-
-def test_a_config_that_is_no_lora():
-    """Another PEFT method would leave no LoRA layer to patch."""
-    refuses(
-        plain_model(),
+SKIPPED = (
+    r"1 LoRA layers would be skipped: base_model\.model\.model\.layers\.1\.mlp\.down_proj: .*OtherLora has no fused"
+)
+# Theirs bypass the patched layers, so patch would report layers as fused that never run.
+OTHERS = {
+    "axolotl": (("apply_lora_qkv", "apply_lora_mlp_swiglu"), ["lora_qkv_kernel", "lora_mlp_kernel", "to false"]),
+    "unsloth": (("apply_lora_o",), [r"peft\.get_peft_model"]),
+    "another_one": (("apply_lora_mlp_geglu",), ["turn them off"]),
+}
+BACKENDS = ["unknown backend 'nonsense'", "auto", "reference", "eager", "native", "triton"]
+NO_BACKEND = ["backend 'triton' cannot run lora_linear on cpu", "Triton has no such device|not installed"]
+NO_ADAPTER = ["no LoRA adapter could be injected", "LlamaForCausalLM"]
+UNFIT = twins.config(target_modules=["no_such_layer"])
+OTHER_R = [
+    "already has a LoRA adapter with other settings",
+    r"r 3 \(config: 4\)",
+    r"lora_dropout 0\.0 \(config: 0\.1\)",
+]
+REFUSALS = {
+    "strict, a PEFT model": refusal(
+        lambda: peft.get_peft_model(plain_model(), config()), "strict=True", SKIPPED + " forward$", strict=True
+    ),
+    # The adapter that was injected is taken out again; of a plain module through PEFT's low-level functions.
+    **{
+        f"strict, {name}": refusal(plain_model, "strict=True", config=config(**extra), strict=True)
+        for name, extra in STRICT.items()
+    },
+    "strict, module": refusal(plain_module, "strict=True", config=config(target_modules=["0", "1"]), strict=True),
+    "no config": refusal(
+        plain_module,
+        "^Sequential has no LoRA layers and is no transformers model",
+        r"nothing to patch; pass a peft\.LoraConfig",
+    ),
+    "no such target": refusal(plain_model, *NO_ADAPTER, "no_such_layer", config=UNFIT),
+    "no such target, module": refusal(plain_module, "no_such_layer", config=UNFIT),
+    # One that matches a layer PEFT has no LoRA for, met after others were replaced.
+    "unfit target": refusal(
+        plain_model, *NO_ADAPTER, "RMSNorm", config=twins.config(target_modules=["q_proj", "norm"])
+    ),
+    # Another PEFT method would leave no LoRA layer to patch.
+    "no LoRA": refusal(
+        plain_model,
         r"IA3Config, expected a peft\.LoraConfig",
-        peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
-    )
+        config=peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    ),
+    "unknown backend": refusal(plain_model, *BACKENDS, backend="nonsense"),
+    "unknown backend, patched": refusal(patched_model, *BACKENDS, backend="nonsense"),
+    "no backend": refusal(plain_model, *NO_BACKEND, "eager, reference$", backend="triton"),
+    "precision": refusal(plain_model, "unknown precision 'half'", "choose one of base, adapter$", precision="half"),
+    "settings": refusal(patched_model, *OTHER_R, "^((?!lora_alpha).)*$", config=twins.config(r=4, lora_dropout=0.1)),
+    # A config that asks for other layers than the adapter has is a contradiction too.
+    "targets": refusal(
+        lambda: patched_model(target_modules=["q_proj"]),
+        "target_modules",
+        config=twins.config(target_modules=["k_proj"]),
+    ),
+    **{
+        f"{package}, {'' if patched else 'un'}patched": refusal(
+            partial(with_kernels, package, *names, patched=patched),
+            "two backends on one model",
+            rf"{package} has LoRA kernels of its own on {2 * len(names)} modules' methods \(",
+            r"model\.layers\.0\.(self_attn|mlp)\.",
+            *hints,
+        )
+        for package, (names, hints) in OTHERS.items()
+        for patched in (True, False)
+    },
+}
 
 
-@pytest.mark.parametrize("plain", [True, False])
-def test_unknown_backend(plain, twins):
-    model = plain_model() if plain else peft.get_peft_model(plain_model(), twins.config())
-    message = refuses(model, "unknown backend 'nonsense'", backend="nonsense")
-    assert all(name in message for name in ("auto", "reference", "eager", "native", "triton"))
+def refuses(model: nn.Module, *texts: str, **options: Any) -> None:
+    """Classes, instance dictionaries (tensors by identity), trainability and values are what they were."""
+
+    def state() -> tuple[Any, ...]:
+        return twins.snapshot(model), {name: p.requires_grad for name, p in model.named_parameters()}
+
+    before, values = state(), {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=texts[0]) as caught:
+        slao_kernels.patch(model, **options)
+    assert all(re.search(text, str(caught.value)) for text in texts), str(caught.value)
+    assert state() == before
+    twins.check_equal(dict(model.state_dict()), values)
 
 
-@pytest.mark.parametrize("backend", ["triton"])
-def test_backend_that_cannot_run_here(backend):
-    message = refuses(plain_model(), f"backend '{backend}' cannot run lora_linear on cpu", backend=backend)
-    assert re.search("Triton has no such device|not installed", message)
-    assert message.endswith("eager, reference")
+@pytest.mark.parametrize("what", REFUSALS)
+def test_refusals(what):
+    make, texts, options = REFUSALS[what]
+    model = make()
+    refuses(model, *texts, **options)
+    if make is plain_model:  # nothing is left that would be in the way
+        assert slao_kernels.patch(model, twins.config()).injected
 
 
-def test_a_gpu_s_backend_before_the_model_is_there(monkeypatch, twins):
+def test_other_methods_on_instances_are_no_kernels():
+    model = plain_model(other=False)
+    attention = model.model.layers[0].self_attn
+    attention.apply_something = kernel("apply_rotary", "axolotl", attention)
+    assert len(slao_kernels.patch(model).patched) == 14
+
+
+def test_a_gpu_s_backend_before_the_model_is_there(monkeypatch):
     """`patch(model, backend="triton").to("cuda")`: refused only where no device here could ever serve it."""
     monkeypatch.setattr(dispatch, "_triton_installed", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -168,40 +198,17 @@ def test_a_gpu_s_backend_before_the_model_is_there(monkeypatch, twins):
     try:
         model = twins.net()
         assert slao_kernels.patch(model, backend="triton").patched == ["proj"]
-        with pytest.raises(
-            ValueError, match="backend 'triton' cannot run lora_linear on cpu: Triton has no such device"
-        ):
+        why = "backend 'triton' cannot run lora_linear on {}: {}"
+        with pytest.raises(ValueError, match=why.format("cpu", "Triton has no such device")):
             model(twins.net_input())
         monkeypatch.setattr(dispatch, "_triton_installed", False)
-        refuses(
-            twins.net(), "backend 'triton' cannot run lora_linear on cuda: triton is not installed", backend="triton"
-        )
+        refuses(twins.net(), why.format("cuda", "triton is not installed"), backend="triton")
     finally:
         monkeypatch.undo()
         dispatch._available.cache_clear()
 
 
-def test_unknown_precision():
-    message = refuses(plain_model(), "unknown precision 'half'", precision="half")
-    assert message.endswith("choose one of base, adapter")
-
-
-def test_contradictory_config(twins):
-    model = plain_model(other=False)
-    slao_kernels.patch(model, twins.config())
-    message = refuses(model, "already has a LoRA adapter with other settings", twins.config(r=4, lora_dropout=0.1))
-    assert "r 3 (config: 4)" in message
-    assert "lora_dropout 0.0 (config: 0.1)" in message
-    assert "lora_alpha" not in message
-
-
-def test_contradictory_target_modules(twins):
-    """A config that asks for other layers than the adapter has is a contradiction too."""
-    model = peft.get_peft_model(plain_model(other=False), twins.config(target_modules=["q_proj"]))
-    refuses(model, "target_modules", twins.config(target_modules=["k_proj"]))
-
-
-def test_one_config_for_two_models(twins):
+def test_one_config_for_two_models():
     """patch must not resolve target_modules="all-linear" inside the caller's config."""
     shared = twins.config()
     assert len(slao_kernels.patch(plain_model(other=False), shared).patched) == 14
@@ -209,63 +216,54 @@ def test_one_config_for_two_models(twins):
     assert len(slao_kernels.patch(tiny_model("gpt2"), shared).patched) == 8
 
 
-def test_report_text(twins):
-    model = plain_model()
-    report = slao_kernels.patch(model, config(twins, lora_dropout=0.1), backend="eager")
-    head, *rows = str(report).split("\n")
-    assert head == "slao_kernels: 13 of 14 LoRA layers fused (backend: eager), adapter injected"
-    rows = [re.sub(" +", " ", row.strip()) for row in rows]
-    assert "fused 2 × model.layers.*.self_attn.q_proj" in rows
-    assert "fused 1 × model.layers.*.mlp.down_proj" in rows
-    (skipped,) = [row for row in rows if row.startswith("skipped")]
-    assert skipped.startswith("skipped 1 × model.layers.*.mlp.down_proj ")
-    assert skipped.endswith(".OtherLora has no fused forward")
-    assert sum(int(row.split()[1]) for row in rows if row.startswith("fused")) == len(report.patched) == 13
-    assert (report.injected, report.backend, report.fallbacks) == (True, "eager", {})
-    assert report.notes == {}
-
-
-def test_report_text_with_fallbacks(twins):
-    """Several active adapters with dropout: known from the start."""
+def two_with_dropout() -> nn.Module:
     model = twins.peft_model("llama", target_modules=["q_proj"], lora_dropout=0.1)
     model.add_adapter("other", twins.config(target_modules=["q_proj"]))
     model.base_model.set_adapter(["default", "other"])
-    report = slao_kernels.patch(model)
-    rows = [re.sub(" +", " ", row.strip()) for row in str(report).split("\n")]
-    why = "lora_dropout=0.1 while training, and other adapters are active: each draws a mask of its own"
-    assert f"falls back 2 × base_model.model.model.layers.*.self_attn.q_proj {why}" in rows
-    assert len(report.fallbacks) == 2
+    return model
 
 
-def test_report_text_with_notes(twins):
-    """A layer whose base is called counts as fused, and says so."""
+def one_hooked() -> nn.Module:
     model = twins.peft_model("llama", target_modules=["q_proj"])
-    name = "base_model.model.model.layers.*.self_attn.q_proj"
-    model.get_submodule(name.replace("*", "1")).base_layer.register_forward_hook(lambda *_: None)
-    report = slao_kernels.patch(model, strict=True)
-    head, *rows = [re.sub(" +", " ", row.strip()) for row in str(report).split("\n")]
-    assert head == "slao_kernels: 2 of 2 LoRA layers fused (backend: auto)"
-    assert rows == [f"fused 1 × {name}", f"fused 1 × {name} base layer called: base layer has hooks"]
-    assert report.notes == {name.replace("*", "1"): "base layer called: base layer has hooks"}
+    model.get_submodule(Q.replace("*", "1")).base_layer.register_forward_hook(half)
+    return model
 
 
-def test_report_text_without_fallbacks(twins):
-    model = peft.get_peft_model(tiny_model("gpt2"), twins.config(target_modules=["c_attn"], fan_in_fan_out=True))
-    report = slao_kernels.patch(model)
-    lines = str(report).split("\n")
-    assert lines[0] == "slao_kernels: 2 of 2 LoRA layers fused (backend: auto)"
-    assert [line.split() for line in lines[1:]] == [["fused", "2", "×", "base_model.model.transformer.h.*.attn.c_attn"]]
-    assert not report.injected
+Q = "base_model.model.model.layers.*.self_attn.q_proj"
+WHY = "lora_dropout=0.1 while training, and other adapters are active: each draws a mask of its own"
+HOOKED = "base layer called: base layer has hooks"
+ROWS = ["fused 2 × model.layers.*.self_attn.q_proj", "fused 1 × model.layers.*.mlp.down_proj"]
+LEFT = "skipped 1 × model.layers.*.mlp.down_proj *.OtherLora has no fused forward"
+ALL = "2 of 2 LoRA layers fused (backend: auto)"
+# The model, the report's first line, lines that must be among the others ("*" is anything), what patch is given.
+REPORTS: dict[str, tuple[Callable[[], nn.Module], str, list[str], dict[str, Any]]] = {
+    "skipped": (
+        plain_model,
+        "13 of 14 LoRA layers fused (backend: eager), adapter injected",
+        [*ROWS, LEFT],
+        {"config": config(lora_dropout=0.1), "backend": "eager"},
+    ),
+    "fallbacks": (two_with_dropout, ALL, [f"fused 2 × {Q}", f"falls back 2 × {Q} {WHY}"], {}),
+    # A layer whose base is called counts as fused, and says so.
+    "notes": (one_hooked, ALL, [f"fused 1 × {Q}", f"fused 1 × {Q} {HOOKED}"], {"strict": True}),
+    "nothing": (
+        lambda: twins.peft_model("gpt2", target_modules=["c_attn"], fan_in_fan_out=True),
+        ALL,
+        ["fused 2 × base_model.model.transformer.h.*.attn.c_attn"],
+        {},
+    ),
+}
 
 
-def test_a_layer_that_is_eligible_no_more_gets_its_class_back(twins):
-    model = twins.peft_model("llama")
-    names = slao_kernels.patch(model).patched
-    layer = model.get_submodule(names[3])
-    handle = layer.lora_A["default"].register_forward_hook(lambda *_: None)
-    report = slao_kernels.patch(model)
-    assert report.skipped == {names[3]: "lora_A has hooks"}
-    assert type(layer) is lora.Linear
-    assert "slao_options" not in vars(layer)
-    handle.remove()
-    assert slao_kernels.patch(model).patched == names
+@pytest.mark.parametrize("what", REPORTS)
+def test_report_text(what):
+    make, head, some, options = REPORTS[what]
+    report = slao_kernels.patch(make(), **options)
+    first, *rows = (re.sub(" +", " ", row.strip()) for row in str(report).split("\n"))
+    assert first == f"slao_kernels: {head}"
+    assert all(any(fnmatchcase(row, line) for row in rows) for line in some), rows
+    assert len(rows) == (8 if what == "skipped" else len(some))
+    assert sum(int(row.split()[1]) for row in rows if row.startswith("fused")) == len(report.patched)
+    assert (report.injected, report.backend) == ("injected" in head, options.get("backend", "auto"))
+    assert (len(report.skipped), len(report.fallbacks)) == {"skipped": (1, 0), "fallbacks": (0, 2)}.get(what, (0, 0))
+    assert report.notes == ({Q.replace("*", "1"): HOOKED} if what == "notes" else {})

@@ -1,20 +1,26 @@
-"""What PEFT's users do with adapters works on a patched model as on its unpatched twin: add, combine, merge, swap.
-
-Copies and files: test_peft_contract_copies.py. Training under autocast, checkpointing, compile: ..._training.py.
-"""
+"""What PEFT's users do with adapters works on a patched model as on its unpatched twin: add, combine, merge, swap,
+copy, save, load."""
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import peft
 import pytest
 import torch
+import twins
 from peft import get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from safetensors.torch import load_file
 from torch import nn
 
 import slao_kernels
-from slao_kernels.layers import FusedLoraLinear
+from slao_kernels.layers import FusedLoraLinear, FusedOptions
 from slao_kernels.testing import error_ratio
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,232 +30,284 @@ LAYERS = 6
 
 
 @pytest.fixture(params=["patch first", "adapters first"])
-def pair(request, twins):
+def pair(request):
     """pair(*configs): (patched llama, its unpatched twin) with adapters default, a1, a2, ...; added before or after."""
 
     def build(*configs: dict, kind: str = "llama", **options):
-        models = []
-        for patched in (True, False):
-            model = twins.peft_model(kind, **{"target_modules": TARGETS, **options})
-            if patched and request.param == "patch first":
-                slao_kernels.patch(model)
+        models = [twins.peft_model(kind, **{"target_modules": TARGETS, **options}) for _ in range(2)]
+        if request.param == "patch first":
+            slao_kernels.patch(models[0])
+        for model in models:
             for i, settings in enumerate(configs, start=1):
-                add(twins, model, f"a{i}", **{"target_modules": TARGETS, **settings})
-            if patched:
-                slao_kernels.patch(model)
-            models.append(model)
+                add(model, f"a{i}", **{"target_modules": TARGETS, **settings})
+        slao_kernels.patch(models[0])
         return models
 
     return build
 
 
-def add(twins, model: nn.Module, name: str, **settings) -> None:
+def add(model: nn.Module, name: str, **settings) -> None:
     torch.manual_seed(len(name) + sum(map(ord, name)))
     model.add_adapter(name, twins.config(**settings))
     twins.train_a_little(model, seed=11)
 
 
-def check_same(twins, model, twin, fused: int = LAYERS) -> None:
-    """One step each: the same numbers, and `fused` layers ran our operator."""
-    with twins.CountOps() as ops:
-        found = twins.step(model)
-    assert ops.forward == fused
-    twins.check_close(found, twins.step(twin))
+def activate(*names: str) -> Callable[[nn.Module], None]:
+    def act(model: nn.Module) -> None:
+        model.base_model.set_adapter(list(names))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(any(f".{adapter}." in name for adapter in names))
+
+    return act
 
 
-def both(function, *models):
-    return [function(model) for model in models]
+def delete(model: nn.Module) -> None:
+    model.set_adapter("a1")
+    model.delete_adapter("default")
 
 
-def activate(model: nn.Module, names: list[str]) -> None:
-    model.base_model.set_adapter(names)
+def weighted(combination: str) -> Callable[[nn.Module], None]:
+    def act(model: nn.Module) -> None:
+        model.add_weighted_adapter(["default", "a1"], [0.7, -0.4], "mixed", combination_type=combination)
+        model.set_adapter("mixed")
+
+    return act
+
+
+def scale(model: nn.Module) -> None:
+    """The next call uses what set_scale and scale_layer leave."""
+    for layer in model.modules():
+        if hasattr(layer, "scale_layer"):
+            layer.set_scale("default", 0.3)
+            layer.scale_layer(2.5)
+
+
+def checkpointed(reentrant: bool) -> Callable[[nn.Module], None]:
+    def act(model: nn.Module) -> None:
+        model.train()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+
+    return act
+
+
+def biases(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.requires_grad_(any(f".{adapter}." in name for adapter in names))
+        if "lora_B" in name and name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
 
 
-PATTERNS = {
-    "rank_pattern": {"r": 4, "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 7}},
-    "alpha_pattern": {"alpha_pattern": {"v_proj": 11, "layers.0.self_attn.q_proj": 1}},
-    "both": {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"q_proj": 3}},
-    "rsLoRA": {"r": 5, "use_rslora": True},
-    "both, rsLoRA": {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True},
+def merge(model: nn.Module, safe: bool = False) -> None:
+    model.merge_adapter(safe_merge=safe)
+    model.unmerge_adapter()
+
+
+def disable(model: nn.Module, merged: bool = False) -> None:
+    """Disabling a merged adapter unmerges it."""
+    if merged:
+        model.merge_adapter()
+    with model.disable_adapter(), twins.CountOps() as ops:
+        twins.step(model.requires_grad_(True))
+    assert ops.counts == {}
+
+
+CONV1D = {"kind": "gpt2", "target_modules": ["c_attn", "c_fc"]}
+# Further adapters, options of the first, what is done then, forwards of fused layers in a step. Several active
+# adapters, Σ s_i B_i A_i: one product of stacked ranks; every adapter's gradient is its own.
+USES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], Callable[[nn.Module], Any], int]] = {
+    "another": ([{"r": 6, "lora_alpha": 1}], {}, lambda m: m.set_adapter("a1"), LAYERS),
+    "another on fewer layers": ([{"target_modules": ["q_proj"]}], {}, lambda m: m.set_adapter("a1"), 2),
+    "back again": ([{"r": 6}], {}, lambda m: [m.set_adapter("a1"), m.set_adapter("default")], LAYERS),
+    "several": ([{"lora_alpha": 4}, {"lora_alpha": 7}], {}, activate("default", "a1", "a2"), LAYERS),
+    "several ranks": ([{"r": 1}, {"r": 9, "use_rslora": True}], {}, activate("default", "a1", "a2"), LAYERS),
+    "several on fewer layers": (
+        [{"target_modules": ["q_proj"]}, {"target_modules": ["v_proj"], "r": 2}],
+        {},
+        activate("default", "a1", "a2"),
+        LAYERS,
+    ),
+    "several on Conv1D": ([{"r": 5, "target_modules": ["c_attn"]}], CONV1D, activate("a1", "default"), 4),
+    "lora_bias on Conv1D": ([], {**CONV1D, "lora_bias": True}, biases, 4),
+    "deleted": ([{"r": 2}], {}, delete, LAYERS),
+    **{f"weighted, {how}": ([{"lora_alpha": 7}], {}, weighted(how), LAYERS) for how in ("linear", "cat", "svd")},
+    # While it is merged or disabled, layer by layer: test_layers_peft.py.
+    "merged": ([], CONV1D, merge, 4),
+    "merged safely": ([], {}, partial(merge, safe=True), LAYERS),
+    "disabled": ([], {}, disable, LAYERS),
+    "merged and disabled": ([], {}, partial(disable, merged=True), LAYERS),
+    "set_scale": ([], {}, scale, LAYERS),
+    "checkpointed": ([], {}, checkpointed(False), 2 * LAYERS),  # once more in the backward pass
+    "checkpointed, reentrant": ([], {}, checkpointed(True), 2 * LAYERS),
+    "double": ([], {}, lambda m: m.double(), LAYERS),
 }
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_patterns(pattern, twins, pair):
-    model, twin = pair(**PATTERNS[pattern])
-    layers = [m for m in model.modules() if type(m) is FusedLoraLinear]
-    assert len({layer.scaling["default"] for layer in layers}) >= (1 if pattern == "rsLoRA" else 2)
-    check_same(twins, model, twin)
+@pytest.mark.parametrize("use", USES)
+def test_uses(use, pair):
+    configs, options, act, fused = USES[use]
+    model, twin = pair(*configs, **options)
+    for net in (model, twin):
+        act(net)
+    assert model.base_model.active_adapters == twin.base_model.active_adapters
+    twins.check_equal(dict(model.state_dict()), dict(twin.state_dict()))
+    tolerance = 1e-12 if use == "double" else twins.FP32_RATIO
+    found = twins.check_same(model, twin, ops=fused, tolerance=tolerance)
+    assert all(any(f".{name}." in key for key in found) for name in model.base_model.active_adapters)
 
 
-def test_one_of_several_adapters(twins, pair):
-    model, twin = pair({"r": 6, "lora_alpha": 1}, {"target_modules": ["q_proj"]})
-    check_same(twins, model, twin)
-    both(lambda m: m.set_adapter("a1"), model, twin)
-    check_same(twins, model, twin)
-    both(lambda m: m.set_adapter("a2"), model, twin)  # on two of the six layers
-    check_same(twins, model, twin, fused=2)
-    both(lambda m: m.set_adapter("default"), model, twin)
-    check_same(twins, model, twin)
-
-
-ACTIVE = {
-    "same rank": ({"r": 3, "lora_alpha": 4}, {"r": 3, "lora_alpha": 7}),
-    "other ranks": ({"r": 1, "lora_alpha": 1}, {"r": 9, "use_rslora": True}),
-    "on fewer layers": ({"target_modules": ["q_proj"]}, {"target_modules": ["v_proj"], "r": 2}),
-}
-
-
-@pytest.mark.parametrize("kind", ACTIVE)
-def test_several_active_adapters(kind, twins, pair):
-    """Σ s_i B_i A_i: one product of stacked ranks; every adapter's gradient is its own."""
-    model, twin = pair(*ACTIVE[kind])
-    names = ["default", "a1", "a2"]
-    both(partial(activate, names=names), model, twin)
-    assert model.base_model.active_adapters == names
-    check_same(twins, model, twin)
-    found = twins.step(model)
-    assert all(any(f".{name}." in key for key in found) for name in names)
-
-
-def test_several_active_on_conv1d(twins, pair):
-    model, twin = pair({"r": 5, "target_modules": ["c_attn"]}, kind="gpt2", target_modules=["c_attn", "c_fc"])
-    both(partial(activate, names=["a1", "default"]), model, twin)
-    check_same(twins, model, twin, fused=4)
-
-
-def test_adapter_on_new_layers(twins):
-    """Layers that PEFT adapts later are PEFT's until patch is called again."""
-    model, twin = (twins.peft_model("llama", target_modules=TARGETS) for _ in range(2))
-    slao_kernels.patch(model)
-    for m in (model, twin):
-        add(twins, m, "a1", target_modules=["q_proj", "o_proj"])
-        activate(m, ["default", "a1"])
-    check_same(twins, model, twin)
-    report = slao_kernels.patch(model)
-    assert len(report.patched) == LAYERS + 2
-    check_same(twins, model, twin, fused=LAYERS + 2)
-
-
-def test_delete_adapter(twins, pair):
-    model, twin = pair({"r": 2})
-    both(lambda m: m.set_adapter("a1"), model, twin)
-    both(lambda m: m.delete_adapter("default"), model, twin)
-    check_same(twins, model, twin)
-    assert list(model.state_dict()) == list(twin.state_dict())
-
-
-def test_disable_adapter(twins, pair):
-    model, twin = pair()
-    ids = twins.token_ids()
-    with model.disable_adapter(), twin.disable_adapter(), twins.CountOps() as ops:
-        off, expected = model(ids).logits, twin(ids).logits
-    assert ops.counts == {}
-    assert torch.equal(off, expected)
-    assert error_ratio(off, twin(ids).logits) > 1e-4  # the adapter does something
-    check_same(twins, model, twin)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("safe", [False, True])
-def test_merge_and_unmerge(safe, kind, twins, pair):
-    targets = TARGETS if kind == "llama" else ["c_attn", "c_fc", "c_proj"]
-    model, twin = pair(kind=kind, target_modules=targets)
-    before = twins.step(model)
-    ids = twins.token_ids()
-    both(lambda m: m.merge_adapter(safe_merge=safe), model, twin)
-    with twins.CountOps() as ops:
-        merged = model(ids).logits
-    assert ops.counts == {}
-    assert torch.equal(merged, twin(ids).logits)
-    assert error_ratio(merged, before["logits"]) <= twins.FP32_RATIO
-    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
-    both(lambda m: m.unmerge_adapter(), model, twin)
-    check_same(twins, model, twin, fused=6 if kind == "llama" else 8)
-
-
-def test_disabling_a_merged_adapter_unmerges_it(twins, pair):
-    model, twin = pair()
-    both(lambda m: m.merge_adapter(), model, twin)
-    ids = twins.token_ids()
-    with model.disable_adapter(), twin.disable_adapter():
-        assert torch.equal(model(ids).logits, twin(ids).logits)
-    check_same(twins, model, twin)
-
-
-def test_merge_and_unload(twins, pair):
+def test_unloaded(pair):
+    """Merged or not: PEFT's classes, and nothing of ours."""
     model, twin = pair()
     expected = twins.step(model)["logits"]
-    merged, their_merged = both(lambda m: m.merge_and_unload(), model, twin)
+    plain = copy.deepcopy(model).unload()
+    assert not any(type(module) is FusedLoraLinear for module in plain.modules())
+    assert torch.equal(plain(twins.token_ids()).logits, twins.base_model("llama")(twins.token_ids()).logits)
+    merged, their_merged = (net.merge_and_unload() for net in (model, twin))
     assert [type(m) for m in merged.modules()] == [type(m) for m in their_merged.modules()]
-    assert all(torch.equal(v, their_merged.state_dict()[name]) for name, v in merged.state_dict().items())
+    twins.check_equal(dict(merged.state_dict()), dict(their_merged.state_dict()))
     assert error_ratio(merged(twins.token_ids()).logits, expected) <= twins.FP32_RATIO
     assert slao_kernels.unpatch(merged) == 0
 
 
-def test_unload(twins, pair):
-    model, _ = pair()
-    plain = model.unload()
-    assert not any(type(module) is FusedLoraLinear for module in plain.modules())
-    assert torch.equal(plain(twins.token_ids()).logits, twins.base_model("llama")(twins.token_ids()).logits)
+def test_adapter_on_new_layers():
+    """Layers that PEFT adapts later are PEFT's until patch is called again."""
+    model, twin, _ = twins.model_pair(target_modules=TARGETS)
+    for net in (model, twin):
+        add(net, "a1", target_modules=["q_proj", "o_proj"])
+        activate("default", "a1")(net)
+    twins.check_same(model, twin, ops=LAYERS)
+    assert len(slao_kernels.patch(model).patched) == LAYERS + 2
+    twins.check_same(model, twin, ops=LAYERS + 2)
 
 
-@pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
-def test_add_weighted_adapter(combination, twins, pair):
-    model, twin = pair({"lora_alpha": 7})
-    for m in (model, twin):
-        m.add_weighted_adapter(["default", "a1"], [0.7, -0.4], "mixed", combination_type=combination)
-        m.set_adapter("mixed")
-    check_same(twins, model, twin)
-
-
-def test_set_scale(twins, pair):
-    """PEFT's set_scale and scale_layer change the factor; the next call uses it."""
-    model, twin = pair()
-    for m in (model, twin):
-        for layer in m.modules():
-            if hasattr(layer, "scale_layer"):
-                layer.set_scale("default", 0.3)
-                layer.scale_layer(2.5)
-    check_same(twins, model, twin)
-
-
-def test_hotswap(twins, tmp_path):
+def test_hotswap(tmp_path):
     """Ranks padded with zeros, scalings as tensors: fused all the same, before and after the swap."""
     other = twins.peft_model("llama", r=2, lora_alpha=9, target_modules=TARGETS)
     twins.train_a_little(other, seed=23).save_pretrained(tmp_path / "other")
-    model, twin = (twins.peft_model("llama", r=4, target_modules=TARGETS) for _ in range(2))
-    report = slao_kernels.patch(model)
-    both(lambda m: prepare_model_for_compiled_hotswap(m, target_rank=8), model, twin)
+    model, twin, report = twins.model_pair(r=4, target_modules=TARGETS)
+    for net in (model, twin):
+        prepare_model_for_compiled_hotswap(net, target_rank=8)
     layer = model.get_submodule(report.patched[0])
     assert isinstance(layer.scaling["default"], torch.Tensor)
     assert layer.lora_A["default"].weight.shape[0] == 8
-    check_same(twins, model, twin)
+    twins.check_same(model, twin, ops=LAYERS)
     before = {name: id(p) for name, p in model.named_parameters()}
-    both(lambda m: hotswap_adapter(m, tmp_path / "other", adapter_name="default"), model, twin)
+    for net in (model, twin):
+        hotswap_adapter(net, tmp_path / "other", adapter_name="default")
     assert {name: id(p) for name, p in model.named_parameters()} == before
-    check_same(twins, model, twin)
+    twins.check_same(model, twin, ops=LAYERS)
     expected = other(twins.token_ids()).logits
     assert error_ratio(model(twins.token_ids()).logits, expected) <= twins.FP32_RATIO
 
 
-def test_only_adapters_are_in_peft_state_dict(twins, pair):
-    model, twin = pair({"r": 2})
-    for name in ("default", "a1"):
-        ours, theirs = both(lambda m: get_peft_model_state_dict(m, adapter_name=name), model, twin)  # noqa: B023
-        twins.check_equal(ours, theirs)
-
-
-def test_layer_status_and_printed_names(twins, pair):
-    """PEFT reads a layer's kind off its printed name; ours says there that it is fused."""
+def test_what_peft_reports(pair):
+    """State dict by adapter, status, and a printed name off which PEFT reads a layer's kind, and that it is fused."""
     model, twin = pair({"target_modules": ["q_proj"]})
-    assert both(lambda m: m.get_layer_status(), model, twin)[0] == twin.get_layer_status()
+    for name in ("default", "a1"):
+        twins.check_equal(*(get_peft_model_state_dict(net, adapter_name=name) for net in (model, twin)))
+    assert model.get_layer_status() == twin.get_layer_status()
     assert model.get_model_status() == twin.get_model_status()
-    (layer, *_), (theirs, *_) = both(lambda m: [x for x in m.modules() if hasattr(x, "lora_A")], model, twin)
-    lines, expected = repr(layer).split("\n"), repr(theirs).split("\n")
+    lines, expected = (
+        repr(next(m for m in net.modules() if hasattr(m, "lora_A"))).split("\n") for net in (model, twin)
+    )
     assert (lines[0], expected[0]) == ("lora.Linear(", "lora.Linear(")
     assert [line for line in lines if line.strip() != "fused by slao_kernels"] == expected
     assert len(lines) == len(expected) + 1
+
+
+WRONG_NAMES = {
+    "set_adapter": lambda m, ids: m.set_adapter("nope"),
+    "delete_adapter": lambda m, ids: m.delete_adapter("nope"),
+    "mixed batch": lambda m, ids: m.eval()(ids, adapter_names=["default", "nope", "__base__"]),
+    "merge": lambda m, ids: m.base_model.merge_and_unload(adapter_names=["nope"]),
+    "add_weighted_adapter": lambda m, ids: m.add_weighted_adapter(["default", "nope"], [1.0, 1.0], "sum"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_NAMES)
+def test_adapter_that_does_not_exist(what):
+    """PEFT's own answer, whatever it is, and the model still runs fused where PEFT's still runs."""
+    model, twin, _ = twins.model_pair(target_modules=TARGETS)
+    answers = [twins.attempt(WRONG_NAMES[what], net, twins.token_ids()) for net in (model, twin)]
+    if what == "merge":  # where PEFT merges what there is, which is nothing
+        assert not any(isinstance(answer, dict) for answer in answers)
+        return
+    assert answers[0] == answers[1]
+    assert "nope" in answers[0]["error"]
+    twins.check_same(model, twin, ops=LAYERS)
+
+
+# --- copies and files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_share_their_fallbacks_among_themselves_only(how):
+    """The layers of one copy write into one dictionary, which is not the original's report. By themselves, and through
+    files: test_layers_peft.py."""
+    model, _, report = twins.model_pair(target_modules=TARGETS)
+    copied = how(model)
+    copied.get_submodule(report.patched[0])(twins.net_input(2, 3, 32), alora_offsets=[1])
+    fallbacks = [m.slao_options.fallbacks for m in copied.modules() if type(m) is FusedLoraLinear]
+    assert all(found is fallbacks[0] for found in fallbacks)
+    assert list(fallbacks[0]) == report.patched[:1]
+    assert report.fallbacks == {}
+
+
+def test_save_pretrained_loads_in_plain_peft(tmp_path):
+    """The same files as without us, bytes of the weights and keys of the configuration included."""
+    model, twin, _ = twins.model_pair(target_modules=TARGETS)
+    folders = tmp_path / "ours", tmp_path / "theirs"
+    for net, folder in zip((model, twin), folders, strict=True):
+        net.save_pretrained(folder)
+    ours, theirs = (sorted(path.name for path in folder.iterdir()) for folder in folders)
+    assert ours == theirs
+    twins.check_equal(*(load_file(folder / "adapter_model.safetensors") for folder in folders))
+    ours, theirs = (json.loads((folder / "adapter_config.json").read_text()) for folder in folders)
+    for config in (ours, theirs):
+        config["target_modules"] = sorted(config["target_modules"])
+    assert ours == theirs
+    loaded = peft.PeftModel.from_pretrained(twins.base_model("llama"), folders[0])
+    assert not any(type(m) is FusedLoraLinear for m in loaded.modules())
+    assert torch.equal(loaded(twins.token_ids()).logits, twin(twins.token_ids()).logits)
+
+
+def test_injected_adapter_is_saved_by_transformers(tmp_path):
+    """A plain model's own save_pretrained writes the adapter that patch injected."""
+    model = twins.base_model("llama")
+    slao_kernels.patch(model, twins.config(target_modules=TARGETS))
+    twins.train_a_little(model).save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").exists()
+    loaded = peft.PeftModel.from_pretrained(twins.base_model("llama"), tmp_path)
+    twins.check_close(*({"y": net(twins.token_ids()).logits.detach()} for net in (model, loaded)))
+
+
+def test_options_of_an_older_version():
+    """A model that was patched and pickled before an option was there: the option has its default."""
+    model, twin, report = twins.model_pair(target_modules=TARGETS)
+    for name in report.patched:
+        for later in ("notes", "precision"):
+            del model.get_submodule(name).slao_options.__dict__[later]
+    copied = pickle.loads(pickle.dumps(model))
+    layers = [copied.get_submodule(name) for name in report.patched]
+    assert [(layer.slao_options.notes, layer.slao_options.precision) for layer in layers] == [({}, "base")] * LAYERS
+    layers[0].base_layer.register_forward_hook(lambda *_: None)
+    with twins.CountOps() as ops:
+        twins.check_close(twins.step(copied), twins.step(twin))
+    assert ops.counts["lora_linear"] == LAYERS - 1
+    assert layers[0].slao_options.notes == {report.patched[0]: "base layer called: base layer has hooks"}
+    assert len(slao_kernels.patch(copied).patched) == LAYERS  # and from then on it is this version's
+
+
+def test_options_of_a_newer_version_and_none():
+    """What this version does not know is dropped; older still is nothing at all on the layer."""
+    options = FusedOptions("layer", precision="adapter")
+    options.__dict__["invented_later"] = 3
+    copied = pickle.loads(pickle.dumps(options))
+    assert copied == FusedOptions("layer", precision="adapter")
+    assert "invented_later" not in vars(copied)
+    model, twin, _ = twins.net_pair()
+    del model.proj.__dict__["slao_options"]
+    copied = pickle.loads(pickle.dumps(model))
+    twins.check_same(copied, twin, ops=1)
+    assert copied.proj.slao_options.name == "(unnamed layer)"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import slao_kernels
 from slao_kernels.testing import error_ratio, tiny_model
 
+Pair = tuple[nn.Module, nn.Module, slao_kernels.PatchReport]
 FP32_RATIO = 1e-5  # of an output or gradient against the unpatched fp32 model
 
 
@@ -29,8 +32,8 @@ class CountOps(TorchDispatchMode):
 
     @property
     def forward(self) -> int:
-        """Layers computed, base and branch."""
-        return self.counts.get("lora_linear", 0)
+        """Layers computed."""
+        return self.counts.get("lora_linear", 0) + self.counts.get("lora_add", 0)
 
 
 def config(**options) -> peft.LoraConfig:
@@ -64,6 +67,12 @@ def peft_model(kind: str, dtype: torch.dtype = torch.float32, **options) -> nn.M
     return train_a_little(peft.get_peft_model(base_model(kind, dtype), config(**options)))
 
 
+def model_pair(kind: str = "llama", *args, **options) -> Pair:
+    """(patched, unpatched, report)"""
+    model, twin = (peft_model(kind, *args, **options) for _ in range(2))
+    return model, twin, slao_kernels.patch(model)
+
+
 def token_ids(rows: int = 3, length: int = 11) -> Tensor:
     return torch.randint(1, 128, (rows, length), generator=torch.Generator().manual_seed(1))
 
@@ -76,6 +85,18 @@ def step(model: nn.Module) -> dict[str, Tensor]:
     out.loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": out.logits.detach(), **grads}
+
+
+def train(model: nn.Module, optimizer: type[torch.optim.Optimizer], steps: int, lr: float) -> list[float]:
+    """The losses of that many steps."""
+    made, losses = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr), []
+    for _ in range(steps):
+        made.zero_grad()
+        loss = model(input_ids=token_ids(), labels=token_ids()).loss
+        loss.backward()
+        made.step()
+        losses.append(loss.item())
+    return losses
 
 
 # One adapted layer
@@ -103,6 +124,11 @@ def net_input(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape or (2, 5, 24), generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+def input_of(model: nn.Module) -> Tensor:
+    """What an adapted layer of a net reads."""
+    return net_input(2, 5, getattr(model.proj.base_layer, "in_features", 24))
+
+
 def net_step(model: nn.Module, x: Tensor, *args, **kwargs) -> dict[str, Tensor]:
     """The output and every gradient, x's included, under one seed."""
     torch.manual_seed(2)
@@ -118,19 +144,47 @@ def net_step(model: nn.Module, x: Tensor, *args, **kwargs) -> dict[str, Tensor]:
     return found
 
 
+def net_pair(make: Callable[..., nn.Module] = net, *args, **options) -> Pair:
+    """(patched, unpatched, report)"""
+    model, twin = make(*args, **options), make(*args, **options)
+    report = slao_kernels.patch(model, strict=True)
+    assert report.patched == ["proj"]
+    return model, twin, report
+
+
+def attempt(run: Callable[..., dict[str, Any]], *args, **kwargs) -> dict[str, Any]:
+    """What a step finds, or its error."""
+    try:
+        return run(*args, **kwargs)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
 # Comparison
+
+
+def snapshot(model: nn.Module) -> dict[str, tuple[type, dict]]:
+    """Every module's class and instance dictionary (its containers by content, tensors by identity)."""
+    found = {}
+    for name, module in model.named_modules():
+        state = {key: dict(value) if isinstance(value, dict) else value for key, value in module.__dict__.items()}
+        found[name] = (type(module), state)
+    return found
 
 
 def rms(tensor: Tensor) -> float:
     return tensor.double().square().mean().sqrt().item()
 
 
-def check_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = FP32_RATIO) -> None:
-    """Same names and dtypes, error ratios within `tolerance`."""
+def check_close(found: dict[str, Any], expected: dict[str, Any], tolerance: float = FP32_RATIO) -> None:
+    """Same names and dtypes, error ratios within `tolerance`; what is no tensor is the same."""
     assert found.keys() == expected.keys()
     # A gradient that is zero but for rounding (softmax does not see a key's bias) must stay that small.
-    zero = 1e-6 * max(rms(value) for value in expected.values())
+    zero = 1e-6 * max((rms(value) for value in expected.values() if isinstance(value, Tensor)), default=0.0)
     for name, value in expected.items():
+        if not isinstance(value, Tensor):
+            assert found[name] == value
+            continue
         assert found[name].dtype == value.dtype, name
         if rms(value) < zero:
             assert rms(found[name]) < 2 * zero, name
@@ -139,31 +193,48 @@ def check_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         assert ratio <= tolerance, f"{name}: {ratio:.2e}"
 
 
-def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Same names, types and dtypes, and bitwise the same values."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert (type(found[name]), found[name].dtype) == (type(value), value.dtype), name
-        assert torch.equal(found[name], value), name
+        assert type(found[name]) is type(value), name
+        if isinstance(value, Tensor):
+            assert found[name].dtype == value.dtype, name
+        assert torch.equal(found[name], value) if isinstance(value, Tensor) else found[name] == value, name
 
 
-def check_peft_runs(
-    model: nn.Module,
-    twin: nn.Module,
-    reasons: dict[str, str],
-    reason: str,
-    told: Callable[[], list[str]],
-    *args,
-    **kwargs,
-) -> None:
-    """Twice the very numbers of the unpatched twin, without our operators; `reason` reported, and logged once."""
-    args = args or (net_input(),)
+def check_same(
+    model: nn.Module, twin: nn.Module, *args, ops: int | dict[str, int] | None = None, tolerance=FP32_RATIO, **kwargs
+) -> dict[str, Tensor]:
+    """One step of each, a net's or a transformers model's: the same numbers, which are returned.
+
+    ops: how often which of our operators ran, or in how many forwards of layers.
+    """
+    run = net_step if hasattr(model, "proj") else step
+    if run is net_step and not args:
+        args = (input_of(model),)
+    with CountOps() as ran:
+        found = run(model, *args, **kwargs)
+    assert ops is None or ops == (ran.forward if isinstance(ops, int) else ran.counts)
+    check_close(found, run(twin, *args, **kwargs), tolerance)
+    return found
+
+
+def check_same_error(model: nn.Module, twin: nn.Module, *args, **kwargs) -> None:
+    """PEFT's own exception, not one of ours."""
+    found, expected = (attempt(net_step, net, *(args or (input_of(net),)), **kwargs) for net in (model, twin))
+    assert list(expected) == ["error"]
+    assert found == expected
+
+
+def check_peft_runs(model, twin, reasons: dict[str, str], reason: str, told, *args, **kwargs) -> None:
+    """Twice the very numbers (or the error) of the unpatched twin, without our operators; `reason` logged once."""
+    args = args or (input_of(model),)
     with CountOps() as ops:
-        found, again = net_step(model, *args, **kwargs), net_step(model, *args, **kwargs)
+        for _ in range(2):
+            found, expected = (attempt(net_step, net, *args, **kwargs) for net in (model, twin))
+            check_equal(found, expected)
     assert ops.counts == {}
-    expected = net_step(twin, *args, **kwargs)
-    check_equal(found, expected)
-    check_equal(again, expected)
     assert reason in reasons["proj"]
     assert told() == [f"proj runs PEFT's own forward: {reasons['proj']}"]
 
@@ -171,5 +242,5 @@ def check_peft_runs(
 def check_fused(model: nn.Module, *args) -> None:
     """One call runs our operator."""
     with CountOps() as ops:
-        model(*(args or (net_input(),)))
+        model(*(args or (input_of(model),)))
     assert ops.forward == 1
