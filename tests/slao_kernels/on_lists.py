@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import slao_kernels
 from slao_kernels import dispatch, native
@@ -138,6 +139,18 @@ class Emulated:
     def fold(self, Ws: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: list[float]) -> None:
         found = native_fold.records(native_fold.tables(list(Ws), list(As), list(Bs)), scalings)
         native_fold.on_gpu(self.core, found, 0, 0)
+
+
+class Seen(TorchDispatchMode):
+    """The operators that are called, in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 # In the process where Triton interprets, the others have had their turn.

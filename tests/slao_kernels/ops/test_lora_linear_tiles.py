@@ -114,10 +114,10 @@ def test_a_broken_table_warns_once_and_is_left_out(of, text, tmp_path, monkeypat
         if of == "gemm":
             gemm = pytest.importorskip("slao_kernels.ops.lora_linear.gemm", reason="triton is not installed")
             return gemm.chosen("kn", torch.bfloat16, m, 4096, 14336, 16, "GPU") is None
-        return tiles.find("shrink", torch.bfloat16, m, 4096, 16, device="GPU").block_m == {4096: 64, 2: 16}[m]
+        return tiles.find("shrink", torch.bfloat16, m, 4096, 16, device="GPU").block_m == {8192: 64, 2: 16}[m]
 
     with pytest.warns(UserWarning, match=f"gpu.json has no table of {of} that can be read"):
-        assert served(4096)
+        assert served(8192)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert served(2)
