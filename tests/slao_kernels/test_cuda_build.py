@@ -34,18 +34,8 @@ def test_compiles_without_spills(stem, gpu, tables, tmp_path):
     known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     if f"compute_{gpu}" not in known:
         pytest.skip(f"this nvcc does not know sm_{gpu}")
-    command = [
-        compiler,
-        "-std=c++17",
-        "-O3",
-        "-DNDEBUG",
-        f"-arch=sm_{gpu}",
-        f"-DSLAO_TABLES={tables}",
-        "-cubin",
-        "-Xptxas=-v",
-        "-Werror=all-warnings",
-    ]
-    command += [str(CUDA / f"{stem}.cu"), "-o", str(tmp_path / f"{stem}.cubin")]
+    flags = f"-std=c++17 -O3 -DNDEBUG -arch=sm_{gpu} -DSLAO_TABLES={tables} -cubin -Xptxas=-v -Werror=all-warnings"
+    command = [compiler, *flags.split(), str(CUDA / f"{stem}.cu"), "-o", str(tmp_path / f"{stem}.cubin")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     # One paragraph a kernel: its mangled name, its stack, what it uses.

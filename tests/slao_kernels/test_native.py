@@ -1,9 +1,7 @@
-"""The compiled core itself: every instruction set gives the reference's answer, for any number of threads."""
+"""The compiled core itself: threads, memory, symbols. What it computes, with every instruction set: ops/test_*.py."""
 
 from __future__ import annotations
 
-import array
-import math
 import os
 import platform
 import shutil
@@ -13,131 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from on_lists import FINE, Core
 
 import slao_kernels
 from slao_kernels import native
-from slao_kernels.ops.fold import reference as fold_reference
-from slao_kernels.ops.scaled_merge import reference as merge_reference
 
 missing = native.why_not("cpu")
 pytestmark = pytest.mark.skipif(missing is not None, reason=f"no compiled core: {missing}")
-SETS = ["base", "avx2", "avx512"]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=SETS)
-def isa(request: pytest.FixtureRequest) -> str:
-    best = native.instruction_set()
-    if SETS.index(request.param) > SETS.index(best):
-        pytest.skip(f"this processor has {best}, not {request.param}")
-    return request.param
-
-
-def orthogonal_init(As: list[Tensor], isa: str, threads: int = 1) -> list[int]:
-    states = array.array("i", [0]) * len(As)
-    table = native.table(map(native.matrix, As))
-    native.core().orthogonal_init(table, array.array("q"), array.array("q"), states, threads, isa)
-    return list(states)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(1, 1), (2, 3), (5, 37), (12, 100), (16, 768), (33, 65), (64, 200), (130, 257)], ids=str
-)
-def test_orthogonal_init_on_every_instruction_set(isa, shape, dtype):
-    A = torch.randn(shape, dtype=torch.float64).to(dtype)
-    Q, R = torch.linalg.qr(A.double().T)
-    exact = (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).T
-    assert orthogonal_init([A], isa) == [0]
-    tolerance = 1e-11 if dtype == torch.float64 else 1e-5 + torch.finfo(dtype).eps
-    assert (A.double() - exact).abs().max() <= tolerance
-
-
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 3.3, 1e6])
-@pytest.mark.parametrize("shape", [(16, 4096), (60, 2554), (256, 1024)], ids=str)
-def test_orthonormal_to_1e_6_where_products_are_alike(isa, shape, scale):
-    """Equal products are rounded the same way again and again: one fp32 sum over all columns left 7e-6 of cosines (on
-    `base`), and many rows of two values 1.4e-6 even of short sums."""
-    (r, n), t = shape, torch.arange(shape[1], dtype=torch.float64)
-    cosines = torch.cos(math.pi / n * (t + 0.5) * t[1 : r + 1, None])
-    two = torch.where(torch.rand(shape) < 0.5, -0.0236, 0.0249).double()
-    for A in (cosines, cosines.flip(0), two, torch.randn(shape, dtype=torch.float64)):
-        A = (A * scale).float().contiguous()
-        assert orthogonal_init([A], isa) == [0]
-        wide = A.double()
-        assert torch.linalg.matrix_norm(wide @ wide.T - torch.eye(r, dtype=torch.float64), 2) <= 1e-6
-
-
-@pytest.mark.parametrize("target", DTYPES, ids=str)
-@pytest.mark.parametrize("source", DTYPES, ids=str)
-@pytest.mark.parametrize("lam", [0.3, 0.8, 1.0])
-def test_scaled_merge_on_every_instruction_set(isa, target, source, lam):
-    merged, tuned = torch.randn(1037).to(target), torch.randn(1037).to(source)
-    tuned[:8] = torch.tensor([0.0, -0.0, 40000.0, 1e-7, -6e-8, 3e-5, 1e-3, -40000.0]).to(source)
-    merged[4:12] = torch.tensor([1e-40, -1e-7, 6e-8, 3e4, -3e4, 1.0, -1.0, 2.0]).to(target)
-    expected, size = merged.clone(), torch.maximum(merged.double().abs(), tuned.double().abs())
-    merge_reference.scaled_merge_([expected], [tuned], [lam])
-    table = native.table([native.matrix(merged[None]) + native.matrix(tuned[None])])
-    native.core().scaled_merge(table, array.array("d", [lam]), 1, isa)
-    # With and without a fused multiply-add: some units of the operands' size, or the rounding that they tip over.
-    arithmetic = torch.finfo(torch.float64 if target == torch.float64 else torch.float32)
-    slack = 4 * arithmetic.eps * size + torch.finfo(target).eps * expected.double().abs() + torch.finfo(target).tiny
-    assert ((merged.double() - expected.double()).abs() <= slack).all()
-    if lam == 1.0:
-        assert torch.equal(bits(merged), bits(expected))
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 33, 3), (100, 200, 16), (6, 4100, 8)], ids=str)
-@pytest.mark.parametrize("weight", DTYPES, ids=str)
-@pytest.mark.parametrize("transposed", [False, True])
-def test_fold_on_every_instruction_set(isa, shape, weight, transposed):
-    n, k, r = shape
-    W = torch.randn(k, n).to(weight).t() if transposed else torch.randn(n, k).to(weight)
-    A, B = torch.randn(r, k).bfloat16(), torch.randn(n, r)
-    expected = W.clone()
-    fold_reference.fold_([expected], [A], [B], [0.7])
-    table = native.table([native.matrix(W) + native.matrix(A) + native.matrix(B)])
-    native.core().fold(table, array.array("d", [0.7]), 1, isa)
-    # Another order of the r products: where W cancels them, fp32 leaves a few units of the largest.
-    torch.testing.assert_close(W.double(), expected.double(), rtol=torch.finfo(weight).eps, atol=1e-5)
-
-
-def test_every_16_bit_value_survives_a_copy(isa):
-    """fp16 and bf16 in, through fp32, and back: all 65,536 bit patterns, NaN payloads aside."""
-    patterns = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
-    for dtype in (torch.float16, torch.bfloat16):
-        values = patterns.view(dtype)
-        wide, back = torch.empty(65536), torch.empty(65536, dtype=dtype)
-        for target, source in ((wide, values), (back, wide)):
-            table = native.table([native.matrix(target[None]) + native.matrix(source[None])])
-            native.core().scaled_merge(table, array.array("d", [1.0]), 1, isa)
-        nan = values.isnan()
-        assert torch.equal(wide.isnan(), nan)
-        assert torch.equal(wide[~nan].view(torch.int32), values.float()[~nan].view(torch.int32))
-        assert torch.equal(back.view(torch.int16)[~nan], patterns[~nan])
-        assert back[nan].isnan().all()
-
-
-def test_rounding_to_16_bits_is_torchs(isa):
-    """Random fp32 bit patterns, halfway cases among them, rounded by the kernels and by torch."""
-    g = torch.Generator().manual_seed(0)
-    random = torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=g, dtype=torch.int64).to(torch.int32)
-    halfway = (random & ~0x1FFF) | 0x1000  # exactly between two fp16 values
-    between = (random & ~0xFFFF) | 0x8000  # exactly between two bf16 values
-    values = torch.cat([random, halfway, between]).view(torch.float32)
-    values = torch.cat(
-        [values[~values.isnan()], torch.randn(100_000, generator=g) * 1e-5, torch.tensor([65519.9, 65520.0])]
-    )
-    for dtype in (torch.float16, torch.bfloat16):
-        found = torch.empty(len(values), dtype=dtype)
-        table = native.table([native.matrix(found[None]) + native.matrix(values[None])])
-        native.core().scaled_merge(table, array.array("d", [1.0]), 1, isa)
-        assert torch.equal(found.view(torch.int16), values.to(dtype).view(torch.int16))
 
 
 def test_the_number_of_threads_does_not_matter():
@@ -166,7 +46,7 @@ def test_flagged_matrices_go_to_householder_and_the_others_do_not():
     fine, dependent = torch.randn(8, 50), torch.randn(8, 50)
     dependent[3] = dependent[1] + 1e-8 * dependent[2]
     kept = dependent.clone()
-    assert orthogonal_init([fine, dependent], "auto") == [0, 3]
+    assert Core("auto").init([fine, dependent])[0] == [FINE, Core.FLAGGED]
     assert torch.equal(dependent, kept)
 
 

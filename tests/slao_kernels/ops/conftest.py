@@ -6,11 +6,23 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # on_triton, test_lora_linear
+
+
+@pytest.fixture
+def ops(request: pytest.FixtureRequest) -> Any:
+    """Where the ops on lists run; see on_lists.py, whose `at` chooses."""
+    place = request.param
+    if str(place) == "emulated":
+        place.core = request.getfixturevalue("emulated")
+    elif (missing := place.why_not()) is not None:
+        pytest.skip(missing)
+    return place
 
 
 @pytest.fixture

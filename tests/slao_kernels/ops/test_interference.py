@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
-from torch import Tensor
+from adapter_lists import BAD, DTYPES, Adapter, adapter, in_every_dtype, model_with, on_every_device, unchanged
 
 import slao_kernels
 from slao_kernels.ops.interference import reference
-from slao_kernels.testing import tiny_model
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Of ‖Bᵢ‖ ‖Aᵢ‖ ‖Bⱼ‖ ‖Aⱼ‖: fp64 sums of at most 500 products, in two orders; the largest found is 2e-15.
 EXACT = 1e-14
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-Adapter = tuple[list[Tensor], list[Tensor], list[float]]
-
-
-def adapter(shapes, rank, dtype=torch.float32, seed=0, device="cpu") -> Adapter:
-    """One of that rank on layers (m, n); A is wider than B so that the two cannot be mistaken for each other."""
-    g = torch.Generator().manual_seed(seed)
-    As = [torch.randn(rank, n, generator=g).to(device, dtype) for _, n in shapes]
-    Bs = [0.1 * torch.randn(m, rank, generator=g).to(device, dtype) for m, _ in shapes]
-    return As, Bs, [0.5 + index for index in range(len(shapes))]
 
 
 def error(found: slao_kernels.Interference, adapters: list[Adapter]) -> float:
@@ -39,12 +25,12 @@ def error(found: slao_kernels.Interference, adapters: list[Adapter]) -> float:
     return worst
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_every_device
+@in_every_dtype
 @pytest.mark.parametrize("ranks", [(1,), (8, 8), (1, 12, 16), (64, 8, 256, 0)], ids=str)
 def test_equals_the_dense_inner_products(ranks, dtype, device):
     shapes = [(1, 1), (17, 33), (1, 40), (128, 64), (128, 64), (500, 3)]
-    adapters = [adapter(shapes, r, dtype, seed, device) for seed, r in enumerate(ranks)]
+    adapters = [adapter(shapes, r, seed, dtype, device) for seed, r in enumerate(ranks)]
     found = slao_kernels.interference(adapters)
     assert found.gram.shape == (6, len(ranks), len(ranks))
     assert found.gram.dtype == torch.float64
@@ -59,11 +45,9 @@ def test_adapters_of_different_dtypes_strides_and_ranks_per_layer():
         As = [torch.randn(30, r, generator=g).to(dtype).t() for r in (3, 5)]  # column-major
         Bs = [torch.randn(50, 2 * r, generator=g).to(dtype)[::2, ::2] for r in (3, 5)]
         adapters.append((As, Bs, [2.0, -0.5]))
-    before = [tensor.clone() for As, Bs, _ in adapters for tensor in As + Bs]
-    found = slao_kernels.interference(adapters)
-    assert error(found, adapters) <= EXACT
-    after = [tensor for As, Bs, _ in adapters for tensor in As + Bs]
-    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    same = unchanged(adapters)
+    assert error(slao_kernels.interference(adapters), adapters) <= EXACT
+    assert same()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -123,7 +107,7 @@ def test_values_that_are_not_finite_stay_with_their_adapter(bad):
     assert torch.equal(cosines[1], clean[1])
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_every_device
 def test_no_delta_is_formed(device):
     """The fp64 copies of three adapters' factors, their r×r products, and nothing of the size of W."""
     adapters = [adapter([(4096, 4096)] * 3, 4, seed=t, device=device) for t in range(3)]
@@ -140,24 +124,12 @@ def test_no_delta_is_formed(device):
     assert peak < 4 * 4096 * 4096 / 8
 
 
-def lora_model(**adapters: peft.LoraConfig) -> torch.nn.Module:
-    model = tiny_model("llama")
-    for name, config in adapters.items():
-        model = peft.inject_adapter_in_model(config, model, name)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_()
-    return model
-
-
 def test_names_of_a_models_adapters():
     """PEFT's own deltas, other ranks, scalings and layers per adapter; a layer that one leaves out counts as zero."""
-    model = lora_model(
-        a=peft.LoraConfig(r=4, lora_alpha=7, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
-        b=peft.LoraConfig(r=6, target_modules=["q_proj"], use_rslora=True, init_lora_weights=False),
-        c=peft.LoraConfig(r=2, target_modules=["v_proj", "o_proj"], init_lora_weights=False),
+    model = model_with(
+        a={"r": 4, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"]},
+        b={"r": 6, "target_modules": ["q_proj"], "use_rslora": True},
+        c={"r": 2, "target_modules": ["v_proj", "o_proj"]},
     )
     found = slao_kernels.interference(["a", "b", "c"], model=model)
     assert [name.rsplit(".", 1)[1] for name in found.layers] == ["q_proj", "v_proj", "o_proj"] * 2
@@ -173,7 +145,7 @@ def test_names_of_a_models_adapters():
 
 
 def test_the_ways_to_give_an_adapter_agree():
-    model = lora_model(a=peft.LoraConfig(r=4, lora_alpha=7, target_modules=["q_proj", "v_proj"]))
+    model = model_with(a={"r": 4, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"]})
     pairs = slao_kernels.adapters.find_pairs(model, "a")[0]
     lists = ([p.A for p in pairs], [p.B for p in pairs])
     ways = [pairs, (*lists, 7 / 4), (*lists, [7 / 4] * 4), [(p.A, p.B, p.scaling) for p in pairs]]
@@ -198,23 +170,6 @@ def test_deterministic():
     assert torch.equal(slao_kernels.interference(adapters).gram, slao_kernels.interference(adapters).gram)
 
 
-ONE, OTHER = (torch.ones(2, 6), torch.ones(5, 2)), (torch.ones(2, 7), torch.ones(5, 2))
-BAD = {
-    "shape": ([[ONE], [OTHER]], r"adapters\[1\], layers\[0\]: B A is \(5, 7\), the first adapter's \(5, 6\)"),
-    "rank": ([[(torch.ones(3, 6), ONE[1])]], r"A \(3, 6\) and B \(5, 2\) are not \(r, n\) and \(m, r\)"),
-    "dtype": ([[(ONE[0].int(), ONE[1])]], r"layers\[0\].A: is torch.int32, expected fp64, fp32, bf16 or fp16"),
-    "meta": ([[ONE], [(ONE[0].to("meta"), ONE[1])]], r"adapters\[1\], layers\[0\].A: is on the meta device"),
-    "layers": ([[ONE, ONE], [ONE]], "adapters: have different numbers of layers: 2, 1"),
-    "lengths": ([([ONE[0]], [ONE[1]] * 2, 1.0)], r"adapters\[0\]: lengths differ: As 1, Bs 2, scalings 1"),
-    "scaling": ([([ONE[0]], [ONE[1]], float("nan"))], "has the scaling nan, expected a finite number"),
-    "no scaling": ([([ONE[0]], [ONE[1]], None)], "scalings that are neither a number nor one a layer"),
-    "no number": ([[(*ONE, "x")]], r"adapters\[0\]: has a scaling that is not a number"),
-    "kind": ([ONE[0]], r"adapters\[0\]: is a Tensor, expected \(As, Bs, scalings\) or a list of \(A, B\)"),
-    "items": ([[ONE[0], ONE[1]]], r"adapters\[0\]: is neither \(As, Bs, scalings\) nor a list of \(A, B\)"),
-    "names": (["a", "b"], "names need model="),
-}
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
     adapters, message = BAD[case]
@@ -222,14 +177,11 @@ def test_bad_input_is_named(case):
         slao_kernels.interference(adapters)
 
 
-def test_all_offenders_are_named_at_once():
-    with pytest.raises(ValueError, match=r"adapters\[1\], layers\[0\].*; adapters\[2\], layers\[1\]"):
-        slao_kernels.interference([[ONE, ONE], [OTHER, ONE], [ONE, OTHER]])
-
-
 def test_a_models_layers_that_keep_no_plain_pair_are_refused():
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
-    with pytest.raises(ValueError, match=r"adapter 'd', model.layers.0.self_attn.q_proj: .* trains more than A and B"):
-        slao_kernels.interference(["d"], model=lora_model(d=config))
+    model = model_with(d={"r": 4, "target_modules": ["q_proj"], "use_dora": True})
+    with pytest.raises(
+        ValueError, match=r"adapter 'd', .*model.layers.0.self_attn.q_proj: .* trains more than A and B"
+    ):
+        slao_kernels.interference(["d"], model=model)
     with pytest.raises(ValueError, match="no LoRA adapter 'x': it has 'a'"):
-        slao_kernels.interference(["x"], model=lora_model(a=peft.LoraConfig(target_modules=["q_proj"])))
+        slao_kernels.interference(["x"], model=model_with(a={"target_modules": ["q_proj"]}))

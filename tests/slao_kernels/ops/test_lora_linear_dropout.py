@@ -6,17 +6,14 @@ import pytest
 import torch
 from on_triton import DEVICE, draw, interpreted, mask_of_the_next_call, on_device, philox_mask
 from oracle import DROPPING, NAMES, OPS, check, compare, exact, layers_of_one_x, make, ours
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-import slao_kernels
 from slao_kernels.testing import TOLERANCE, error_ratio
 
 pytest.importorskip("triton", reason="triton is not installed")
 from slao_kernels.ops.lora_linear import triton as kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-test_under_the_interpreter = interpreted(__file__, at_least=50)
+test_under_the_interpreter = interpreted(__file__, at_least=43)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -42,18 +39,6 @@ def test_masks_are_philoxs(seed, p):
     assert torch.equal(products.grad_A(torch.eye(m, device=DEVICE), x), kept * scale)
     ones = torch.ones(m, 1, device=DEVICE), torch.ones(1, k, device=DEVICE)
     assert torch.equal(products.grad_source(*ones), kept * scale)
-
-
-@on_device
-def test_rate_and_mean():
-    p, m, k = 0.3, 400, 64
-    products = kernels.products(torch.tensor([99], device=DEVICE), p)
-    kept = products.shrink(torch.ones(m, k, device=DEVICE), torch.eye(k, device=DEVICE))
-    share = (kept != 0).double().mean().item()
-    assert abs(share - 0.7) < 5 * (0.3 * 0.7 / (m * k)) ** 0.5
-    assert kept.double().mean().item() == pytest.approx(1.0, abs=0.02)
-    by_column = (kept != 0).double().mean(0)
-    assert (by_column - 0.7).abs().max() < 6 * (0.3 * 0.7 / m) ** 0.5
 
 
 @on_device
@@ -95,58 +80,6 @@ def test_dropout_that_the_kernels_do_not_draw(case):
         check(op, found, {name: value.double() for name, value in expected.items()}, inputs, precision)
     else:
         assert all(torch.equal(found[name], expected[name]) for name in found)
-
-
-@on_device
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_draws_the_same_masks(reentrant):
-    inputs = make((60,), 40, 40, 8, torch.float32, device=DEVICE)
-    leaves = {name: inputs[name].requires_grad_() for name in NAMES}
-
-    def block(x: Tensor) -> Tensor:
-        rest = [leaves[name] for name in NAMES[1:]]
-        for _ in range(2):
-            x = slao_kernels.lora_linear(x, *rest, 0.7, dropout=0.3, backend="triton").tanh()
-        return x
-
-    results = []
-    for recompute in (False, True):
-        torch.manual_seed(11)
-        y = checkpoint(block, leaves["x"], use_reentrant=reentrant) if recompute else block(leaves["x"])
-        y.backward(inputs["y"])
-        results.append([y.detach(), *(leaf.grad for leaf in leaves.values())])
-        for leaf in leaves.values():
-            leaf.grad = None
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@on_device
-def test_calls_differ_and_seeds_repeat():
-    inputs = make((20,), 40, 24, 8, torch.float32, device=DEVICE)
-
-    def call() -> Tensor:
-        return OPS["linear"].ours(inputs, dropout=0.3, backend="triton")
-
-    torch.manual_seed(5)
-    first, second = call(), call()
-    torch.manual_seed(5)
-    assert torch.equal(call(), first)
-    assert torch.equal(call(), second)
-    assert not torch.equal(first, second)
-
-
-@on_device
-@pytest.mark.parametrize("op", ["linear", "add"])
-def test_dropout_keeps_no_mask_and_no_copy(op):
-    """Kept for backward: x, weight, t, the adapters, and one number."""
-    inputs = make((96,), 64, 48, 4, torch.float32, device=DEVICE)
-    leaves = {name: value.requires_grad_(name in ("x", "A", "B")) for name, value in inputs.items()}
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        OPS[op].ours(leaves, dropout=0.1, backend="triton")
-    expected = [(96, 64), (96, 4), (4, 64), (48, 4), (1,), *([(48, 64)] if op == "linear" else [])]
-    assert sorted(tuple(t.shape) for t in saved) == sorted(expected)
-    assert any(t.data_ptr() == inputs["x"].data_ptr() for t in saved)
 
 
 @on_device

@@ -11,7 +11,7 @@ import json
 import pytest
 import torch
 from on_triton import DEVICE, close, draw, empty, interpreted, mask_of_the_next_call, on_device
-from oracle import NAMES, OPS, check, compare, exact, layers_of_one_x, ours, run
+from oracle import NAMES, OPS, check, compare, equal, exact, layers_of_one_x, ours, run
 from oracle import make as make_inputs
 from torch import Tensor
 
@@ -92,53 +92,34 @@ def test_every_tile_of_the_tuner_computes_the_same():
         check_product(tile, *args, "nk")
 
 
-INELIGIBLE = (
-    "fp32",
-    "fp64",
-    "x not at a multiple of 16 bytes",
-    "rows of x not at multiples of 16 bytes",
-    "x transposed",
-    "one row of x for all",
-    "t transposed",
-    "bias with gaps",
-    "another dtype of bias",
-    "rank 257",
-    "rank 0",
-    "N no multiple of 8",
-    "no rows",
-    "no columns of x",
-)
+def flat(P: Tensor) -> Tensor:
+    """P as it lies one element behind a multiple of 16 bytes."""
+    return torch.zeros(P.numel() + 1, dtype=P.dtype, device=DEVICE)[1:].view_as(P)
 
 
-def ineligible(why: str) -> tuple[Tensor, ...]:
-    P, Q, T, S, bias = product(20, 48, 64, 8, torch.bfloat16, "nk", True)
-    flat = torch.zeros(20 * 48 + 1, dtype=P.dtype, device=DEVICE)
-    wide = product(20, 48, 64, 257, torch.bfloat16, "nk", True)
-    odd = product(20, 48, 60, 8, torch.bfloat16, "nk", True)
-    cases = {
-        "fp32": tuple(x.float() for x in (P, Q, T, S, bias)),
-        "fp64": tuple(x.double() for x in (P, Q, T, S, bias)),
-        "x not at a multiple of 16 bytes": (flat[1:].view(20, 48), Q, T, S, bias),
-        "rows of x not at multiples of 16 bytes": (torch.nn.functional.pad(P, (0, 3))[:, :48], Q, T, S, bias),
-        "x transposed": (P.t().contiguous().t(), Q, T, S, bias),
-        "one row of x for all": (P[:1].expand(20, 48), Q, T, S, bias),
-        "t transposed": (P, Q, T.t().contiguous().t(), S, bias),
-        "bias with gaps": (P, Q, T, S, torch.stack([bias, bias], 1)[:, 0]),
-        "another dtype of bias": (P, Q, T, S, bias.half()),
-        "rank 257": wide,
-        "rank 0": (P, Q, T[:, :0], S[:0], bias),
-        "N no multiple of 8": odd,
-        "no rows": (P[:0], Q, T[:0], S, bias),
-        "no columns of x": (P[:, :0], Q[:0], T, S, bias),
-    }
-    assert tuple(cases) == INELIGIBLE
-    return cases[why]
+# what -> the operands, of (P, Q, T, S, bias) that would do
+INELIGIBLE = {
+    "fp32": lambda *operands: [operand.float() for operand in operands],
+    "fp64": lambda *operands: [operand.double() for operand in operands],
+    "x not at a multiple of 16 bytes": lambda P, *rest: (flat(P), *rest),
+    "rows of x not at multiples of 16 bytes": lambda P, *rest: (torch.nn.functional.pad(P, (0, 3))[:, :48], *rest),
+    "x transposed": lambda P, *rest: (P.t().contiguous().t(), *rest),
+    "one row of x for all": lambda P, *rest: (P[:1].expand(20, 48), *rest),
+    "t transposed": lambda P, Q, T, S, bias: (P, Q, T.t().contiguous().t(), S, bias),
+    "bias with gaps": lambda P, Q, T, S, bias: (P, Q, T, S, torch.stack([bias, bias], 1)[:, 0]),
+    "another dtype of bias": lambda P, Q, T, S, bias: (P, Q, T, S, bias.half()),
+    "rank 257": lambda *_: product(20, 48, 64, 257, torch.bfloat16, "nk", True),
+    "rank 0": lambda P, Q, T, S, bias: (P, Q, T[:, :0], S[:0], bias),
+    "N no multiple of 8": lambda *_: product(20, 48, 60, 8, torch.bfloat16, "nk", True),
+    "no rows": lambda P, Q, T, S, bias: (P[:0], Q, T[:0], S, bias),
+    "no columns of x": lambda P, Q, T, S, bias: (P[:, :0], Q[:0], T, S, bias),
+}
 
 
 @on_device
 @pytest.mark.parametrize("why", INELIGIBLE)
 def test_what_the_kernel_does_not_take(why):
-    P, Q, T, S, bias = ineligible(why)
+    P, Q, T, S, bias = INELIGIBLE[why](*product(20, 48, 64, 8, torch.bfloat16, "nk", True))
     out = empty(P.shape[0], Q.shape[1], dtype=P.dtype)
     with gemm.force(TILES["tma"]):
         assert not gemm.gemm_(out, P, Q, T, S, 0.7, bias)
@@ -149,37 +130,35 @@ def make(*shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     return make_inputs(*shape, dtype, device=DEVICE)
 
 
+# (op, (leading sizes of x, K, N, r), its weight transposed)
+LAYERS = [
+    ("linear", shape, conv1d)
+    for conv1d in (False, True)
+    for shape in (((1,), 64, 48, 8), ((2, 35), 40, 24, 12), ((130,), 96, 80, 64))
+]
+LAYERS += [("core and delta", ((5, 7), 48, 40, 8), False)]
+
+
 @on_device
 @pytest.mark.parametrize("how", TILES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("shape", [((1,), 64, 48, 8), ((2, 35), 40, 24, 12), ((130,), 96, 80, 64)], ids=str)
-def test_value_and_gradients(shape, conv1d, dtype, how, gemm_runs):
+@pytest.mark.parametrize(("op", "shape", "conv1d"), LAYERS, ids=str)
+def test_value_and_gradients(op, shape, conv1d, dtype, how, gemm_runs):
     inputs = make(*shape, dtype=dtype)
-    expected = exact("linear", inputs)
+    expected = exact(op, inputs)
     if conv1d:
         inputs["weight"] = inputs["weight"].t().contiguous().t()
     with gemm.force(TILES[how]):
-        found = ours("linear", inputs, backend="triton")
-        again = ours("linear", inputs, backend="triton")
+        found = ours(op, inputs, backend="triton")
+        again = ours(op, inputs, backend="triton")
     # `run` clones leaves, which keeps strides: forward and dx, twice.
     assert gemm_runs == 2 * (["kn", "nk"] if conv1d else ["nk", "kn"])
-    check("linear", found, expected, inputs)
-    assert all(torch.equal(found[name], again[name]) for name in found)
-    # t and g are rounded as before; y and dx are rounded once less.
-    torchs = ours("linear", inputs, backend="eager")
-    for name in ("out", "x"):
-        assert error_ratio(found[name], expected[name]) <= 1.02 * error_ratio(torchs[name], expected[name])
-
-
-@on_device
-@pytest.mark.parametrize("how", TILES)
-def test_routing_core(how, gemm_runs):
-    inputs = make((5, 7), 48, 40, 8)
-    with gemm.force(TILES[how]):
-        found = ours("core and delta", inputs, backend="triton")
-    assert gemm_runs == ["nk", "kn"]
-    check("core and delta", found, exact("core and delta", inputs), inputs)
+    check(op, found, expected, inputs)
+    equal(again, found)
+    if op == "linear":  # t and g are rounded as before; y and dx are rounded once less
+        torchs = ours(op, inputs, backend="eager")
+        for name in ("out", "x"):
+            assert error_ratio(found[name], expected[name]) <= 1.02 * error_ratio(torchs[name], expected[name])
 
 
 @on_device
@@ -238,13 +217,9 @@ def test_the_callers_allocator_stays():
 @on_device
 def test_compiles_without_a_graph_break(gemm_runs):
     inputs = make((16,), 32, 24, 8)
-    layers = [name for name in NAMES if name != "x"]
-
-    def call(t: dict[str, Tensor]) -> Tensor:
-        return layers_of_one_x(t["x"], [t[name] for name in layers], backend="triton")[0]
-
+    function = torch.compile(lambda t: OPS["linear"].ours(t, backend="triton"), fullgraph=True, backend="aot_eager")
     with gemm.force(TILES["tma"]):
-        found = run(torch.compile(call, fullgraph=True, backend="aot_eager"), inputs, NAMES)
+        found = run(function, inputs, NAMES)
     assert gemm_runs == ["nk", "kn"]
     check("linear", found, exact("linear", inputs), inputs)
 
@@ -288,7 +263,7 @@ def test_a_tile_that_does_not_fit_is_left_out(table, monkeypatch):
         found = ours("linear", inputs, backend="triton")
     again = ours("linear", inputs, backend="triton")
     assert len(asked) == 1
-    assert all(torch.equal(found[name], again[name]) for name in found)
+    equal(again, found)
     check("linear", found, exact("linear", inputs), inputs)
     with gemm.force(TILES["pointers"]), pytest.raises(OutOfResources):
         ours("linear", inputs, backend="triton")

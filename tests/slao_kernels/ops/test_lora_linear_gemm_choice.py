@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -85,41 +84,6 @@ def test_the_nearest_row_decides(write):
             cached.cache_clear()
         assert chosen(m=8000) is not None
         assert chosen(m=7100) is None
-
-
-BROKEN = {
-    "not JSON": "{",
-    "neither list": '{"rows": []}',
-    "no list": '{"gemm": {"a": 1}}',
-    **{
-        f"{key} {value!r}": json.dumps({"gemm": [{**ROW, key: value}]})
-        for key, value in (
-            ("m", 0),
-            ("m", "8192"),
-            ("n", 4096.5),
-            ("layout", "tn"),
-            ("dtype", "float32"),
-            ("ours_us", -1),
-            ("ours_us", "fast"),
-            ("torch_us", float("nan")),
-            ("tile", None),
-            ("tile", {**TILE, "block_n": 512}),
-            ("tile", {**TILE, "block_k": 48}),
-            ("tile", {**TILE, "colour": "red"}),
-            ("note", "?"),
-        )
-    },
-}
-
-
-@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
-def test_a_broken_table_warns_once_and_is_left_out(text, write):
-    tiles.path_of("GPU").write_text(text)
-    with pytest.warns(UserWarning, match="gpu.json has no table of gemm that can be read"):
-        assert chosen() is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert chosen(m=8000) is None
 
 
 def test_what_is_remembered_is_bounded():

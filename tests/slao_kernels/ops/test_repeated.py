@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from on_lists import Seen
 from on_triton import interpreted
 from torch import Tensor
 
@@ -126,20 +127,9 @@ def test_whatever_changes_is_looked_at(change):
 
 def test_where_somebody_looks_on_the_operator_is_called(looked):
     """A dispatch mode has to see it, so nothing is taken from the call before."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Watch(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[str] = []
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    op, watch = Op("init"), Watch()
+    op = Op("init")
     slao_kernels.orthogonal_init_(op.As)
-    with watch:
+    with Seen() as seen:
         slao_kernels.orthogonal_init_(op.As)
-    assert "slao_kernels.orthogonal_init_.default" in watch.seen
+    assert "slao_kernels::orthogonal_init_" in seen.names
     assert looked == ["orthogonal_init"] * 2
