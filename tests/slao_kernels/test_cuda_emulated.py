@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from slao_kernels import native
 from slao_kernels.ops.fold import native as fold
 from slao_kernels.ops.fold import reference as fold_reference
 from slao_kernels.ops.scaled_merge import native as scaled_merge
@@ -45,7 +46,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def merge(core: ModuleType, merged: list[Tensor], tuned: list[Tensor], lam: list[float]) -> None:
-    scaled_merge.on_gpu(core, scaled_merge.records(scaled_merge.tables(merged, tuned), lam), 0, 0)
+    core.cuda_scaled_merge(*native.numbered(scaled_merge.tables(merged, tuned), lam), 0, 0)
 
 
 @pytest.mark.parametrize("target", DTYPES, ids=str)
@@ -144,7 +145,7 @@ def test_more_pairs_than_one_launch_takes(core):
 
 
 def add_in(core: ModuleType, Ws: list[Tensor], As: list[Tensor], Bs: list[Tensor], scalings: list[float]) -> None:
-    fold.on_gpu(core, fold.records(fold.tables(Ws, As, Bs), scalings), 0, 0)
+    core.cuda_fold(*native.numbered(fold.tables(Ws, As, Bs), scalings), 0, 0)
 
 
 @pytest.mark.parametrize("adapter", DTYPES, ids=str)

@@ -283,10 +283,10 @@ def test_any_shape_and_layout(core, r, extra, dtype, layout, count, kappa, seed)
 def test_the_operators_own_path(core):
     As, status = [torch.randn(4, 9), torch.zeros(3, 5)], torch.empty(4, dtype=torch.int32)[::2]
     triangles = triangles_for(As)
-    orthogonal_init.on_gpu(core, As, triangles, status, 0, 0)
+    orthogonal_init.on_gpu(core, orthogonal_init.tables(As), triangles, status, 0, 0)
     assert status.tolist() == [0, 1]
     assert all(orthogonality(A) <= 1e-6 for A in As)
-    orthogonal_init.on_gpu(core, [], [], torch.empty(0, dtype=torch.int32), 0, 0)
+    orthogonal_init.on_gpu(core, orthogonal_init.tables([]), [], torch.empty(0, dtype=torch.int32), 0, 0)
 
 
 def test_too_many_rows_are_refused(core):
