@@ -49,7 +49,7 @@ def check_product(
     """The product, which is the exact one rounded once, but for the order of an fp32 sum."""
     out, alpha = empty(P.shape[0], Q.shape[1], dtype=P.dtype), 0.7
     assert gemm.layout_of(out, P, Q, T, S, bias) == layout
-    with gemm.force(tile):
+    with gemm.tiles.force("gemm", tile):
         assert gemm.gemm_(out, P, Q, T, S, alpha, bias)
     right = P.double() @ Q.double() + alpha * T.double() @ S.double()
     right = right if bias is None else right + bias.double()
@@ -140,7 +140,7 @@ def ineligible(why: str) -> tuple[Tensor, ...]:
 def test_what_the_kernel_does_not_take(why):
     P, Q, T, S, bias = ineligible(why)
     out = empty(P.shape[0], Q.shape[1], dtype=P.dtype)
-    with gemm.force(TILES["tma"]):
+    with gemm.tiles.force("gemm", TILES["tma"]):
         assert not gemm.gemm_(out, P, Q, T, S, 0.7, bias)
     assert out.isnan().all()
 
@@ -159,7 +159,7 @@ def test_value_and_gradients(shape, conv1d, dtype, how, gemm_runs):
     expected = exact("linear", inputs)
     if conv1d:
         inputs["weight"] = inputs["weight"].t().contiguous().t()
-    with gemm.force(TILES[how]):
+    with gemm.tiles.force("gemm", TILES[how]):
         found = ours("linear", inputs, backend="triton")
         again = ours("linear", inputs, backend="triton")
     # `run` clones leaves, which keeps strides: forward and dx, twice.
@@ -176,7 +176,7 @@ def test_value_and_gradients(shape, conv1d, dtype, how, gemm_runs):
 @pytest.mark.parametrize("how", TILES)
 def test_routing_core(how, gemm_runs):
     inputs = make((5, 7), 48, 40, 8)
-    with gemm.force(TILES[how]):
+    with gemm.tiles.force("gemm", TILES[how]):
         found = ours("core and delta", inputs, backend="triton")
     assert gemm_runs == ["nk", "kn"]
     check("core and delta", found, exact("core and delta", inputs), inputs)
@@ -187,7 +187,7 @@ def test_dropout_takes_it_forward_only(gemm_runs):
     """In dx the rank's term alone is masked."""
     inputs = make((40,), 48, 40, 8)
     mask = mask_of_the_next_call(inputs["x"], 0.4)
-    with gemm.force(TILES["tma"]):
+    with gemm.tiles.force("gemm", TILES["tma"]):
         found = ours("linear", inputs, dropout=0.4, backend="triton")
     assert gemm_runs == ["nk"]
     compare(found, exact("linear", {**inputs, "mask": mask}), 1.5 * TOLERANCE[torch.bfloat16])
@@ -199,7 +199,7 @@ def test_dropout_takes_it_forward_only(gemm_runs):
 def test_else_torchs(dtype, shape, gemm_runs):
     """fp32, and an empty batch: nothing runs in the kernel, and the result is right."""
     inputs = make(shape, 40, 24, 8, dtype=dtype)
-    with gemm.force(TILES["tma"]):
+    with gemm.tiles.force("gemm", TILES["tma"]):
         found = ours("linear", inputs, backend="triton")
     assert gemm_runs == ([] if dtype == torch.float32 or shape == (0,) else ["nk", "kn"])
     check("linear", found, exact("linear", inputs), inputs)
@@ -214,7 +214,7 @@ def test_several_layers_of_one_x(r, how, gemm_runs):
     names = OPS["three layers"].names
     leaves = {name: inputs[name].clone().requires_grad_() for name in names}
     layers = [leaves.get(part + i) for i in ("", "1", "2") for part in NAMES[1:]]
-    with gemm.force(TILES[how]):
+    with gemm.tiles.force("gemm", TILES[how]):
         ys = layers_of_one_x(leaves["x"], layers, backend="triton")
         dys = [dy.contiguous() for dy in inputs["dy"].split(widths, -1)]
         grads = torch.autograd.grad(ys, list(leaves.values()), dys)
@@ -243,7 +243,7 @@ def test_compiles_without_a_graph_break(gemm_runs):
     def call(t: dict[str, Tensor]) -> Tensor:
         return layers_of_one_x(t["x"], [t[name] for name in layers], backend="triton")[0]
 
-    with gemm.force(TILES["tma"]):
+    with gemm.tiles.force("gemm", TILES["tma"]):
         found = run(torch.compile(call, fullgraph=True, backend="aot_eager"), inputs, NAMES)
     assert gemm_runs == ["nk", "kn"]
     check("linear", found, exact("linear", inputs), inputs)
@@ -290,5 +290,5 @@ def test_a_tile_that_does_not_fit_is_left_out(table, monkeypatch):
     assert len(asked) == 1
     assert all(torch.equal(found[name], again[name]) for name in found)
     check("linear", found, exact("linear", inputs), inputs)
-    with gemm.force(TILES["pointers"]), pytest.raises(OutOfResources):
+    with gemm.tiles.force("gemm", TILES["pointers"]), pytest.raises(OutOfResources):
         ours("linear", inputs, backend="triton")

@@ -99,7 +99,7 @@ def test_large_in_the_gemm(shape, tile, gemm_runs):
     if tile.tma and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no descriptors in this GPU's hardware")
     inputs, names = make(*shape, torch.bfloat16, device="cuda"), ("x", "A", "B")
-    with gemm.force(tile):
+    with gemm.tiles.force("gemm", tile):
         found = ours("linear", inputs, names, backend="triton")
         again = ours("linear", inputs, names, backend="triton")
     assert gemm_runs == 2 * ["nk", "kn"]
@@ -109,7 +109,7 @@ def test_large_in_the_gemm(shape, tile, gemm_runs):
 
 def test_cuda_graph_of_the_gemm(step, gemm_runs):
     tma = torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
-    with gemm.force(next(tile for tile in gemm.CANDIDATES if tile.tma is tma)):
+    with gemm.tiles.force("gemm", next(tile for tile in gemm.CANDIDATES if tile.tma is tma)):
         plain, found = replays(step)
     assert set(gemm_runs) == {"nk", "kn"}
     for replay in found:
