@@ -11,7 +11,7 @@ import transformers as hf
 from torch import nn
 from torch.nn.utils import parametrize
 
-from slao_kernels.adapters import adapter_names, find_pairs, group_by_shape, lora_layers
+from slao_kernels.adapters import adapter_names, find_pairs, lora_layers
 from slao_kernels.testing import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -229,22 +229,3 @@ def test_left_out_parametrized(twins):
     pairs, left_out = find_pairs(model)
     assert pairs == []
     assert left_out == {"proj": "lora_A or lora_B is parametrized: its weight is computed, not kept"}
-
-
-def test_group_by_shape(twins):
-    """Same shapes and dtypes of A and B together, in the walk's order; nothing lost."""
-    model = twins.peft_model("llama", target_modules=["q_proj", "k_proj", "o_proj", "down_proj"])
-    pairs, _ = find_pairs(model)
-    pairs[-1].parameters[1].data = pairs[-1].parameters[1].data.bfloat16()
-    groups = group_by_shape(pairs)
-    found = {key: [pair.name.split("layers.")[1] for pair in group] for key, group in groups.items()}
-    f32, bf16 = torch.float32, torch.bfloat16
-    qo = [f"{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "o_proj")]
-    assert found == {
-        ((3, 32), (32, 3), f32, f32): qo,
-        ((3, 32), (16, 3), f32, f32): ["0.self_attn.k_proj", "1.self_attn.k_proj"],
-        ((3, 64), (32, 3), f32, f32): ["0.mlp.down_proj"],
-        ((3, 64), (32, 3), f32, bf16): ["1.mlp.down_proj"],
-    }
-    assert sorted(id(pair) for group in groups.values() for pair in group) == sorted(map(id, pairs))
-    assert group_by_shape([]) == {}
