@@ -231,4 +231,4 @@ def reducers() -> tuple[Callable[[Tensor, Tensor], object], Callable[[Tensor, Te
     """out <- the sum of the parts: as Triton's products take it, and torch's."""
     from slao_kernels.ops.lora_linear import triton_kernels
 
-    return lambda parts, out: triton_kernels.gather(parts, out, out), lambda parts, out: out.copy_(parts.sum(0))
+    return lambda parts, out: triton_kernels.gather(parts, out), lambda parts, out: out.copy_(parts.sum(0))

@@ -198,7 +198,7 @@ def tune_skinny(of: Skinny, dtype: torch.dtype, rounds: int) -> Any:
         return [(g, rows), (dB, columns)]
 
     def call(tile: Any) -> list[tuple[Any, Tensor]]:
-        with tiles.force(tile), passes_over_dy(one=True):
+        with tiles.force(of.kernel, tile), passes_over_dy(one=True):
             return product()
 
     def fastest(tried: Iterable[Any]) -> Any:

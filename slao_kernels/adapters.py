@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -177,13 +176,3 @@ def _flat(parameter: Tensor) -> Tensor:
     """(rows, everything else): a view that shares the memory and carries no graph."""
     detached = parameter.detach()
     return detached if detached.dim() == 2 else detached.view(detached.shape[0], -1)
-
-
-def group_by_shape(
-    pairs: list[LoraPair],
-) -> dict[tuple[torch.Size, torch.Size, torch.dtype, torch.dtype], list[LoraPair]]:
-    """Pairs that one batched kernel can take together: same shapes and dtypes of A and B, order kept."""
-    groups: dict[tuple[torch.Size, torch.Size, torch.dtype, torch.dtype], list[LoraPair]] = {}
-    for pair in pairs:
-        groups.setdefault((pair.A.shape, pair.B.shape, pair.A.dtype, pair.B.dtype), []).append(pair)
-    return groups

@@ -102,57 +102,37 @@ def _no_fp64_products() -> str | None:
     return f"Triton {version[0]}.{version[1]} does not compile its fp64 products for this GPU; 3.8 does"
 
 
-def requested(wish: str = "auto") -> str:
-    """The backend asked for: `use_backend` wins over `wish` (a layer's own), that over SLAO_KERNELS_BACKEND.
-
-    The environment is read once, when the package is imported.
-    """
-    if _forced is not None:
-        return _forced
-    if wish != "auto":
-        return check_backend(wish)
-    if _environment not in BACKENDS:
-        raise ValueError(f"SLAO_KERNELS_BACKEND={_environment!r} is not a backend; choose one of {', '.join(BACKENDS)}")
-    return _environment
-
-
 def forced() -> str | None:
     """The backend of the innermost `use_backend`, if there is one."""
     return _forced
 
 
-def is_auto(wish: str) -> bool:
-    """Whether nobody asks for a backend: not a layer's own wish, `use_backend` or the environment."""
-    return _forced is None and wish == _environment == "auto"
-
-
 def choose(op: str, device_type: str, wish: str = "auto") -> str:
     """The name of the backend that `op` takes on `device_type` now.
 
-    Raises ValueError when an explicit wish cannot be met, with the reason and what could.
+    `use_backend` wins over `wish` (a layer's own), that over SLAO_KERNELS_BACKEND, which is read once, when the package
+    is imported. Raises ValueError when an explicit wish cannot be met, with the reason and what could.
     """
-    if is_auto(wish):
-        return _available(op, device_type)[0]
-    wish = requested(wish)
-    if wish == "eager" and wish not in _PREFERENCE[op]:
-        # Only lora_linear tells torch's calls in a good order from torch's calls in the plain one.
-        wish = "reference"
+    if _forced is not None:
+        wish = _forced
+    elif wish != "auto":
+        check_backend(wish)
+    elif _environment in BACKENDS:
+        wish = _environment
+    else:
+        raise ValueError(f"SLAO_KERNELS_BACKEND={_environment!r} is not a backend; choose one of {', '.join(BACKENDS)}")
     available = _available(op, device_type)
     if wish == "auto":
         return available[0]
+    if wish == "eager" and wish not in _PREFERENCE[op]:
+        # Only lora_linear tells torch's calls in a good order from torch's calls in the plain one.
+        wish = "reference"
     if wish not in available:
         reason = why_not(op, wish, device_type)
         raise ValueError(
             f"backend {wish!r} cannot run {op} on {device_type}: {reason}; available here: {', '.join(available)}"
         )
     return wish
-
-
-def has(op: str, backend: str, device_type: str) -> bool:
-    """Whether `choose` would take the wish."""
-    return (
-        backend == "auto" or (backend == "eager" and op != "lora_linear") or why_not(op, backend, device_type) is None
-    )
 
 
 def direct() -> bool:

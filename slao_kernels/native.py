@@ -19,6 +19,8 @@ from torch import Tensor
 ABI = 4
 # Tensor cores for fp64, which the Gram matrices take, and the oldest that the binary holds code for.
 _CAPABILITY = (8, 0)
+# The words of records, and which of a call's tensors each record is of.
+Tables = tuple["array.array[int]", list[int]]
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -111,16 +113,35 @@ def table(records: Iterable[tuple[int, ...]]) -> array.array[int]:
     return array.array("q", [word for record in records for word in record])
 
 
-def strided(target: Tensor, source: Tensor) -> Iterator[tuple[int, ...]]:
+def pairs(target: Tensor, source: Tensor) -> Iterator[tuple[int, ...]]:
     """Two tensors of one shape and any strides as records of two matrices each, as few as the strides allow."""
-    if target.dim() == 1:
+    if target.is_contiguous() and source.is_contiguous():
+        yield row(target) + row(source)
+    elif target.dim() == 1:
         yield matrix(target[None]) + matrix(source[None])
     elif target.dim() == 2:
         flip = target.stride(0) < target.stride(1)
         yield matrix(target.t()) + matrix(source.t()) if flip else matrix(target) + matrix(source)
     else:
         for part, other in zip(target.unbind(0), source.unbind(0), strict=True):
-            yield from strided(part, other)
+            yield from pairs(part, other)
+
+
+def numbered(tables: Tables, numbers: Sequence[float]) -> tuple[array.array[int], array.array[float]]:
+    """The words of `tables`, and for each record the number of the tensor that it is of."""
+    words, owners = tables
+    return words, array.array("d", [numbers[owner] for owner in owners])
+
+
+def run(op: str, changed: Sequence[Tensor], tables: Tables, numbers: Sequence[float]) -> None:
+    """The core's kernel of that name over records with a number each: on a CPU with torch's threads; on a GPU one
+    launch for each few hundred records (and precision), of which nothing is waited for."""
+    if changed and changed[0].is_cuda:
+        with launching(changed[0].device) as (device, stream):
+            getattr(core(), f"cuda_{op}")(*numbered(tables, numbers), device, stream)
+    else:
+        getattr(core(), op)(*numbered(tables, numbers), torch.get_num_threads(), "auto")
+    written(changed)
 
 
 def written(tensors: Sequence[Tensor]) -> None:

@@ -132,7 +132,7 @@ def _check_backend(backend: str) -> None:
     """ValueError unless lora_linear has it on some device here: a model may be patched before it moves to the GPU."""
     dispatch.check_backend(backend)
     here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    if backend != "auto" and all(not dispatch.has("lora_linear", backend, device) for device in here):
+    if backend != "auto" and all(dispatch.why_not("lora_linear", backend, device) for device in here):
         dispatch.choose("lora_linear", here[-1], backend)  # raises, with the reason
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,22 +40,6 @@ def lengths(problems: Problems, **lists: Sequence[object]) -> bool:
     return True
 
 
-def plain(tensors: Sequence[Any]) -> bool:
-    """Whether `tensor` would find nothing in any of these: the short way for lists of hundreds."""
-    first = next(iter(tensors), None)
-    if not isinstance(first, Tensor) or first.device.type == "meta":
-        return False
-    device, strided = first.device, torch.strided
-    return all(
-        isinstance(item, Tensor)
-        and type(item) in _OWN_MEMORY
-        and item.dtype in _FLOATING
-        and item.device == device
-        and item.layout is strided
-        for item in tensors
-    )
-
-
 def description(tensors: Sequence[Tensor]) -> tuple[list[object], ...] | None:
     """All that checks and pointer tables depend on, in a fraction of their time; None for what has no such things.
 
@@ -79,8 +62,10 @@ def tensor(problems: Problems, where: str, item: object, device: torch.device | 
     if not isinstance(item, Tensor):
         problems.add(where, f"is a {type(item).__name__}, expected a tensor")
         return False
-    before = len(problems.found)
-    found = elsewhere(item)
+    plain = type(item) in _OWN_MEMORY and item.dtype in _FLOATING and item.layout is torch.strided
+    if plain and item.device == device and item.device.type != "meta":
+        return True  # a model's call has hundreds of these
+    before, found = len(problems.found), elsewhere(item)
     if found is not None:
         problems.add(where, found)
         return False
@@ -120,20 +105,13 @@ def distinct_memory(problems: Problems, name: str, items: Sequence[Tensor], **re
 
     A source may be its own destination (same index, same view): that is a no-op, not a mistake.
     """
-    if _plainly_distinct(items, reads.values()):
-        return
-    spans = []
-    for index, item in enumerate(items):
-        if item.numel() == 0:
-            continue
-        if _self_overlaps(item):
-            problems.add(f"{name}[{index}]", "is an expanded view: several of its elements share memory")
-        else:
-            spans.append((*_span(item), True, name, index, item))
-    for read, sources in reads.items():
-        for index, item in enumerate(sources):
-            if item.numel():
-                spans.append((*_span(item), False, read, index, item))
+    spans: list[tuple[int, int, bool, str, int, Tensor]] = []
+    for owner, tensors in {name: items, **reads}.items():
+        for index, item in enumerate(tensors):
+            if owner == name and _self_overlaps(item):
+                problems.add(f"{name}[{index}]", "is an expanded view: several of its elements share memory")
+            elif item.numel():
+                spans.append((*_span(item), owner == name, owner, index, item))
     spans.sort(key=lambda span: span[0])
     open_spans: list[tuple[int, int, bool, str, int, Tensor]] = []
     for span in spans:
@@ -148,29 +126,10 @@ def distinct_memory(problems: Problems, name: str, items: Sequence[Tensor], **re
         open_spans.append(span)
 
 
-def _plainly_distinct(items: Sequence[Tensor], reads: Iterable[Sequence[Tensor]]) -> bool:
-    """Whether contiguous tensors lie apart; the common case, told without looking at pairs."""
-    spans = []
-    for writes, tensors in ((True, items), *((False, sources) for sources in reads)):
-        for item in tensors:
-            if not item.is_contiguous():
-                return False
-            start = item.data_ptr()
-            spans.append((start, start + item.nbytes, writes))
-    spans.sort()
-    read_to = written_to = 0  # one past the last byte so far that is read, that is written
-    for start, end, writes in spans:
-        if start < written_to or (writes and start < read_to):
-            return False
-        if writes:
-            written_to = max(written_to, end)
-        else:
-            read_to = max(read_to, end)
-    return True
-
-
 def _span(item: Tensor) -> tuple[int, int]:
     """First byte, and one past the last byte, that `item` can touch."""
+    if item.is_contiguous():
+        return item.data_ptr(), item.data_ptr() + item.nbytes
     reach = sum((size - 1) * stride for size, stride in zip(item.shape, item.stride(), strict=True))
     start = item.data_ptr()
     return start, start + (reach + 1) * item.element_size()
@@ -187,6 +146,8 @@ def _same_view(left: Tensor, right: Tensor) -> bool:
 
 def _self_overlaps(item: Tensor) -> bool:
     """Whether two elements of `item` may share memory, as in `expand` or overlapping `as_strided` windows."""
+    if item.is_contiguous():
+        return False
     needed = 1
     for stride, size in sorted((s, n) for n, s in zip(item.shape, item.stride(), strict=True) if n > 1):
         if stride < needed:

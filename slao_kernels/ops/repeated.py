@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
-from . import checks
+from . import (
+    checks,
+    operators,  # noqa: F401  (defines the operators)
+)
+
+# Calls of one op that are remembered: a CUDA graph may hold several, all of which have to have run before.
+_MOST = 16
 
 
 @dataclass
@@ -23,25 +29,36 @@ class Call:
 
     seen: tuple[list[object], ...] | None = None
     more: object = None
-    tables: dict[str, Any] = field(default_factory=dict)
+    tables: dict[tuple[str, str], Any] = field(default_factory=dict)
 
-    def table(self, name: str, backend: ModuleType, *lists: Sequence[Tensor]) -> Any:
-        """What the backend's `tables` made of these of the call's lists."""
-        if name not in self.tables:
-            self.tables[name] = backend.tables(*lists)
-        return self.tables[name]
+    def run(self, op: str, backend: str, lists: Sequence[list[Tensor]], *more: Any, **options: Any) -> None:
+        """The op's operator on these of the call's lists; past torch's dispatcher where nobody looks on, with what the
+        backend's `tables` made of them. options: what only the backend's function takes."""
+        with torch.no_grad():
+            if backend == "reference" or self.seen is None:
+                getattr(torch.ops.slao_kernels, f"{op}_")(*lists, *more, backend)
+                return
+            module = dispatch.implementation(op, backend)
+            if (op, backend) not in self.tables:
+                self.tables[op, backend] = module.tables(*lists)
+            getattr(module, f"{op}_")(*lists, *more, self.tables[op, backend], **options)
 
 
 class Repeated:
-    """The last call of an op, which the next one usually repeats."""
+    """The last calls of an op, which the next one usually repeats."""
 
     def __init__(self) -> None:
-        self._last = Call()
+        self._kept: list[Call] = []
 
     def call(self, tensors: Sequence[Tensor], more: object, check: Callable[[], None]) -> Call:
-        """The call of these tensors; `check` is asked, and may raise, unless it was the last one."""
+        """The call of these tensors; `check` is asked, and may raise, unless it is remembered."""
         seen = checks.description(tensors) if dispatch.direct() else None
-        if seen is None or seen != self._last.seen or more != self._last.more:
-            check()
-            self._last = Call(seen, more)
-        return self._last
+        if seen is not None:
+            for call in self._kept:  # another one's first address differs: a comparison is short
+                if call.seen == seen and call.more == more:
+                    return call
+        check()
+        call = Call(seen, more)
+        if seen is not None:
+            self._kept = [call, *self._kept[: _MOST - 1]]
+        return call

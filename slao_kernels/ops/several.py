@@ -51,7 +51,12 @@ def read(problems: checks.Problems, adapters: Sequence[Adapter], model: nn.Modul
     if model is not None or any(isinstance(adapter, str) for adapter in adapters):
         return _of_model(problems, adapters, model)
     before = len(problems.found)
-    columns = [_columns(problems, f"adapters[{t}]", adapter) for t, adapter in enumerate(adapters)]
+    columns = []
+    for t, adapter in enumerate(adapters):
+        try:
+            columns.append(_columns(adapter))
+        except ValueError as error:
+            problems.add(f"adapters[{t}]", str(error))
     if len(problems.found) > before or not columns:
         return []
     counts = [len(column) for column in columns]
@@ -92,40 +97,31 @@ def _of_model(problems: checks.Problems, adapters: Sequence[Adapter], model: nn.
     return layers
 
 
-def _columns(problems: checks.Problems, where: str, adapter: Any) -> list[tuple[Any, Any, float]]:
-    """One adapter as (A, B, scaling) per layer."""
+def _columns(adapter: Any) -> list[tuple[Any, Any, float]]:
+    """One adapter as (A, B, scaling) per layer; ValueError says what else it is."""
     if not isinstance(adapter, tuple | list):
-        problems.add(where, f"is a {type(adapter).__name__}, expected (As, Bs, scalings) or a list of (A, B)")
-        return []
+        raise ValueError(f"is a {type(adapter).__name__}, expected (As, Bs, scalings) or a list of (A, B)")
     if len(adapter) != 3 or _is_pair(adapter[2]):
         if not all(_is_pair(item) for item in adapter):
-            problems.add(where, "is neither (As, Bs, scalings) nor a list of (A, B)")
-            return []
+            raise ValueError("is neither (As, Bs, scalings) nor a list of (A, B)")
         parts = [(p.A, p.B, p.scaling) if isinstance(p, LoraPair) else (*p, 1.0)[:3] for p in adapter]
-        factors = _numbers([scaling for _, _, scaling in parts])
-        if factors is None:
-            problems.add(where, "has a scaling that is not a number")
-            return []
+        factors = _numbers([scaling for _, _, scaling in parts], "has a scaling that is not a number")
         return [(A, B, factor) for (A, B, _), factor in zip(parts, factors, strict=True)]
     As, Bs, scalings = adapter
     if not isinstance(As, tuple | list) or not isinstance(Bs, tuple | list):
-        problems.add(where, "is neither (As, Bs, scalings) nor a list of (A, B)")
-        return []
-    factors = _numbers(scalings if isinstance(scalings, tuple | list) else [scalings] * len(As))
-    if factors is None:
-        problems.add(where, "has scalings that are neither a number nor one a layer")
-        return []
+        raise ValueError("is neither (As, Bs, scalings) nor a list of (A, B)")
+    one_each = scalings if isinstance(scalings, tuple | list) else [scalings] * len(As)
+    factors = _numbers(one_each, "has scalings that are neither a number nor one a layer")
     if not len(As) == len(Bs) == len(factors):
-        problems.add(where, f"lengths differ: As {len(As)}, Bs {len(Bs)}, scalings {len(factors)}")
-        return []
+        raise ValueError(f"lengths differ: As {len(As)}, Bs {len(Bs)}, scalings {len(factors)}")
     return list(zip(As, Bs, factors, strict=True))
 
 
-def _numbers(values: Sequence[Any]) -> list[float] | None:
+def _numbers(values: Sequence[Any], otherwise: str) -> list[float]:
     try:
         return [float(value) for value in values]
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
-        return None
+        raise ValueError(otherwise) from None
 
 
 def _is_pair(item: Any) -> bool:
@@ -138,17 +134,15 @@ def _is_pair(item: Any) -> bool:
 def _check(problems: checks.Problems, layers: list[Layer]) -> None:
     tensors = [tensor for layer in layers for tensor in (*layer.As, *layer.Bs)]
     device = next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), None)
-    known_good = checks.plain(tensors)
     for layer in layers:
         shape = None  # the first adapter's, if that is in order
         for t, (A, B, scaling) in enumerate(zip(layer.As, layer.Bs, layer.scalings, strict=True)):
             where = f"adapters[{t}], {layer.name}"
             if not math.isfinite(scaling):
                 problems.add(where, f"has the scaling {scaling}, expected a finite number")
-            if not known_good:
-                fine = checks.tensor(problems, f"{where}.A", A, device)
-                if not (checks.tensor(problems, f"{where}.B", B, device) and fine):
-                    continue
+            fine = checks.tensor(problems, f"{where}.A", A, device)
+            if not (checks.tensor(problems, f"{where}.B", B, device) and fine):
+                continue
             if not (A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]):
                 problems.add(where, f"A {tuple(A.shape)} and B {tuple(B.shape)} are not (r, n) and (m, r)")
                 continue

@@ -1,7 +1,7 @@
-"""Tables of pointers on a device for Triton's kernels, kept from call to call, and how those kernels are launched.
+"""Tables of pointers on a device for Triton's kernels, and how a kernel is launched.
 
 A model's call has hundreds of addresses: too many for kernel parameters, and collecting them costs 60 to 180 µs of
-the host's time (shared measurements of 448 tensors). So a table is kept by the data pointers that it was made from.
+the host's time (shared measurements of 448 tensors). So they are kept from call to call (repeated.py).
 
 No call waits for the device. A new table goes up in one small asynchronous copy from pinned memory on the current
 stream; another stream that uses it later waits for that copy, on the device. A CUDA graph cannot hold such a copy, so
@@ -12,10 +12,11 @@ anyway; a table that a graph uses is kept for good. `torch.cuda.graph` waits for
 from __future__ import annotations
 
 import array
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -23,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from . import checks
+from .. import native
 
 INTERPRETED = bool(knobs.runtime.interpret)
 # The codes of dtypes in a table, as slao_kernels/native.py has them.
@@ -31,8 +32,8 @@ TYPES = (tl.float64, tl.float32, tl.bfloat16, tl.float16)
 _TORCH = {"q": torch.int64, "d": torch.float64}
 # Records whose first programs one step of `tables_device.find` counts.
 _SEARCH = 1024
+WARPS = 8  # of a `Launch`
 
-Plan = TypeVar("Plan")
 _in_graphs: set[Table] = set()
 
 
@@ -69,48 +70,51 @@ class Table:
         return words
 
 
-class Kept(Generic[Plan]):
-    """The latest results of a `build`, by what they were made from."""
-
-    def __init__(self, most: int = 64) -> None:
-        self._most = most
-        self._plans: OrderedDict[Hashable, tuple[object, Plan]] = OrderedDict()
-
-    def of_tensors(self, tensors: Sequence[Tensor], more: Hashable, build: Callable[[], Plan]) -> Plan:
-        """What `build` makes of these tensors' addresses, shapes, strides, dtypes and devices, and of `more`."""
-        seen = checks.description(tensors)
-        if seen is None:
-            return build()
-        return self.get((more, *seen[0]), seen, build)
-
-    def get(self, key: Hashable, seen: object, build: Callable[[], Plan]) -> Plan:
-        """`key` alone is hashed; `seen` has to be equal too."""
-        known = self._plans.get(key)
-        if known is None or known[0] != seen:
-            known = self._plans[key] = (seen, build())
-        self._plans.move_to_end(key)
-        if len(self._plans) > self._most:
-            self._plans.popitem(last=False)
-        return known[1]
-
-
-_numbers: Kept[Table] = Kept()
-
-
-def numbers(values: Sequence[float], device: torch.device) -> Table:
+@lru_cache(maxsize=64)
+def numbers(values: tuple[float, ...], device: torch.device) -> Table:
     """fp64 numbers on `device`: those that change while the tensors stay, such as a merge's weights."""
-    return _numbers.get((device, *values), None, lambda: Table(array.array("d", values), device))
+    return Table(array.array("d", values), device)
 
 
-def columns(records: Sequence[Sequence[int]], units: Iterable[int], device: torch.device) -> tuple[Table, int]:
-    """(the table of `records`, each led by its first program; the number of programs). units: programs a record."""
-    firsts, total = [], 0
-    for count in units:
-        firsts.append(total)
+@dataclass
+class Launch:
+    """One launch of a kernel over records, each of which has a number."""
+
+    kernel: Any
+    table: Table
+    programs: int
+    owners: list[int]  # which of the call's tensors each record is of
+    constants: dict[str, Any]
+
+    def run(self, values: Sequence[float], where: torch.device) -> None:
+        of_records = numbers(tuple([values[owner] for owner in self.owners]), where)
+        constants = self.constants | {"SEARCH": search(len(self.owners))}
+        arguments = self.table.get(), of_records.get(), len(self.owners)
+        launch(self.kernel, (self.programs,), where, *arguments, **constants, num_warps=WARPS)
+
+
+def run(launches: Sequence[Launch], changed: Sequence[Tensor], values: Sequence[float]) -> None:
+    """All of them, with a number for each tensor that they change."""
+    for one in launches:
+        one.run(values, changed[0].device)
+    native.written(changed)
+
+
+def firsts(programs: Iterable[int]) -> tuple[list[int], int]:
+    """(the first program of each record, their number in all), of the number of each record's."""
+    found, total = [], 0
+    for count in programs:
+        found.append(total)
         total += count
     if total > 0x7FFFFFFF:
         raise ValueError(f"{total} tiles are more than one launch can have; pass fewer tensors in one call")
-    rows = [firsts, *zip(*records, strict=True)]
+    return found, total
+
+
+def columns(records: Sequence[Sequence[int]], programs: Iterable[int], device: torch.device) -> tuple[Table, int]:
+    """(the table of `records`, each led by its first program; the number of programs). programs: of each record."""
+    first, total = firsts(programs)
+    rows = [first, *zip(*records, strict=True)]
     return Table(array.array("q", [value for row in rows for value in row]), device), total
 
 
@@ -125,11 +129,11 @@ def search(count: int) -> int:
     return min(_SEARCH, max(16, triton.next_power_of_2(count)))
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, warps: int, **constants: Any) -> Any:
-    """Run `kernel` on `device`, which need not be the current one; the compiled kernel."""
-    if programs == 0:
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> Any:
+    """Run `kernel` on `device`, which need not be the current one; the compiled kernel, None of an empty grid."""
+    if 0 in grid:
         return None
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         # Fused multiply-add, said out loud: its default differs between Triton's versions.
-        return kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=True)
+        return kernel[grid](*arguments, **options, enable_fp_fusion=True)

@@ -121,6 +121,14 @@ def _bf16_bits(b):
 
 
 @triton.jit
+def rounded(b, TYPE: tl.constexpr):
+    """fp32 as TYPE. The interpreter truncates to bf16: it is given what bf16 has."""
+    if INTERPRETED and TYPE == tl.bfloat16:
+        b = (_bf16_bits(b).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return b.to(TYPE)
+
+
+@triton.jit
 def _to_odd(b):
     """fp64 as fp32 towards zero, the last bit set when that was inexact: rounding it again equals rounding once."""
     b_near = b.to(tl.float32)

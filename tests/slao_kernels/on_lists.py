@@ -105,11 +105,11 @@ class Core:
         return list(states), Rs
 
     def merge(self, merged: Sequence[Tensor], tuned: Sequence[Tensor], lam: list[float]) -> None:
-        found = native_merge.records(native_merge.tables(list(merged), list(tuned)), lam)
+        found = native.numbered(native_merge.tables(list(merged), list(tuned)), lam)
         native.core().scaled_merge(*found, 1, self.isa)
 
     def fold(self, Ws: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: list[float]) -> None:
-        found = native_fold.records(native_fold.tables(list(Ws), list(As), list(Bs)), scalings)
+        found = native.numbered(native_fold.tables(list(Ws), list(As), list(Bs)), scalings)
         native.core().fold(*found, 1, self.isa)
 
 
@@ -134,11 +134,10 @@ class Emulated:
         return states.tolist(), Rs
 
     def merge(self, merged: Sequence[Tensor], tuned: Sequence[Tensor], lam: list[float]) -> None:
-        native_merge.on_gpu(self.core, native_merge.records(native_merge.tables(list(merged), list(tuned)), lam), 0, 0)
+        self.core.cuda_scaled_merge(*native.numbered(native_merge.tables(list(merged), list(tuned)), lam), 0, 0)
 
     def fold(self, Ws: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: list[float]) -> None:
-        found = native_fold.records(native_fold.tables(list(Ws), list(As), list(Bs)), scalings)
-        native_fold.on_gpu(self.core, found, 0, 0)
+        self.core.cuda_fold(*native.numbered(native_fold.tables(list(Ws), list(As), list(Bs)), scalings), 0, 0)
 
 
 class Seen(TorchDispatchMode):

@@ -13,7 +13,7 @@ import transformers as hf
 import twins
 from torch import Tensor, nn
 
-from slao_kernels.adapters import adapter_names, find_pairs, group_by_shape, lora_layers
+from slao_kernels.adapters import adapter_names, find_pairs, lora_layers
 from slao_kernels.testing import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -172,21 +172,3 @@ def test_left_out(what):
     if what == "tied":
         pairs[0].B.fill_(0.5)
         assert (model.get_submodule(*left_out).lora_A["default"].weight == 0.5).all()
-
-
-def test_group_by_shape():
-    """Same shapes and dtypes of A and B together, in the walk's order; nothing lost."""
-    pairs, _ = find_pairs(model_of("llama", "q_proj", "k_proj", "o_proj", "down_proj")())
-    pairs[-1].parameters[1].data = pairs[-1].parameters[1].data.bfloat16()
-    groups = group_by_shape(pairs)
-    found = {key: [pair.name.split("layers.")[1] for pair in group] for key, group in groups.items()}
-    f32, bf16 = torch.float32, torch.bfloat16
-    qo = [f"{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "o_proj")]
-    assert found == {
-        ((3, 32), (32, 3), f32, f32): qo,
-        ((3, 32), (16, 3), f32, f32): ["0.self_attn.k_proj", "1.self_attn.k_proj"],
-        ((3, 64), (32, 3), f32, f32): ["0.mlp.down_proj"],
-        ((3, 64), (32, 3), f32, bf16): ["1.mlp.down_proj"],
-    }
-    assert sorted(id(pair) for group in groups.values() for pair in group) == sorted(map(id, pairs))
-    assert group_by_shape([]) == {}

@@ -124,7 +124,7 @@ def usage(tile: tiles.Tile, target: str, dtype: str, dropout: bool = False, layo
     where, _ = TARGETS[target]
     compute = {"bf16": triton.language.bfloat16, "fp16": triton.language.float16, "fp32": triton.language.float32}
     types: dict[str, Any] = {"COMPUTE": compute[dtype], "BLOCK_M": tile.block_m, "BLOCK_R": tile.block_r}
-    types["BLOCK_N" if tile.kernel == "grad_t" else "BLOCK_K"] = tile.block_k
+    types["BLOCK_K"] = tile.block_k
     types |= dict.fromkeys(("x", "A", "g", "dy", "t", "B"), dtype)
     # Sums in parts land in an fp32 workspace; that is the wider store.
     types |= {"out": dtype if tile.kernel == "expand_dropped" else "fp32", "dB": "fp32"}

@@ -19,7 +19,7 @@ from slao_kernels.ops import tables  # noqa: E402
 from slao_kernels.ops.fold import device as folding  # noqa: E402
 from slao_kernels.ops.fold import kernels as fold  # noqa: E402
 from slao_kernels.ops.orthogonal_init import device as init_device  # noqa: E402
-from slao_kernels.ops.orthogonal_init import finish_device, large_device  # noqa: E402
+from slao_kernels.ops.orthogonal_init import finish_device  # noqa: E402
 from slao_kernels.ops.orthogonal_init import kernels as init  # noqa: E402
 from slao_kernels.ops.scaled_merge import device as merging  # noqa: E402
 from slao_kernels.ops.scaled_merge import kernels as merge  # noqa: E402
@@ -62,10 +62,8 @@ MERGES = {
 
 def merge_usage(target: str, case: str) -> Usage:
     dst, src = MERGES[case]
-    wide = dst is F64
-    constants = {"DST_TYPE": dst, "SRC_TYPE": src, "COMPUTE": F64 if wide else F32, "SEARCH": 1024}
-    constants |= {"BLOCK": merge.block(dst, src, wide), "STEP": merge.STEP}
-    return compiled(merging.merge_kernel, target, constants, merge.WARPS)
+    constants = merge.constants_of(dst, src, dst is F64) | {"SEARCH": 1024}
+    return compiled(merging.merge_kernel, target, constants, tables.WARPS)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -100,7 +98,7 @@ FOLDS = {
 def fold_usage(target: str, case: str) -> Usage:
     *types, operand, r = FOLDS[case]
     constants = fold.constants_of(*types, operand, F64 if operand is F64 else F32, r) | {"SEARCH": 1024}
-    return compiled(folding.fold_kernel, target, constants, fold.WARPS)
+    return compiled(folding.fold_kernel, target, constants, tables.WARPS)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -173,5 +171,5 @@ def test_init_of_many_rows(case, target):
 def test_init_above_64_rows(target):
     constants = {"S": 64}
     warps = init.TILES[64][3]
-    check_fits(compiled(large_device.gather_kernel, target, constants | {"CHUNK": init.CHUNK}, warps), target)
-    check_fits(compiled(large_device.decide_kernel, target, constants, warps), target)
+    check_fits(compiled(init_device.gather_kernel, target, constants | {"CHUNK": init.CHUNK}, warps), target)
+    check_fits(compiled(init_device.decide_kernel, target, constants, warps), target)

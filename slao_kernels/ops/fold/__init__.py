@@ -5,15 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ... import dispatch
-from .. import (
-    checks,
-    operators,  # noqa: F401  (defines the operators)
-    repeated,
-)
+from .. import checks, repeated
 
 
 def fold_(
@@ -39,13 +34,7 @@ def fold_(
     call = _calls.call(weights + As + Bs, more, lambda: _check(weights, As, Bs, factors))
     if not weights:
         return
-    chosen = dispatch.choose("fold", weights[0].device.type, backend)
-    with torch.no_grad():
-        if chosen == "reference" or call.seen is None:
-            torch.ops.slao_kernels.fold_(weights, As, Bs, factors, chosen)
-        else:
-            module = dispatch.implementation("fold", chosen)
-            module.fold_(weights, As, Bs, factors, call.table(chosen, module, weights, As, Bs))
+    call.run("fold", dispatch.choose("fold", weights[0].device.type, backend), (weights, As, Bs), factors)
 
 
 _calls = repeated.Repeated()

@@ -10,9 +10,11 @@ import triton.language as tl
 
 from ..tables_device import advance, find, load, load_factor, store, word
 
-# Rows of the table. FULL is 1 where W's rows are dense and begin at multiples of 16 bytes.
-FIRST, W, W_KIND, M, N, W_ROW, W_COL, FULL = (tl.constexpr(row) for row in range(8))
-R, A, A_KIND, A_ROW, A_COL, B, B_KIND, B_ROW, B_COL = (tl.constexpr(row) for row in range(8, 17))
+# Rows of the table: three records of csrc/tensor_table.h. FULL is 1 where W's rows are dense and begin at multiples of
+# 16 bytes.
+FIRST, W, M, N, W_ROW, W_COL, W_KIND = (tl.constexpr(row) for row in range(7))
+A, R, A_ROW, A_COL, A_KIND = (tl.constexpr(row) for row in (7, 8, 10, 11, 12))
+B, B_ROW, B_COL, B_KIND, FULL = (tl.constexpr(row) for row in (13, 16, 17, 18, 19))
 
 
 @triton.jit

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,8 +29,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from ..tables_device import rounded
 from . import tiles
-from .triton_kernels import landing, launch
+from .triton_kernels import launch
 
 # fp32 is torch's: at its default precision its products are none of the tensor cores', so there is no room between a
 # GEMM and its memory traffic in which the rank's term could hide, and a Triton kernel has nothing to gain.
@@ -102,8 +101,8 @@ class Measurement:
         return self.ours_us + self.noise_us < self.torch_us
 
 
-def _read(row: dict[str, Any]) -> Measurement:
-    return Measurement(**{**row, "tile": Tile(**row["tile"])})
+def _read(tile: dict[str, Any], **row: Any) -> Measurement:
+    return Measurement(**row, tile=Tile(**tile))
 
 
 def measurements(device: str) -> tuple[Measurement, ...]:
@@ -125,22 +124,7 @@ def chosen(layout: str, dtype: torch.dtype, m: int, n: int, k: int, r: int, devi
     return nearest.tile if nearest is not None and distance(nearest) < math.inf and nearest.wins else None
 
 
-_forced: Tile | None = None
 _unfit: set[Tile] = set()
-
-
-@contextmanager
-def force(tile: Tile) -> Iterator[None]:
-    """Within the block every product that the kernel can compute runs in it, with this tile, whatever a table says.
-
-    For tests and the tuner. It holds for the whole process: backward passes run on threads of their own.
-    """
-    global _forced
-    before, _forced = _forced, tile
-    try:
-        yield
-    finally:
-        _forced = before
 
 
 def gemm_(out: Tensor, P: Tensor, Q: Tensor, T: Tensor, S: Tensor, alpha: float, bias: Tensor | None = None) -> bool:
@@ -149,19 +133,20 @@ def gemm_(out: Tensor, P: Tensor, Q: Tensor, T: Tensor, S: Tensor, alpha: float,
     P (M, K), Q (K, N), T (M, R), S (R, N), bias (N); out (M, N) is contiguous.
     """
     device, _ = tiles.device_of(P.device.index if P.is_cuda else None)
-    if _forced is None and not measurements(device):
+    forced = tiles.forced.get("gemm")
+    if forced is None and not measurements(device):
         return False
     layout = layout_of(out, P, Q, T, S, bias)
     if layout is None:
         return False
     (m, k), n, r = P.shape, Q.shape[1], T.shape[1]
-    tile = chosen(layout, P.dtype, m, n, k, r, device) if _forced is None else _forced
+    tile = chosen(layout, P.dtype, m, n, k, r, device) if forced is None else forced
     if tile is None or tile in _unfit:
         return False
     try:
         run(tile, out, P, Q, T, S, alpha, bias)
     except OutOfResources as error:  # raised before anything is launched
-        if _forced is not None:
+        if forced is not None:
             raise
         _unfit.add(tile)
         warnings.warn(
@@ -206,48 +191,20 @@ def run(
     stride_s = S.stride(1) if s_by_n else S.stride(0)
     by_8 = all(size % 8 == 0 for size in (r, T.stride(0), stride_s)) and (T.data_ptr() | S.data_ptr()) % 16 == 0
     _, processors = tiles.device_of(P.device.index if P.is_cuda else None)
-    landed = landing(out)
+    strides = P.stride(0), Q.stride(1) if q_by_n else Q.stride(0), T.stride(0), stride_s
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_R": rank_block(r, by_8)}
+    layout = {"TMA": tile.tma, "Q_BY_N": q_by_n, "S_BY_N": s_by_n, "RANK_BY_8": by_8, "GROUP_M": tile.group_m}
+    programs = min(processors, triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n))
 
     def go() -> None:
         if tile.tma:
             triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=P.device))
-        launch(
-            gemm_kernel,
-            (min(processors, triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)),),
-            P,
-            tile.warps,
-            tile.stages,
-            P,
-            Q,
-            T,
-            S,
-            bias,
-            landed,
-            m,
-            n,
-            k,
-            r,
-            P.stride(0),
-            Q.stride(1) if q_by_n else Q.stride(0),
-            T.stride(0),
-            stride_s,
-            alpha,
-            TMA=tile.tma,
-            Q_BY_N=q_by_n,
-            S_BY_N=s_by_n,
-            RANK_BY_8=by_8,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            BLOCK_R=rank_block(r, by_8),
-            GROUP_M=tile.group_m,
-        )
+        arguments = P, Q, T, S, bias, out, m, n, k, r, *strides, alpha
+        launch(gemm_kernel, (programs,), P, tile.warps, tile.stages, *arguments, **layout, **blocks)
 
     # The descriptors lie in memory that Triton asks an allocator for, a context variable. In a copy of the context it
     # is set whatever thread this is, and the caller's own stays as it was.
     copy_context().run(go)
-    if landed is not out:
-        out.copy_(landed)
 
 
 # The kernel. Names and COMPUTE as in triton_kernels.py. The grid has one program a multiprocessor, each of which walks
@@ -266,32 +223,10 @@ def _place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
-    P,
-    Q,
-    T,
-    S,
-    bias,
-    out,
-    M,
-    N,
-    K,
-    R,
-    stride_p,
-    stride_q,
-    stride_t,
-    stride_s,
-    alpha,
-    COMPUTE: tl.constexpr,
-    TMA: tl.constexpr,
-    Q_BY_N: tl.constexpr,
-    S_BY_N: tl.constexpr,
-    RANK_BY_8: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    P, Q, T, S, bias, out, M, N, K, R, stride_p, stride_q, stride_t, stride_s, alpha,
+    COMPUTE: tl.constexpr, TMA: tl.constexpr, Q_BY_N: tl.constexpr, S_BY_N: tl.constexpr, RANK_BY_8: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
     """out (M, N) <- P Q + alpha T S + bias: P (M, K), Q (K, N), T (M, R), S (R, N), bias (N) or None; rounded once.
 
     Rows are dense in memory and stride_* elements apart. Q's memory is (K, N), or (N, K) where Q_BY_N; S's alike.
@@ -341,7 +276,7 @@ def gemm_kernel(
                 b_P = d_P.load([first_m, k]).to(COMPUTE)  # (M, K)
                 b_Q = (d_Q.load([first_n, k]).T if Q_BY_N else d_Q.load([k, first_n])).to(COMPUTE)  # (K, N)
                 b_out = tl.dot(b_P, b_Q, b_out, input_precision="ieee")
-            d_out.store([first_m, first_n], b_out.to(out.dtype.element_ty))
+            d_out.store([first_m, first_n], rounded(b_out, out.dtype.element_ty))
         else:
             p_P = P + (o_m64[:, None] * stride_p + o_k[None, :])
             if Q_BY_N:
@@ -356,4 +291,4 @@ def gemm_kernel(
                 p_P += BLOCK_K
                 p_Q += step_q
             p_out = out + (o_m64[:, None] * N + o_n[None, :])
-            tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+            tl.store(p_out, rounded(b_out, out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])

@@ -67,26 +67,22 @@ class Tile:
         return abs(math.log2(max(m, 1) / self.m)) + abs(math.log2(max(k, 1) / self.k))
 
 
-def _tile(row: dict[str, Any]) -> Tile:
-    return Tile(**row)
-
-
 def path_of(device: str) -> Path:
     """Where the tables of a device name are, if there are any."""
     return FOLDER / (re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") + ".json")
 
 
 @cache
-def rows(device: str, name: str, read: Callable[[dict[str, Any]], Row]) -> tuple[Row, ...]:
-    """The list `name` in the device's file, row by row through `read`; none where there is no such list, and a warning
-    where it cannot be read."""
+def rows(device: str, name: str, read: Callable[..., Row]) -> tuple[Row, ...]:
+    """The list `name` in the device's file, `read` from the names in each row; none where there is no such list, and a
+    warning where it cannot be read."""
     path = path_of(device)
     if not path.is_file():
         return ()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         absent = name not in content and not _LISTS.isdisjoint(content)
-        return () if absent else tuple(read(row) for row in content[name])
+        return () if absent else tuple(read(**row) for row in content[name])
     except (OSError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"{path.name} has no table of {name} that can be read ({error}); it is left out", stacklevel=2)
         return ()
@@ -94,7 +90,7 @@ def rows(device: str, name: str, read: Callable[[dict[str, Any]], Row]) -> tuple
 
 def table(device: str) -> tuple[Tile, ...]:
     """The tiles written for a device name; none where there is no table, or none that can be read."""
-    return rows(device, "tiles", _tile)
+    return rows(device, "tiles", Tile)
 
 
 @lru_cache(maxsize=1024)  # a new m with every batch
@@ -111,14 +107,17 @@ def find(
     return None
 
 
-forced: dict[str, Tile] = {}
+forced: dict[str, Any] = {}
 
 
 @contextmanager
-def force(tile: Tile) -> Iterator[None]:
-    """Within the block the tile's kernel takes it for every shape; for the tuner. It holds for the whole process."""
+def force(kernel: str, tile: Any) -> Iterator[None]:
+    """Within the block the kernel takes the tile for every shape that it can compute, whatever a table says.
+
+    For tests and the tuner. It holds for the whole process: backward passes run on threads of their own.
+    """
     before = dict(forced)
-    forced[tile.kernel] = tile
+    forced[kernel] = tile
     try:
         yield
     finally:

@@ -12,14 +12,16 @@ generator's integer work would otherwise be about as long as reading x (an estim
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import gemm, tiles
-from . import triton_kernels as kernel
+from . import triton_kernels as kernels
 from .precise import outer_split, shrink_split, splits
 from .products import TorchProducts
-from .triton_kernels import COMPUTE, gather, landing, launch, parts_of
+from .triton_kernels import COMPUTE, gather, launch, parts_of
 
 MAX_RANK = 256
 # Bytes of the one-pass dB's parts, ceil(M / 128) N r of fp32, beyond which dy is read twice instead: beside an lm_head
@@ -45,9 +47,7 @@ class TritonProducts(TorchProducts):
     def shrink(self, x: Tensor, A: Tensor) -> Tensor:
         if self.seed is None and not _serves(x, A.shape[0]):
             return super().shrink(x, A)
-        t = x.new_empty((x.shape[0], A.shape[0]))
-        _shrink(x, A, t, self.kept, self.seed, self.keep_below)
-        return t
+        return _shrink(x, A, self.kept, seed=self.seed, below=self.keep_below)
 
     # Of `linear_` the rank's part, one product of inner size r that writes all of y, is the GEMM library's: at the
     # copy's speed there.
@@ -62,28 +62,21 @@ class TritonProducts(TorchProducts):
     ) -> tuple[Tensor | None, Tensor | None]:
         if not _serves(dy, B.shape[1]):
             return super().grad_t(dy, t, B, scaling, need_g, need_dB)
-        g, dB = torch.empty_like(t) if need_g else None, torch.empty_like(B) if need_dB else None
-        if g is not None and dB is not None and _grad_t_in_one_pass(dy, t, B, scaling, g, dB):
-            return g, dB
-        if g is not None:
-            _shrink(dy, B.t().contiguous(), g, scaling)  # (r, N): small, and read by every program
-        if dB is not None:
-            _outer(t, dy, dB.t(), scaling)
-        return g, dB
+        if need_g and need_dB and (both := _grad_t_in_one_pass(dy, t, B, scaling)) is not None:
+            return both
+        # B.t() is small, and read by every program.
+        g = _shrink(dy, B.t().contiguous(), scaling) if need_g else None
+        return g, _outer(t, dy, scaling, transposed=True).t() if need_dB else None
 
     def grad_A(self, g: Tensor, x: Tensor) -> Tensor:
         if self.seed is None and not _serves(x, g.shape[1]):
             return super().grad_A(g, x)
-        dA = x.new_empty((g.shape[1], x.shape[1]))
-        _outer(g, x, dA, self.kept, self.seed, self.keep_below)
-        return dA
+        return _outer(g, x, self.kept, seed=self.seed, below=self.keep_below)
 
     def grad_source(self, g: Tensor, A: Tensor) -> Tensor:
         if self.seed is None:
             return super().grad_source(g, A)
-        dx = g.new_empty((g.shape[0], A.shape[1]))
-        _expand_dropped(g, A, dx, self.kept, self.seed, self.keep_below)
-        return dx
+        return _expand_dropped(g, A, self.kept, self.seed, self.keep_below)
 
     def grad_x(self, dy: Tensor, W: Tensor, g: Tensor, A: Tensor) -> Tensor:
         if self.seed is self.mask is None:  # else the rank's term alone is masked; in the one kernel it is not alone
@@ -97,12 +90,12 @@ class TritonProducts(TorchProducts):
     def shrink_wide(self, x: Tensor, A: Tensor, scaling: float) -> Tensor:
         if not splits(x, A):
             return super().shrink_wide(x, A, scaling)
-        return shrink_split(x, A, _fp32_shrink).mul_(scaling)
+        return shrink_split(x, A, lambda x, P: _shrink(x, P.t(), dtype=torch.float32)).mul_(scaling)
 
     def outer_wide(self, t: Tensor, x: Tensor, scaling: float) -> Tensor:
         if not splits(x, t):
             return super().outer_wide(t, x, scaling)
-        return outer_split(t, x, _fp32_outer).mul_(scaling)
+        return outer_split(t, x, lambda g, x: _outer(g.t(), x, dtype=torch.float32)).mul_(scaling)
 
 
 _UNDROPPED = TritonProducts()
@@ -130,96 +123,61 @@ def _aligned(name: str, x: Tensor, r: int) -> bool:
     return dense and (name != "grad_t" or r <= 16 or r % 16 == 0)
 
 
-def _shrink(x: Tensor, A: Tensor, out: Tensor, alpha: float, seed: Tensor | None = None, below: int = 0) -> None:
-    """out (M, R) <- alpha x Aᵀ; x (M, K) and A (R, K) with any strides."""
+def _launch(kernel: Any, grid: tuple[int, ...], tile: tiles.Tile, x: Tensor, *arguments: Any) -> None:
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_R": tile.block_r}
+    launch(kernel, grid, x, tile.warps, tile.stages, *arguments, **blocks)
+
+
+def _shrink(
+    x: Tensor,
+    A: Tensor,
+    alpha: float = 1.0,
+    dtype: torch.dtype | None = None,
+    seed: Tensor | None = None,
+    below: int = 0,
+) -> Tensor:
+    """alpha x Aᵀ (M, R) in x's dtype, or another; x (M, K) and A (R, K) with any strides."""
     (m, k), r = x.shape, A.shape[0]
+    out = x.new_empty((m, r), dtype=dtype)
     if m * k * r == 0:
-        out.zero_()
-        return
+        return out.zero_()
     tile, processors = _tile("shrink", x, min(r, MAX_RANK))  # more ranks are more programs
     assert tile is not None
     blocks, rank_blocks = -(-m // tile.block_m), -(-r // tile.block_r)
     parts, per_part = tiles.split(k, tile.block_k, blocks * rank_blocks, processors)
-    landed = landing(out)
-    workspace = parts_of(landed, parts)
-    launch(
-        kernel.shrink_kernel,
-        (blocks, parts, rank_blocks),
-        x,
-        tile.warps,
-        tile.stages,
-        x,
-        A,
-        workspace,
-        seed,
-        m,
-        k,
-        r,
-        *x.stride(),
-        *A.stride(),
-        per_part,
-        alpha,
-        below,
-        BLOCK_M=tile.block_m,
-        BLOCK_K=tile.block_k,
-        BLOCK_R=tile.block_r,
-    )
-    gather(workspace, landed, out)
-
-
-def _fp32_shrink(x: Tensor, P: Tensor) -> Tensor:
-    """x P in fp32: x (M, K), P (K, R)."""
-    out = torch.empty((x.shape[0], P.shape[1]), dtype=torch.float32, device=x.device)
-    _shrink(x, P.t(), out, 1.0)
+    workspace = parts_of(out, parts)
+    sizes = m, k, r, *x.stride(), *A.stride(), per_part
+    grid = blocks, parts, rank_blocks
+    _launch(kernels.shrink_kernel, grid, tile, x, x, A, workspace, seed, *sizes, alpha, below)
+    gather(workspace, out)
     return out
 
 
-def _fp32_outer(g: Tensor, x: Tensor) -> Tensor:
-    """g x in fp32: g (R, M), x (M, K)."""
-    out = torch.empty((g.shape[0], x.shape[1]), dtype=torch.float32, device=x.device)
-    _outer(g.t(), x, out, 1.0)
-    return out
-
-
-def _outer(g: Tensor, x: Tensor, out: Tensor, alpha: float, seed: Tensor | None = None, below: int = 0) -> None:
-    """out (R, K) <- alpha gᵀ x; g (M, R), x (M, K) with any strides. A transposed `out` is written as such."""
+def _outer(
+    g: Tensor,
+    x: Tensor,
+    alpha: float = 1.0,
+    dtype: torch.dtype | None = None,
+    seed: Tensor | None = None,
+    below: int = 0,
+    transposed: bool = False,
+) -> Tensor:
+    """alpha gᵀ x (R, K) in x's dtype, or another; g (M, R), x (M, K) with any strides. transposed: in memory (K, R)."""
     (m, k), r = x.shape, g.shape[1]
+    memory = x.new_empty((k, r) if transposed else (r, k), dtype=dtype)
+    out = memory.t() if transposed else memory
     if m * k * r == 0:
-        out.zero_()
-        return
+        return out.zero_()
     tile, processors = _tile("outer", x, min(r, MAX_RANK))
     assert tile is not None
     columns, rank_blocks = -(-k // tile.block_k), -(-r // tile.block_r)
     parts, per_part = tiles.split(m, tile.block_m, columns * rank_blocks, processors)
-    transposed = not out.is_contiguous() and out.t().is_contiguous()
-    out = out.t() if transposed else out
-    landed = landing(out)
-    workspace = parts_of(landed, parts)
-    strides = (1, landed.stride(0)) if transposed else (landed.stride(0), 1)
-    launch(
-        kernel.outer_kernel,
-        (columns, parts, rank_blocks),
-        x,
-        tile.warps,
-        tile.stages,
-        g,
-        x,
-        workspace,
-        seed,
-        m,
-        k,
-        r,
-        *g.stride(),
-        *x.stride(),
-        *strides,
-        per_part,
-        alpha,
-        below,
-        BLOCK_M=tile.block_m,
-        BLOCK_K=tile.block_k,
-        BLOCK_R=tile.block_r,
-    )
-    gather(workspace, landed, out)
+    workspace = parts_of(memory, parts)
+    sizes = m, k, r, *g.stride(), *x.stride(), *out.stride(), per_part
+    grid = columns, parts, rank_blocks
+    _launch(kernels.outer_kernel, grid, tile, x, g, x, workspace, seed, *sizes, alpha, below)
+    gather(workspace, memory)
+    return out
 
 
 def one_pass_pays(dy: Tensor, r: int, row_blocks: int, parts: int) -> bool:
@@ -232,75 +190,33 @@ def one_pass_pays(dy: Tensor, r: int, row_blocks: int, parts: int) -> bool:
     return 8 * r * partial <= m * n * dy.itemsize
 
 
-def _grad_t_in_one_pass(dy: Tensor, t: Tensor, B: Tensor, scaling: float, g: Tensor, dB: Tensor) -> bool:
-    """g (M, R) <- scaling dy B and dB (N, R) <- scaling dyᵀ t, or False and nothing where two passes are better."""
+def _grad_t_in_one_pass(dy: Tensor, t: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor] | None:
+    """(g = scaling dy B (M, R), dB = scaling dyᵀ t (N, R)); None where two passes are better."""
     (m, n), r = dy.shape, B.shape[1]
     tile, processors = _tile("grad_t", dy, r)
     if tile is None:
-        return False
+        return None
     row_blocks = -(-m // tile.block_m)
     parts, per_part = tiles.split(n, tile.block_k, row_blocks, processors)
     if 4 * r * n * row_blocks > _MAX_PARTS or not one_pass_pays(dy, r, row_blocks, parts):
-        return False
-    landed_g, landed_dB = landing(g), landing(dB)
-    part_g, part_dB = parts_of(landed_g, parts), parts_of(landed_dB, row_blocks)
-    launch(
-        kernel.grad_t_kernel,
-        (row_blocks, parts),
-        dy,
-        tile.warps,
-        tile.stages,
-        dy,
-        t,
-        B,
-        part_g,
-        part_dB,
-        m,
-        n,
-        r,
-        *dy.stride(),
-        *t.stride(),
-        *B.stride(),
-        per_part,
-        scaling,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_k,
-        BLOCK_R=tile.block_r,
-    )
-    gather(part_g, landed_g, g)
-    gather(part_dB, landed_dB, dB)
-    return True
+        return None
+    g, dB = dy.new_empty((m, r)), dy.new_empty((n, r))
+    part_g, part_dB = parts_of(g, parts), parts_of(dB, row_blocks)
+    sizes = m, n, r, *dy.stride(), *t.stride(), *B.stride(), per_part
+    _launch(kernels.grad_t_kernel, (row_blocks, parts), tile, dy, dy, t, B, part_g, part_dB, *sizes, scaling)
+    gather(part_g, g)
+    gather(part_dB, dB)
+    return g, dB
 
 
-def _expand_dropped(g: Tensor, A: Tensor, out: Tensor, alpha: float, seed: Tensor, below: int) -> None:
-    """out (M, K) <- alpha g A where dropout kept x, 0 elsewhere; g (M, R), A (R, K)."""
-    (m, k), r = out.shape, g.shape[1]
-    if out.numel() == 0:
-        return
-    tile, _ = _tile("expand_dropped", out, max(r, 1))
-    assert tile is not None
-    landed = landing(out)
-    launch(
-        kernel.expand_dropped_kernel,
-        (-(-m // tile.block_m), -(-k // tile.block_k)),
-        out,
-        tile.warps,
-        tile.stages,
-        g,
-        A,
-        landed,
-        seed,
-        m,
-        k,
-        r,
-        *g.stride(),
-        *A.stride(),
-        landed.stride(0),
-        alpha,
-        below,
-        BLOCK_M=tile.block_m,
-        BLOCK_K=tile.block_k,
-        BLOCK_R=tile.block_r,
-    )
-    if landed is not out:
-        out.copy_(landed)
+def _expand_dropped(g: Tensor, A: Tensor, alpha: float, seed: Tensor, below: int) -> Tensor:
+    """alpha g A (M, K) where dropout kept x, 0 elsewhere; g (M, R), A (R, K)."""
+    (m, r), k = g.shape, A.shape[1]
+    out = g.new_empty((m, k))
+    if out.numel() > 0:
+        tile, _ = _tile("expand_dropped", out, max(r, 1))
+        assert tile is not None
+        sizes = m, k, r, *g.stride(), *A.stride(), out.stride(0)
+        grid = -(-m // tile.block_m), -(-k // tile.block_k)
+        _launch(kernels.expand_dropped_kernel, grid, tile, out, g, A, out, seed, *sizes, alpha, below)
+    return out

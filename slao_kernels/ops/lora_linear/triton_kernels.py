@@ -10,16 +10,16 @@ are wrong). M changes from batch to batch: specialising on it would only compile
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
-INTERPRETED = bool(knobs.runtime.interpret)
+from .. import tables
+from ..tables_device import rounded
+
 COMPUTE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Elements and parts that a program of the reduction reads at once. Counted, not measured: for 64 parts of 4096 x 16 on
 # an H100 that is 256 programs which wait for memory four times each, where 64 programs waited 64 times.
@@ -39,25 +39,9 @@ def _kept(seed, o_m, first_k, keep_below, BLOCK_K: tl.constexpr):
 
 @triton.jit(do_not_specialize=_VARYING)
 def shrink_kernel(
-    x,
-    A,
-    out,
-    seed,
-    M,
-    K,
-    R,
-    stride_xm,
-    stride_xk,
-    stride_ar,
-    stride_ak,
-    k_per_part,
-    alpha,
-    keep_below,
-    COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    x, A, out, seed, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, k_per_part, alpha, keep_below,
+    COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """out (parts, M, R) <- alpha x Aᵀ, part i over columns [i, i + 1) k_per_part; x (M, K), A (R, K)."""
     i_m, i_part, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = i_part * k_per_part
@@ -80,32 +64,15 @@ def shrink_kernel(
         p_x += BLOCK_K * stride_xk
         p_A += BLOCK_K * stride_ak
     p_t = out + (i_part.to(tl.int64) * M + o_m[:, None]) * R + o_r[None, :]
-    tl.store(p_t, (b_t * alpha).to(out.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
+    tl.store(p_t, rounded(b_t * alpha, out.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def outer_kernel(
-    g,
-    x,
-    out,
-    seed,
-    M,
-    K,
-    R,
-    stride_gm,
-    stride_gr,
-    stride_xm,
-    stride_xk,
-    stride_or,
-    stride_ok,
-    m_per_part,
-    alpha,
+    g, x, out, seed, M, K, R, stride_gm, stride_gr, stride_xm, stride_xk, stride_or, stride_ok, m_per_part, alpha,
     keep_below,
-    COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """out (parts, R, K) <- alpha gᵀ x, part i over rows [i, i + 1) m_per_part; g (M, R), x (M, K)."""
     i_k, i_part, i_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = i_part * m_per_part
@@ -128,41 +95,23 @@ def outer_kernel(
         p_g += BLOCK_M * stride_gm
         p_x += BLOCK_M * stride_xm
     p_out = out + i_part.to(tl.int64) * R * K + (o_r[:, None] * stride_or + o_k[None, :] * stride_ok)
-    tl.store(p_out, (b_out * alpha).to(out.dtype.element_ty), mask=m_r[:, None] & m_k[None, :])
+    tl.store(p_out, rounded(b_out * alpha, out.dtype.element_ty), mask=m_r[:, None] & m_k[None, :])
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def grad_t_kernel(
-    dy,
-    t,
-    B,
-    g,
-    dB,
-    M,
-    N,
-    R,
-    stride_ym,
-    stride_yn,
-    stride_tm,
-    stride_tr,
-    stride_bn,
-    stride_br,
-    n_per_part,
-    scaling,
-    COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    dy, t, B, g, dB, M, N, R, stride_ym, stride_yn, stride_tm, stride_tr, stride_bn, stride_br, n_per_part, scaling,
+    COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """One pass over dy (M, N): g (parts, M, R) <- scaling dy B by columns, dB (blocks, N, R) <- scaling dyᵀ t by rows.
 
-    A program owns BLOCK_M rows and the columns of one part. t (M, R), B (N, R), R <= BLOCK_R.
+    A program owns BLOCK_M rows and the columns of one part, BLOCK_K at a time. t (M, R), B (N, R), R <= BLOCK_R.
     """
     i_m, i_part = tl.program_id(0), tl.program_id(1)
     first = i_part * n_per_part
     last = tl.minimum(first + n_per_part, N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = tl.arange(0, BLOCK_N)
+    o_n = tl.arange(0, BLOCK_K)
     o_r = tl.arange(0, BLOCK_R)
     m_m, m_r = o_m < M, o_r < R
     m_t = m_m[:, None] & m_r[None, :]
@@ -172,42 +121,26 @@ def grad_t_kernel(
     p_B = B + first.to(tl.int64) * stride_bn + (o_n[:, None] * stride_bn + o_r[None, :] * stride_br)
     p_dB = dB + (i_m.to(tl.int64) * N + first + o_n[:, None]) * R + o_r[None, :]
     b_g = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for n in range(first, last, BLOCK_N):
+    for n in range(first, last, BLOCK_K):
         m_n = o_n < N - n
         m_B = m_n[:, None] & m_r[None, :]
         b_dy = tl.load(p_dy, mask=m_m[:, None] & m_n[None, :], other=0.0).to(COMPUTE)  # (M, N)
         b_B = tl.load(p_B, mask=m_B, other=0.0).to(COMPUTE)  # (N, R)
         b_g = tl.dot(b_dy, b_B, b_g, input_precision="ieee")
         b_dB = tl.dot(tl.trans(b_dy), b_t, input_precision="ieee")  # (N, R)
-        tl.store(p_dB, (b_dB * scaling).to(dB.dtype.element_ty), mask=m_B)
-        p_dy += BLOCK_N * stride_yn
-        p_B += BLOCK_N * stride_bn
-        p_dB += BLOCK_N * R
+        tl.store(p_dB, rounded(b_dB * scaling, dB.dtype.element_ty), mask=m_B)
+        p_dy += BLOCK_K * stride_yn
+        p_B += BLOCK_K * stride_bn
+        p_dB += BLOCK_K * R
     p_g = g + (i_part.to(tl.int64) * M + o_m[:, None]) * R + o_r[None, :]
-    tl.store(p_g, (b_g * scaling).to(g.dtype.element_ty), mask=m_t)
+    tl.store(p_g, rounded(b_g * scaling, g.dtype.element_ty), mask=m_t)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def expand_dropped_kernel(
-    g,
-    A,
-    out,
-    seed,
-    M,
-    K,
-    R,
-    stride_gm,
-    stride_gr,
-    stride_ar,
-    stride_ak,
-    stride_om,
-    alpha,
-    keep_below,
-    COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    g, A, out, seed, M, K, R, stride_gm, stride_gr, stride_ar, stride_ak, stride_om, alpha, keep_below,
+    COMPUTE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """out (M, K) <- alpha g A where dropout kept x, 0 elsewhere; g (M, R), A (R, K), out's rows dense."""
     i_m, i_k = tl.program_id(0), tl.program_id(1)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -226,7 +159,7 @@ def expand_dropped_kernel(
         p_A += BLOCK_R * stride_ar
     b_out = tl.where(_kept(tl.load(seed), o_m, i_k * BLOCK_K, keep_below, BLOCK_K), b_out * alpha, 0.0)
     p_out = out + o_m[:, None].to(tl.int64) * stride_om + o_k[None, :]
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & m_k[None, :])
+    tl.store(p_out, rounded(b_out, out.dtype.element_ty), mask=m_m[:, None] & m_k[None, :])
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -243,7 +176,7 @@ def reduce_kernel(workspace, out, size, parts, BLOCK: tl.constexpr, STEP: tl.con
         o_p = first + tl.arange(0, STEP)
         p_w = workspace + (o_p[:, None].to(tl.int64) * size + o[None, :])
         b_sums += tl.load(p_w, mask=(o_p < parts)[:, None] & m[None, :], other=0.0)
-    tl.store(out + o, tl.sum(b_sums, axis=0).to(out.dtype.element_ty), mask=m)
+    tl.store(out + o, rounded(tl.sum(b_sums, axis=0), out.dtype.element_ty), mask=m)
 
 
 last: Any = None  # the compiled kernel that was launched last, for the tuner: it tells its name and its spills
@@ -253,27 +186,10 @@ def launch(
     kernel: Any, grid: tuple[int, ...], x: Tensor, warps: int, stages: int, *arguments: Any, **constants: Any
 ) -> None:
     """Run `kernel` on x's device; its products' operands have x's dtype."""
-    stages = min(stages, 2) if torch.version.hip else stages  # a third does not fit in 64 KB there
-    compute = tl.float32 if INTERPRETED else COMPUTE[x.dtype]
     global last
-    with _on(x):
-        # Fused multiply-add, said out loud: its default differs between Triton's versions.
-        last = kernel[grid](
-            *arguments, **constants, COMPUTE=compute, num_warps=warps, num_stages=stages, enable_fp_fusion=True
-        )
-
-
-def _on(x: Tensor) -> AbstractContextManager[None]:
-    """Triton launches on the current device, which need not be x's."""
-    return torch.cuda.device_of(x) if x.is_cuda and x.device.index != torch.cuda.current_device() else nullcontext()
-
-
-def landing(out: Tensor) -> Tensor:
-    """Where a kernel writes `out`: itself, but fp32 for bf16 where Triton interprets (it truncates)."""
-    rounds_badly = INTERPRETED and out.dtype == torch.bfloat16
-    if out.is_contiguous() and not rounds_badly:
-        return out
-    return torch.empty(out.shape, dtype=torch.float32 if rounds_badly else out.dtype, device=out.device)
+    stages = min(stages, 2) if torch.version.hip else stages  # a third does not fit in 64 KB there
+    constants["COMPUTE"] = tl.float32 if tables.INTERPRETED else COMPUTE[x.dtype]
+    last = tables.launch(kernel, grid, x.device, *arguments, **constants, num_warps=warps, num_stages=stages)
 
 
 def parts_of(out: Tensor, parts: int) -> Tensor:
@@ -281,13 +197,10 @@ def parts_of(out: Tensor, parts: int) -> Tensor:
     return out if parts == 1 else torch.empty((parts, *out.shape), dtype=torch.float32, device=out.device)
 
 
-def gather(workspace: Tensor, landed: Tensor, out: Tensor) -> None:
-    """out <- the sum of its parts, by way of `landed`."""
-    if workspace is not landed:
-        size = landed.numel()
-        with _on(out):
-            step = min(REDUCE_STEP, triton.next_power_of_2(len(workspace)))
-            grid = (-(-size // REDUCE_BLOCK),)
-            reduce_kernel[grid](workspace, landed, size, len(workspace), REDUCE_BLOCK, step)
-    if landed is not out:
-        out.copy_(landed)
+def gather(workspace: Tensor, out: Tensor) -> None:
+    """out <- the sum of its parts."""
+    if workspace is not out:
+        size, parts = out.numel(), len(workspace)
+        step = min(REDUCE_STEP, triton.next_power_of_2(parts))
+        grid = (-(-size // REDUCE_BLOCK),)
+        tables.launch(reduce_kernel, grid, out.device, workspace, out, size, parts, BLOCK=REDUCE_BLOCK, STEP=step)

@@ -8,11 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from .. import (
-    checks,
-    operators,  # noqa: F401  (defines the operators)
-    repeated,
-)
+from .. import checks, repeated
 
 
 class OrthogonalInitReport:
@@ -74,24 +70,15 @@ def orthogonal_init_(
     chosen = dispatch.choose("orthogonal_init", device.type, backend)
     r = [A.new_empty((A.shape[0], A.shape[0]), dtype=_r_dtype(A.dtype)) for A in As] if return_r else []
     status = torch.empty(len(As), dtype=torch.int32, device=device)
-    direct = chosen != "reference" and call.seen is not None
-    in_one_pass = direct and chosen == "native" and device.type == "cpu"
-    with torch.no_grad():
-        if kept and not in_one_pass:
-            if device.type == "cpu":
-                _refuse_not_finite(As)  # the copies come first here
-            # A merge with weight 1 copies bits, all in one launch.
-            copies, ones = dispatch.choose("scaled_merge", device.type, backend), [1.0] * len(As)
-            if direct and copies != "reference":
-                merge = dispatch.implementation("scaled_merge", copies)
-                merge.scaled_merge_(kept, As, ones, call.table(f"keep, {copies}", merge, kept, As))
-            else:
-                torch.ops.slao_kernels.scaled_merge_(kept, As, ones, copies)
-        if direct:
-            module = dispatch.implementation("orthogonal_init", chosen)
-            module.orthogonal_init_(As, r, status, kept if in_one_pass else (), call.table(chosen, module, As))
-        else:
-            torch.ops.slao_kernels.orthogonal_init_(As, r, status, chosen)
+    in_one_pass = bool(kept) and call.seen is not None and chosen == "native" and device.type == "cpu"
+    if kept and not in_one_pass:
+        if device.type == "cpu":
+            # The copies come first here: the report, which names what is not finite, before anything is written.
+            OrthogonalInitReport(None, torch.tensor([2 * int(not A.isfinite().all()) for A in As])).check()
+        # A merge with weight 1 copies bits, all in one launch.
+        copies = dispatch.choose("scaled_merge", device.type, backend)
+        call.run("scaled_merge", copies, (kept, As), [1.0] * len(As))
+    call.run("orthogonal_init", chosen, (As,), r, status, **({"keep": kept} if in_one_pass else {}))
     report = OrthogonalInitReport(r if return_r else None, status)
     if device.type == "cpu":
         report.check()
@@ -104,9 +91,8 @@ _calls = repeated.Repeated()
 def _check(As: list[Tensor], keep: list[Tensor] | None) -> None:
     problems = checks.Problems("orthogonal_init_")
     device = next((A.device for A in As if isinstance(A, Tensor)), None)
-    known_good = checks.plain(As)
     for index, A in enumerate(As):
-        if not (known_good or checks.tensor(problems, f"As[{index}]", A, device)):
+        if not checks.tensor(problems, f"As[{index}]", A, device):
             continue
         if A.dim() != 2 or not 0 < A.shape[0] <= A.shape[1]:
             problems.add(f"As[{index}]", f"is {tuple(A.shape)}; it needs the shape (r, n) with 1 <= r <= n")
@@ -122,11 +108,6 @@ def _check(As: list[Tensor], keep: list[Tensor] | None) -> None:
             if copy.data_ptr() == As[index].data_ptr():
                 problems.add(f"keep[{index}]", f"is As[{index}] itself")
     problems.raise_if_any()
-
-
-def _refuse_not_finite(As: list[Tensor]) -> None:
-    states = [2 * int(not A.isfinite().all()) for A in As]
-    OrthogonalInitReport(None, torch.tensor(states, dtype=torch.int32)).check()
 
 
 def _r_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ import triton.language as tl
 from ..tables_device import find, load_factor, store, word
 
 # Rows of the table. Where FACTORS, PARTIALS and SCRATCH lie is in doubles of the workspace.
-FIRST_GRAM, FIRST_APPLY, A, KIND, ROWS, COLS, ROW, COL = (tl.constexpr(row) for row in range(8))
+FIRST_GRAM, FIRST_APPLY, A, ROWS, COLS, ROW, COL, KIND = (tl.constexpr(row) for row in range(8))
 INDEX, FACTORS, PARTIALS, SCRATCH = (tl.constexpr(row) for row in range(8, 12))
 
 # What is known of a matrix: one pass is enough, two are, its rows are nearly dependent, it has a NaN or an infinity.
@@ -35,24 +35,18 @@ def nowhere_bad(states, total):
 
 
 @triton.jit
-def view(table, count, i, ws, DENSE: tl.constexpr):
-    """(address, kind, row stride, column stride, columns) of a matrix. DENSE: nothing that would break a vector."""
-    row, cols = word(table, count, ROW, i), word(table, count, COLS, i)
+def view(table, count, i, ws, LATER: tl.constexpr, DENSE: tl.constexpr):
+    """(address, kind, row stride, column stride, columns) of a matrix; LATER: of where its rows lie between two passes.
+    DENSE: nothing that would break a vector."""
+    a, kind, row = word(table, count, A, i), word(table, count, KIND, i), word(table, count, ROW, i)
+    col, cols = word(table, count, COL, i), word(table, count, COLS, i)
+    if LATER:
+        short = kind >= 2
+        a = tl.where(short, ws.to(tl.int64) + word(table, count, SCRATCH, i) * 8, a)
+        kind, row, col = tl.where(short, 1, kind), tl.where(short, cols, row), tl.where(short, 1, col)
     if DENSE:
         row, cols = tl.multiple_of(row, 16), tl.multiple_of(cols, 16)
-    return word(table, count, A, i), word(table, count, KIND, i), row, word(table, count, COL, i), cols
-
-
-@triton.jit
-def later_view(table, count, i, ws, DENSE: tl.constexpr):
-    """The same for where its rows lie between two passes."""
-    a, kind, row, col, cols = view(table, count, i, ws, DENSE)
-    short = kind >= 2
-    a = tl.where(short, ws.to(tl.int64) + word(table, count, SCRATCH, i) * 8, a)
-    row = tl.where(short, cols, row)
-    if DENSE:
-        row = tl.multiple_of(row, 16)
-    return a, tl.where(short, 1, kind), row, tl.where(short, 1, col), cols
+    return a, kind, row, col, cols
 
 
 @triton.jit
@@ -82,10 +76,7 @@ def gram_kernel(
     chunk, piece = local // (blocks * blocks), local % (blocks * blocks)
     i_r, j_r = piece // blocks, piece % blocks
     if wanted & (j_r <= i_r):
-        if LATER:
-            a, kind, row, col, cols = later_view(table, count, i, ws, DENSE)
-        else:
-            a, kind, row, col, cols = view(table, count, i, ws, DENSE)
+        a, kind, row, col, cols = view(table, count, i, ws, LATER, DENSE)
         b_G = tl.zeros((S, S), dtype=tl.float64)
         for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, cols), K):
             b_x = rows_at(a, kind, row, col, cols, r, i_r * S, start, TYPE, DENSE, S, K)
@@ -110,7 +101,7 @@ def sum_of_partials(ws, first, stride, chunks, S: tl.constexpr):
 @triton.jit
 def overflowed(table, count, i, ws, S: tl.constexpr):
     """What a matrix is whose Gram is not finite: fp64 can overflow its own squares, other dtypes cannot."""
-    a, kind, row, col, cols = view(table, count, i, ws, False)
+    a, kind, row, col, cols = view(table, count, i, ws, False, False)
     r, found = word(table, count, ROWS, i), tl.full((), NOT_FINITE, tl.int32)
     if kind == 0:
         bad = 0
@@ -198,8 +189,10 @@ def apply_kernel(
         wanted = found == TWO
     if wanted & nowhere_bad(states, total):
         start, r = (unit - word(table, count, FIRST_APPLY, i)) * N, word(table, count, ROWS, i)
-        a, kind, row, col, cols = view(table, count, i, ws, DENSE)
-        p, p_kind, p_row, p_col, _ = later_view(table, count, i, ws, DENSE)
+        x, x_kind, x_row, x_col, cols = view(table, count, i, ws, LATER, DENSE)
+        a, kind, row, col, _ = view(table, count, i, ws, False, DENSE)
+        p, p_kind, p_row, p_col, _ = view(table, count, i, ws, True, DENSE)
+        X_TYPE: tl.constexpr = LATER_TYPE if LATER else TYPE
         blocks = tl.cdiv(r, S)
         width = blocks * S
         o_i, o_j, o_n = tl.arange(0, S), tl.arange(0, S), start + tl.arange(0, N)
@@ -209,10 +202,7 @@ def apply_kernel(
             b_q = tl.zeros((S, N), dtype=tl.float64)
             for j_r in range(i_r + 1):
                 b_M = tl.load(inverse + (i_r * S + o_i[:, None]) * width + j_r * S + o_j[None, :])
-                if LATER:
-                    b_x = rows_at(p, p_kind, p_row, p_col, cols, r, j_r * S, start, LATER_TYPE, DENSE, S, N)
-                else:
-                    b_x = rows_at(a, kind, row, col, cols, r, j_r * S, start, TYPE, DENSE, S, N)
+                b_x = rows_at(x, x_kind, x_row, x_col, cols, r, j_r * S, start, X_TYPE, DENSE, S, N)
                 b_q = tl.dot(b_M, b_x, b_q, out_dtype=tl.float64)
             tl.debug_barrier()  # all threads have read the rows that are overwritten now
             o_r = i_r * S + o_i
@@ -223,3 +213,52 @@ def apply_kernel(
             else:
                 o_later = o_r[:, None] * p_row + (o_n[None, :] if DENSE else o_n[None, :] * p_col)
                 store(p, p_kind, o_later, b_q, m, LATER_TYPE, DENSE)
+
+
+# Matrices of more rows than one program holds: G before torch's Cholesky, the verdict after it.
+
+
+@triton.jit(do_not_specialize=["count", "blocks"])
+def gather_kernel(table, ws, count, blocks, S: tl.constexpr, CHUNK: tl.constexpr):
+    """A block of G, into the place of L₂; the unit matrix behind the last row, zeros in blocks above the diagonal."""
+    unit = tl.program_id(0)
+    i, piece = unit // (blocks * blocks), unit % (blocks * blocks)
+    i_r, j_r = piece // blocks, piece % blocks
+    r, width = word(table, count, ROWS, i), blocks * S
+    o_i, o_j = i_r * S + tl.arange(0, S)[:, None], j_r * S + tl.arange(0, S)[None, :]
+    b_G = tl.zeros((S, S), dtype=tl.float64)
+    if j_r <= i_r:
+        first = word(table, count, PARTIALS, i) + piece * S * S
+        chunks = tl.cdiv(word(table, count, COLS, i), CHUNK)
+        b_G = sum_of_partials(ws, first, blocks * blocks * S * S, chunks, S)
+        b_G = tl.where((o_i == o_j) & (o_i >= r), 1.0, b_G)
+    factors = ws + word(table, count, FACTORS, i) + 2 * width.to(tl.int64) * width
+    tl.store(factors + o_i * width + o_j, b_G)
+
+
+@triton.jit(do_not_specialize=["count", "blocks"])
+def decide_kernel(table, ws, states, info, count, blocks, S: tl.constexpr):
+    """The state of one matrix, from G, L, L⁻¹, and `info`: whether torch's factorisation went through."""
+    i = tl.program_id(0)
+    r, kind, width = word(table, count, ROWS, i), word(table, count, KIND, i), blocks * S
+    size = width.to(tl.int64) * width
+    factors = ws + word(table, count, FACTORS, i)
+    squares, finite, good = tl.zeros((S,), dtype=tl.float64), 1, 1
+    for j_r in range(blocks):
+        o_j = j_r * S + tl.arange(0, S)
+        b_d = tl.load(factors + 2 * size + o_j * (width + 1))
+        b_pivot = tl.load(factors + o_j * (width + 1))
+        finite = tl.minimum(finite, tl.min(tl.where(b_d < float("inf"), 1, 0), axis=0))
+        b_good = (b_pivot * b_pivot > PIVOT * b_d) & (b_d >= TOO_SMALL)
+        good = tl.minimum(good, tl.min(tl.where(b_good, 1, 0), axis=0))
+        for i_r in range(j_r, blocks):
+            o_i = i_r * S + tl.arange(0, S)
+            b_M = tl.load(factors + size + o_i[:, None] * width + o_j[None, :])
+            b_squares = tl.where((o_i < r)[:, None] & (o_j < r)[None, :], b_M * b_M * b_d[None, :], 0.0)
+            squares += tl.sum(b_squares, axis=1)
+    found = verdict(tl.sum(squares, axis=0) - r + 2, kind)
+    if (good == 0) | (tl.load(info + i) != 0):
+        found = tl.full((), FLAGGED, tl.int32)
+    if finite == 0:
+        found = overflowed(table, count, i, ws, S)
+    tl.store(states + word(table, count, INDEX, i), found)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..tables_device import load, store, word
-from .device import COLS, FACTORS, FLAGGED, INDEX, NOT_FINITE, ONE, ROWS, TWO, later_view, nowhere_bad, rows_at, view
+from .device import COLS, FACTORS, FLAGGED, INDEX, NOT_FINITE, ONE, ROWS, TWO, nowhere_bad, rows_at, view
 
 
 @triton.jit
@@ -178,8 +178,8 @@ def finish_kernel(
     deficient = 0
     wanted = found == FLAGGED
     if wanted & nowhere_bad(states, total):
-        a, kind, row, col, _ = view(table, count, i, ws, False)
-        x, x_kind, x_row, x_col, _ = later_view(table, count, i, ws, False)
+        a, kind, row, col, _ = view(table, count, i, ws, False, False)
+        x, x_kind, x_row, x_col, _ = view(table, count, i, ws, True, False)
         if kind >= 2:
             for at in range(r):
                 for start in range(0, cols, N):

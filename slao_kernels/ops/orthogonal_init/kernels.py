@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ... import native
 from .. import tables as device_tables
-from . import device, finish_device, large_device
+from . import device, finish_device
 
 CHUNK = 1024  # columns of one program's Gram; fixed, so that a result does not depend on what else is in the list
 # By the rows of a block: columns that a Gram's product takes at once, columns of a program's product, of the end's
@@ -40,7 +40,7 @@ class Group:
 
     table: device_tables.Table
     owners: list[int]
-    shapes: list[tuple[int, int]]
+    rows: list[int]  # of each
     side: int
     blocks: int
     gram_programs: int
@@ -55,6 +55,17 @@ class Group:
         size = len(self.owners) * 4 * height * height
         return ws[self.factors : self.factors + size].view(-1, 4, height, height)
 
+    def launch(
+        self, kernel: Any, programs: int, ws: Tensor, *arguments: Any, warps: int | None = None, **constants: Any
+    ) -> None:
+        """The kernel on table and workspace, with what else it takes. SEARCH, TYPE, ...: to those that have them."""
+        known = {"S": self.side, "SEARCH": device_tables.search(len(self.owners)), "DENSE": self.dense}
+        known |= {"TYPE": self.kind, "LATER_TYPE": LATER.get(self.kind, self.kind), "CHUNK": CHUNK}
+        constants = {name: known[name] for name in known if name in kernel.arg_names} | constants
+        warps = TILES[self.side][3] if warps is None else warps
+        arguments = self.table.get(), ws, *arguments
+        device_tables.launch(kernel, (programs,), ws.device, *arguments, num_warps=warps, **constants)
+
 
 @dataclass
 class Plan:
@@ -62,14 +73,8 @@ class Plan:
     words: int  # of the workspace
 
 
-_plans: device_tables.Kept[Plan] = device_tables.Kept()
-
-
-def orthogonal_init_(
-    As: list[Tensor], r: list[Tensor], status: Tensor, keep: Sequence[Tensor] = (), prepared: Plan | None = None
-) -> None:
-    """As `reference.orthogonal_init_`. keep: none. prepared: `tables` of As, which the caller has kept."""
-    assert not keep
+def orthogonal_init_(As: list[Tensor], r: list[Tensor], status: Tensor, prepared: Plan | None = None) -> None:
+    """As `reference.orthogonal_init_`. prepared: `tables` of As, which the caller has kept."""
     if not As:
         return
     where = As[0].device
@@ -84,59 +89,38 @@ def orthogonal_init_(
             _gram(group, ws, states, later)
             _factor(group, ws, states, later)
         for group in plan.groups:
-            _apply(group, ws, states, later)
+            sizes = len(group.owners), len(states)
+            columns = TILES[group.side][1]
+            group.launch(device.apply_kernel, group.apply_programs, ws, states, *sizes, LATER=later, N=columns)
     for group in plan.groups:
-        _finish(group, ws, states, found)
+        count, step = len(group.owners), TILES[group.side][2]
+        step = _INTERPRETED_STEP if device_tables.INTERPRETED else step
+        group.launch(finish_device.finish_kernel, count, ws, states, found, count, len(states), N=step)
         if r:
-            _triangles(group, ws, states)
-            triangles = zip(group.factors_in(ws)[:, 1], group.shapes, strict=True)
-            parts = [triangle[:rows, :rows] for triangle, (rows, _) in triangles]
+            group.launch(finish_device.triangle_kernel, count, ws, states, count, len(states))
+            triangles = zip(group.factors_in(ws)[:, 1], group.rows, strict=True)
+            parts = [triangle[:rows, :rows] for triangle, rows in triangles]
             torch._foreach_copy_([r[owner] for owner in group.owners], parts)
     if found is not status:
         status.copy_(found)
     native.written(As)  # whether or not the device finds a NaN; nobody has waited to know
 
 
-def tables(As: list[Tensor]) -> Plan:
-    """The launches for these matrices, kept."""
-    return _plans.of_tensors(As, None, lambda: _plan(As))
-
-
-def types(group: Group) -> dict[str, Any]:
-    return {"TYPE": group.kind, "LATER_TYPE": LATER.get(group.kind, group.kind)}
-
-
 def _gram(group: Group, ws: Tensor, states: Tensor, later: bool) -> None:
-    wide, _, _, warps = TILES[group.side]
-    device_tables.launch(
-        device.gram_kernel,
-        group.gram_programs,
-        ws.device,
-        *(group.table.get(), ws, states, len(group.owners), len(states)),
-        warps=warps,
-        LATER=later,
-        TYPE=types(group)["LATER_TYPE" if later else "TYPE"],
-        DENSE=group.dense,
-        S=group.side,
-        K=wide,
-        CHUNK=CHUNK,
-        LARGE=group.blocks > 1,
-        SEARCH=device_tables.search(len(group.owners)),
-    )
+    constants = {"LATER": later, "K": TILES[group.side][0], "LARGE": group.blocks > 1}
+    if later:
+        constants["TYPE"] = LATER.get(group.kind, group.kind)
+    sizes = len(group.owners), len(states)
+    group.launch(device.gram_kernel, group.gram_programs, ws, states, *sizes, **constants)
 
 
 def _factor(group: Group, ws: Tensor, states: Tensor, later: bool) -> None:
     count = len(group.owners)
-    table, constants = group.table.get(), {"S": group.side, "CHUNK": CHUNK}
     if group.blocks == 1:
-        arguments = table, ws, states, count, len(states), later
         warps = FACTOR_WARPS[group.side]
-        device_tables.launch(device.factor_kernel, count, ws.device, *arguments, warps=warps, **constants)
+        group.launch(device.factor_kernel, count, ws, states, count, len(states), warps=warps, LATER=later)
         return
-    warps = TILES[group.side][3]
-    programs = count * group.blocks**2
-    gather = large_device.gather_kernel
-    device_tables.launch(gather, programs, ws.device, table, ws, count, group.blocks, warps=warps, **constants)
+    group.launch(device.gather_kernel, count * group.blocks**2, ws, count, group.blocks)
     factors = group.factors_in(ws)
     L, info = torch.linalg.cholesky_ex(factors[:, 2])
     unit = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
@@ -145,53 +129,15 @@ def _factor(group: Group, ws: Tensor, states: Tensor, later: bool) -> None:
     factors[:, slot].copy_(L)
     factors[:, slot + 1].copy_(inverse)
     if not later:
-        decide = large_device.decide_kernel
-        given = table, ws, states, info, count, group.blocks
-        device_tables.launch(decide, count, ws.device, *given, warps=warps, S=group.side)
-
-
-def _apply(group: Group, ws: Tensor, states: Tensor, later: bool) -> None:
-    device_tables.launch(
-        device.apply_kernel,
-        group.apply_programs,
-        ws.device,
-        *(group.table.get(), ws, states, len(group.owners), len(states)),
-        warps=TILES[group.side][3],
-        LATER=later,
-        DENSE=group.dense,
-        S=group.side,
-        N=TILES[group.side][1],
-        SEARCH=device_tables.search(len(group.owners)),
-        **types(group),
-    )
-
-
-def _finish(group: Group, ws: Tensor, states: Tensor, status: Tensor) -> None:
-    device_tables.launch(
-        finish_device.finish_kernel,
-        len(group.owners),
-        ws.device,
-        *(group.table.get(), ws, states, status, len(group.owners), len(states)),
-        warps=TILES[group.side][3],
-        S=group.side,
-        N=_INTERPRETED_STEP if device_tables.INTERPRETED else TILES[group.side][2],
-        **types(group),
-    )
-
-
-def _triangles(group: Group, ws: Tensor, states: Tensor) -> None:
-    arguments = group.table.get(), ws, states, len(group.owners), len(states)
-    warps = TILES[group.side][3]
-    device_tables.launch(
-        finish_device.triangle_kernel, len(group.owners), ws.device, *arguments, warps=warps, S=group.side
-    )
+        group.launch(device.decide_kernel, count, ws, states, info, count, group.blocks)
 
 
 def _side(rows: int) -> int:
     return 16 if rows <= 16 else 32 if rows <= 32 else 64
 
 
-def _plan(As: list[Tensor]) -> Plan:
+def tables(As: list[Tensor]) -> Plan:
+    """The launches for these matrices."""
     members: dict[tuple[int, int, torch.dtype], list[int]] = {}
     for owner, A in enumerate(As):
         side = _side(A.shape[0])
@@ -207,24 +153,22 @@ def _group(As: list[Tensor], owners: list[int], side: int, blocks: int, words: i
     """The group, and where the workspace goes on. Offsets are even: vectors of 16 bytes."""
     height, first, width = side * blocks, words, TILES[side][1]
     words += len(owners) * 4 * height * height
-    gram_programs: list[int] = []
+    gram_programs, apply_programs = list[int](), list[int]()
     records: list[Sequence[int]] = []
-    applied = 0
     dense = True
     for at, owner in enumerate(owners):
-        data, rows, cols, row, col, kind = native.matrix(As[owner])
+        data, rows, cols, row, col, kind = matrix = native.matrix(As[owner])
         dense &= col == 1 and data % 16 == 0 and row % 16 == 0 and cols % 16 == 0
         factors, partials = first + at * 4 * height * height, words
-        chunks = -(-cols // CHUNK)
-        gram_programs.append(chunks * blocks * blocks)
+        gram_programs.append(-(-cols // CHUNK) * blocks * blocks)
+        apply_programs.append(-(-cols // width))
         words += gram_programs[-1] * side * side
         scratch = words
         words += -(-rows * cols // 4) * 2 if kind >= 2 else 0  # fp32
-        records.append((applied, data, kind, rows, cols, row, col, owner, factors, partials, scratch))
-        applied += -(-cols // width)
-    if applied > 0x7FFFFFFF:
-        raise ValueError(f"{applied} tiles are more than one launch can have; pass fewer tensors in one call")
+        records.append((*matrix, owner, factors, partials, scratch))
+    firsts, applied = device_tables.firsts(apply_programs)
+    records = [(at, *record) for at, record in zip(firsts, records, strict=True)]
     table, total = device_tables.columns(records, gram_programs, As[0].device)
-    shapes = [(As[owner].shape[0], As[owner].shape[1]) for owner in owners]
-    kind = device_tables.uniform(record[2] for record in records)
-    return Group(table, owners, shapes, side, blocks, total, applied, first, kind, dense), words
+    rows_of = [As[owner].shape[0] for owner in owners]
+    kind = device_tables.uniform(record[6] for record in records)
+    return Group(table, owners, rows_of, side, blocks, total, applied, first, kind, dense), words

@@ -22,15 +22,15 @@ def orthogonal_init_(
     As: list[Tensor],
     r: list[Tensor],
     status: Tensor,
-    keep: Sequence[Tensor] = (),
     prepared: array.array[int] | None = None,
+    keep: Sequence[Tensor] = (),
 ) -> None:
     """As `reference.orthogonal_init_`; see csrc/cpu/orthogonal_init.cpp and csrc/cuda/orthogonal_init.cu.
 
-    keep (on a CPU only): tensors like As, which receive them as they were, in the pass that overwrites them.
-    prepared: `tables` of As, which the caller has kept.
+    prepared: `tables` of As, which the caller has kept. keep (on a CPU only): tensors like As, which receive them as
+    they were, in the pass that overwrites them.
     """
-    core = native.core()
+    core, table = native.core(), tables(As) if prepared is None else prepared
     if As and As[0].is_cuda:
         if max(A.shape[0] for A in As) > core.cuda_max_rank:
             # One CTA's Cholesky of so many rows would take seconds.
@@ -42,11 +42,10 @@ def orthogonal_init_(
             reference.orthogonal_init_(As, r, status)
             return
         with native.launching(As[0].device) as (device, stream):
-            on_gpu(core, As, r, status, device, stream, prepared)
+            on_gpu(core, table, r, status, device, stream)
         native.written(As)  # whether or not the device finds a NaN; nobody has waited to know
         return
     states = array.array("i", [0]) * len(As)
-    table = tables(As) if prepared is None else prepared
     triangles = native.table(map(native.matrix, r))
     kept = native.table(map(native.matrix, keep))
     finite = core.orthogonal_init(table, triangles, kept, states, torch.get_num_threads(), "auto")
@@ -69,16 +68,9 @@ def tables(As: list[Tensor]) -> array.array[int]:
 
 
 def on_gpu(
-    core: ModuleType,
-    As: list[Tensor],
-    r: list[Tensor],
-    status: Tensor,
-    device: int,
-    stream: int,
-    prepared: array.array[int] | None = None,
+    core: ModuleType, table: array.array[int], r: list[Tensor], status: Tensor, device: int, stream: int
 ) -> None:
     """Four launches for each few hundred matrices; what they find out stays in `status`, nothing is waited for."""
-    table = tables(As) if prepared is None else prepared
     triangles = native.table(map(native.matrix, r))
     # From torch's allocator on the current stream: capturable, and free for reuse behind the last launch.
     workspace = torch.empty(core.cuda_orthogonal_init_workspace(table), dtype=torch.uint8, device=status.device)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ... import dispatch
-from .. import (
-    checks,
-    operators,  # noqa: F401  (defines the operators)
-    repeated,
-)
+from .. import checks, repeated
 
 
 def scaled_merge_(
@@ -41,12 +35,7 @@ def scaled_merge_(
     if not merged:
         return
     chosen = dispatch.choose("scaled_merge", merged[0].device.type, backend)
-    with torch.no_grad():
-        if chosen == "reference" or call.seen is None:
-            torch.ops.slao_kernels.scaled_merge_(merged, finetuned, weights, chosen)
-        else:
-            module = dispatch.implementation("scaled_merge", chosen)
-            module.scaled_merge_(merged, finetuned, weights, call.table(chosen, module, merged, finetuned))
+    call.run("scaled_merge", chosen, (merged, finetuned), weights)
 
 
 _calls = repeated.Repeated()
@@ -55,29 +44,14 @@ _calls = repeated.Repeated()
 def _check(merged: list[Tensor], finetuned: list[Tensor], weights: list[float]) -> None:
     problems = checks.Problems("scaled_merge_")
     if checks.lengths(problems, merged=merged, finetuned=finetuned, lam=weights):
-        if not _all_fit(merged, finetuned, weights):
-            _name_misfits(problems, merged, finetuned, weights)
+        device = next((tensor.device for tensor in merged if isinstance(tensor, Tensor)), None)
+        for index, (target, source, weight) in enumerate(zip(merged, finetuned, weights, strict=True)):
+            fine = checks.tensor(problems, f"merged[{index}]", target, device)
+            fine &= checks.tensor(problems, f"finetuned[{index}]", source, device)
+            if fine and target.shape != source.shape:
+                problems.add(f"finetuned[{index}]", f"is {tuple(source.shape)}, merged {tuple(target.shape)}")
+            if not 0.0 <= weight <= 1.0:
+                problems.add(f"lam[{index}]", f"is {weight}, expected a number in [0, 1]")
         if not problems.found:
             checks.distinct_memory(problems, "merged", merged, finetuned=finetuned)
     problems.raise_if_any()
-
-
-def _all_fit(merged: list[Tensor], finetuned: list[Tensor], weights: list[float]) -> bool:
-    return (
-        checks.plain(merged + finetuned)
-        and all(target.shape == source.shape for target, source in zip(merged, finetuned, strict=True))
-        and all(0.0 <= weight <= 1.0 for weight in weights)
-    )
-
-
-def _name_misfits(
-    problems: checks.Problems, merged: list[Tensor], finetuned: list[Tensor], weights: list[float]
-) -> None:
-    device = next((tensor.device for tensor in merged if isinstance(tensor, Tensor)), None)
-    for index, (target, source, weight) in enumerate(zip(merged, finetuned, weights, strict=True)):
-        fine = checks.tensor(problems, f"merged[{index}]", target, device)
-        fine &= checks.tensor(problems, f"finetuned[{index}]", source, device)
-        if fine and target.shape != source.shape:
-            problems.add(f"finetuned[{index}]", f"is {tuple(source.shape)}, merged {tuple(target.shape)}")
-        if not (math.isfinite(weight) and 0.0 <= weight <= 1.0):
-            problems.add(f"lam[{index}]", f"is {weight}, expected a number in [0, 1]")

@@ -7,24 +7,16 @@ import triton.language as tl
 
 from ..tables_device import INTERPRETED, advance, find, load, store, word
 
-# Rows of the table. STRIDED is 0 for a pair that is contiguous on both sides, ALIGNED 1 where both start at multiples
-# of 16 bytes besides; then the rows from COLS on are not read.
-FIRST, DST, SRC, SIZE, DST_KIND, SRC_KIND, ALIGNED, STRIDED, COLS, DST_ROW, DST_COL, SRC_ROW, SRC_COL = (
-    tl.constexpr(row) for row in range(13)
-)
+# Rows of the table: two records of csrc/tensor_table.h, of which the second's size is not read. DENSE is 1 for a pair
+# that is contiguous on both sides, ALIGNED where both start at multiples of 16 bytes besides.
+FIRST, DST, ROWS, COLS, DST_ROW, DST_COL, DST_KIND = (tl.constexpr(row) for row in range(7))
+SRC, SRC_ROW, SRC_COL, SRC_KIND, DENSE, ALIGNED = (tl.constexpr(row) for row in (7, 10, 11, 12, 13, 14))
 
 
 @triton.jit
-def _copy(dst, src, o_dst, o_src, mask, kind, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def _copy(dst, src, o_dst, o_src, mask, kind, ALIGNED: tl.constexpr):
     """Elements of one dtype, bit for bit: a NaN keeps its payload."""
-    if TYPE is not None:
-        if TYPE.primitive_bitwidth == 64:
-            _copy_bits(dst, src, o_dst, o_src, mask, tl.int64, ALIGNED)
-        elif TYPE.primitive_bitwidth == 32:
-            _copy_bits(dst, src, o_dst, o_src, mask, tl.int32, ALIGNED)
-        else:
-            _copy_bits(dst, src, o_dst, o_src, mask, tl.int16, ALIGNED)
-    elif kind == 0:
+    if kind == 0:
         _copy_bits(dst, src, o_dst, o_src, mask, tl.int64, ALIGNED)
     elif kind == 1:
         _copy_bits(dst, src, o_dst, o_src, mask, tl.int32, ALIGNED)
@@ -49,53 +41,30 @@ def _fma(a, b, c):
 
 @triton.jit
 def _merge(
-    dst,
-    src,
-    o_dst,
-    o_src,
-    mask,
-    lam,
-    dst_kind,
-    src_kind,
-    DST_TYPE: tl.constexpr,
-    SRC_TYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    if lam == 1.0:  # the formula would let a NaN in dst through
-        if DST_TYPE is not None and DST_TYPE == SRC_TYPE:
-            _copy(dst, src, o_dst, o_src, mask, dst_kind, DST_TYPE, ALIGNED)
-        elif DST_TYPE is not None and SRC_TYPE is not None:
-            b = load(src, src_kind, o_src, mask, SRC_TYPE, COMPUTE, ALIGNED)
-            store(dst, dst_kind, o_dst, b, mask, DST_TYPE, ALIGNED)
-        elif dst_kind == src_kind:
-            _copy(dst, src, o_dst, o_src, mask, dst_kind, DST_TYPE, ALIGNED)
-        else:
-            b = load(src, src_kind, o_src, mask, SRC_TYPE, COMPUTE, ALIGNED)
-            store(dst, dst_kind, o_dst, b, mask, DST_TYPE, ALIGNED)
+    dst, src, o_dst, o_src, mask, lam, dst_kind, src_kind,
+    DST_TYPE: tl.constexpr, SRC_TYPE: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    if (lam == 1.0) & (dst_kind == src_kind):
+        _copy(dst, src, o_dst, o_src, mask, dst_kind, ALIGNED)
     else:
         b_src = load(src, src_kind, o_src, mask, SRC_TYPE, COMPUTE, ALIGNED)
-        b_dst = load(dst, dst_kind, o_dst, mask, DST_TYPE, COMPUTE, ALIGNED)
-        # torch's formula, from the nearer end.
-        if lam < 0.5:
-            b = _fma(lam.to(COMPUTE), b_src - b_dst, b_dst)
-        else:
-            b = _fma((lam - 1.0).to(COMPUTE), b_src - b_dst, b_src)
+        b = b_src
+        if lam != 1.0:  # where it is, the formula would let a NaN in dst through
+            b_dst = load(dst, dst_kind, o_dst, mask, DST_TYPE, COMPUTE, ALIGNED)
+            # torch's formula, from the nearer end.
+            if lam < 0.5:
+                b = _fma(lam.to(COMPUTE), b_src - b_dst, b_dst)
+            else:
+                b = _fma((lam - 1.0).to(COMPUTE), b_src - b_dst, b_src)
         store(dst, dst_kind, o_dst, b, mask, DST_TYPE, ALIGNED)
 
 
 @triton.jit(do_not_specialize=["count"])
 def merge_kernel(
-    table,
-    weights,
-    count,
-    DST_TYPE: tl.constexpr,
-    SRC_TYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
+    table, weights, count,
+    DST_TYPE: tl.constexpr, SRC_TYPE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
     SEARCH: tl.constexpr,
-):
+):  # fmt: skip
     """dst <- dst + weights[i] (src - dst) for each record i of `table`; a program takes BLOCK elements of one.
 
     All at once where they are aligned and inside; else STEP at a time, since offsets and masks take registers too.
@@ -104,7 +73,8 @@ def merge_kernel(
     i = find(table, count, unit, SEARCH)
     lam = tl.load(weights + i)
     if lam != 0.0:
-        dst, src, size = word(table, count, DST, i), word(table, count, SRC, i), word(table, count, SIZE, i)
+        dst, src, cols = word(table, count, DST, i), word(table, count, SRC, i), word(table, count, COLS, i)
+        size = word(table, count, ROWS, i) * cols
         dst_kind, src_kind = word(table, count, DST_KIND, i), word(table, count, SRC_KIND, i)
         begin = (unit - word(table, count, FIRST, i)) * BLOCK
         if (word(table, count, ALIGNED, i) == 1) & (begin + BLOCK <= size):
@@ -115,8 +85,7 @@ def merge_kernel(
             for start in range(begin, tl.minimum(begin + BLOCK, size), STEP):
                 o = start + tl.arange(0, STEP)
                 o_dst, o_src = o, o
-                if word(table, count, STRIDED, i) == 1:
-                    cols = word(table, count, COLS, i)
+                if word(table, count, DENSE, i) == 0:
                     o_row, o_col = o // cols, o % cols
                     o_dst = o_row * word(table, count, DST_ROW, i) + o_col * word(table, count, DST_COL, i)
                     o_src = o_row * word(table, count, SRC_ROW, i) + o_col * word(table, count, SRC_COL, i)

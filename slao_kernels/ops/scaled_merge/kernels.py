@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,66 +16,24 @@ from . import device
 # Elements of a program, by the bytes of the larger side's: 16 KB, that is 4 vectors of 16 bytes for each of 256
 # threads. Reasoned, not measured.
 _BLOCKS = {8: 2048, 4: 4096, 2: 8192}
-WARPS = 8
 STEP = 1024
 
 
-@dataclass
-class Launch:
-    """One launch: pairs that are computed in one precision."""
-
-    table: device_tables.Table
-    programs: int
-    count: int
-    owners: list[int]  # the pair that each record is of
-    dst_type: object
-    src_type: object
-    compute: object
-    block: int
-
-    def run(self, weights: list[float], where: torch.device) -> None:
-        numbers = device_tables.numbers([weights[owner] for owner in self.owners], where)
-        device_tables.launch(
-            device.merge_kernel,
-            self.programs,
-            where,
-            self.table.get(),
-            numbers.get(),
-            self.count,
-            warps=WARPS,
-            DST_TYPE=self.dst_type,
-            SRC_TYPE=self.src_type,
-            COMPUTE=self.compute,
-            BLOCK=self.block,
-            STEP=STEP,
-            SEARCH=device_tables.search(self.count),
-        )
-
-
-_plans: device_tables.Kept[list[Launch]] = device_tables.Kept()
-
-
 def scaled_merge_(
-    merged: list[Tensor], finetuned: list[Tensor], lam: list[float], prepared: list[Launch] | None = None
+    merged: list[Tensor],
+    finetuned: list[Tensor],
+    lam: list[float],
+    prepared: list[device_tables.Launch] | None = None,
 ) -> None:
     """As `reference.scaled_merge_`; see device.py.
 
     prepared: `tables` of the same lists, which the caller has kept.
     """
-    if not merged:
-        return
-    launches = tables(merged, finetuned) if prepared is None else prepared
-    for launch in launches:
-        launch.run(lam, merged[0].device)
-    native.written(merged)
+    device_tables.run(tables(merged, finetuned) if prepared is None else prepared, merged, lam)
 
 
-def tables(merged: list[Tensor], finetuned: list[Tensor]) -> list[Launch]:
+def tables(merged: list[Tensor], finetuned: list[Tensor]) -> list[device_tables.Launch]:
     """The launches for these tensors; the weights are not in them, since they change from task to task."""
-    return _plans.of_tensors(merged + finetuned, len(merged), lambda: _plan(merged, finetuned))
-
-
-def _plan(merged: list[Tensor], finetuned: list[Tensor]) -> list[Launch]:
     groups: dict[bool, tuple[list[int], list[Sequence[int]]]] = {}
     for owner, (target, source) in enumerate(zip(merged, finetuned, strict=True)):
         if target.numel():
@@ -84,32 +41,32 @@ def _plan(merged: list[Tensor], finetuned: list[Tensor]) -> list[Launch]:
             for record in _records(target, source):
                 owners.append(owner)
                 records.append(record)
-    where = merged[0].device
-    return [_launch(wide, owners, records, where) for wide, (owners, records) in groups.items()]
+    return [_launch(wide, *group, merged[0].device) for wide, group in groups.items()]
 
 
-def _launch(wide: bool, owners: list[int], records: list[Sequence[int]], where: torch.device) -> Launch:
-    dst_type, src_type = (device_tables.uniform(record[row] for record in records) for row in (3, 4))
-    size = block(dst_type, src_type, wide)
-    table, programs = device_tables.columns(records, [-(-record[2] // size) for record in records], where)
-    compute = tl.float64 if wide else tl.float32
-    return Launch(table, programs, len(records), owners, dst_type, src_type, compute, size)
+def _launch(wide: bool, owners: list[int], records: list[Sequence[int]], where: torch.device) -> device_tables.Launch:
+    dst_type, src_type = (device_tables.uniform(record[row] for record in records) for row in (5, 11))
+    constants = constants_of(dst_type, src_type, wide)
+    programs = [-(-record[1] * record[2] // constants["BLOCK"]) for record in records]
+    table, total = device_tables.columns(records, programs, where)
+    return device_tables.Launch(device.merge_kernel, table, total, owners, constants)
 
 
-def block(dst_type: Any, src_type: Any, wide: bool) -> int:
-    """Elements that a program of these types takes; None: several."""
-    return _BLOCKS[8 if wide else max(kind.primitive_bitwidth // 8 if kind else 4 for kind in (dst_type, src_type))]
+def constants_of(dst_type: Any, src_type: Any, wide: bool) -> dict[str, Any]:
+    """The kernel's constants but SEARCH. A type None: several."""
+    size = 8 if wide else max(kind.primitive_bitwidth // 8 if kind else 4 for kind in (dst_type, src_type))
+    return {
+        "DST_TYPE": dst_type,
+        "SRC_TYPE": src_type,
+        "COMPUTE": tl.float64 if wide else tl.float32,
+        "BLOCK": _BLOCKS[size],
+        "STEP": STEP,
+    }
 
 
 def _records(target: Tensor, source: Tensor) -> Iterator[Sequence[int]]:
-    """The rows of device.py from DST on."""
-    if target.is_contiguous() and source.is_contiguous():
-        dst, _, size, _, _, dst_kind = native.row(target)
-        src, *_, src_kind = native.row(source)
-        aligned = int(dst % 16 == 0 and src % 16 == 0)
-        yield dst, src, size, dst_kind, src_kind, aligned, 0, size, 0, 0, 0, 0
-        return
-    for pair in native.strided(target, source):
-        dst, rows, cols, dst_row, dst_col, dst_kind = pair[:6]
-        src, _, _, src_row, src_col, src_kind = pair[6:]
-        yield dst, src, rows * cols, dst_kind, src_kind, 0, 1, cols, dst_row, dst_col, src_row, src_col
+    """The rows of device.py from DST on: the compiled core's, and how a program may walk over them."""
+    for record in native.pairs(target, source):
+        dense = record[1] == 1 and record[4] == record[10] == 1
+        aligned = dense and record[0] % 16 == 0 and record[6] % 16 == 0
+        yield *record, int(dense), int(aligned)

@@ -49,7 +49,7 @@ def check_product(
     """The product, which is the exact one rounded once, but for the order of an fp32 sum."""
     out, alpha = empty(P.shape[0], Q.shape[1], dtype=P.dtype), 0.7
     assert gemm.layout_of(out, P, Q, T, S, bias) == layout
-    with gemm.force(tile):
+    with gemm.tiles.force("gemm", tile):
         assert gemm.gemm_(out, P, Q, T, S, alpha, bias)
     right = P.double() @ Q.double() + alpha * T.double() @ S.double()
     right = right if bias is None else right + bias.double()
@@ -121,7 +121,7 @@ INELIGIBLE = {
 def test_what_the_kernel_does_not_take(why):
     P, Q, T, S, bias = INELIGIBLE[why](*product(20, 48, 64, 8, torch.bfloat16, "nk", True))
     out = empty(P.shape[0], Q.shape[1], dtype=P.dtype)
-    with gemm.force(TILES["tma"]):
+    with gemm.tiles.force("gemm", TILES["tma"]):
         assert not gemm.gemm_(out, P, Q, T, S, 0.7, bias)
     assert out.isnan().all()
 
@@ -148,7 +148,7 @@ def test_value_and_gradients(op, shape, conv1d, dtype, how, gemm_runs):
     expected = exact(op, inputs)
     if conv1d:
         inputs["weight"] = inputs["weight"].t().contiguous().t()
-    with gemm.force(TILES[how]):
+    with gemm.tiles.force("gemm", TILES[how]):
         found = ours(op, inputs, backend="triton")
         again = ours(op, inputs, backend="triton")
     # `run` clones leaves, which keeps strides: forward and dx, twice.
@@ -166,7 +166,7 @@ def test_dropout_takes_it_forward_only(gemm_runs):
     """In dx the rank's term alone is masked."""
     inputs = make((40,), 48, 40, 8)
     mask = mask_of_the_next_call(inputs["x"], 0.4)
-    with gemm.force(TILES["tma"]):
+    with gemm.tiles.force("gemm", TILES["tma"]):
         found = ours("linear", inputs, dropout=0.4, backend="triton")
     assert gemm_runs == ["nk"]
     compare(found, exact("linear", {**inputs, "mask": mask}), 1.5 * TOLERANCE[torch.bfloat16])
@@ -178,7 +178,7 @@ def test_dropout_takes_it_forward_only(gemm_runs):
 def test_else_torchs(dtype, shape, gemm_runs):
     """fp32, and an empty batch: nothing runs in the kernel, and the result is right."""
     inputs = make(shape, 40, 24, 8, dtype=dtype)
-    with gemm.force(TILES["tma"]):
+    with gemm.tiles.force("gemm", TILES["tma"]):
         found = ours("linear", inputs, backend="triton")
     assert gemm_runs == ([] if dtype == torch.float32 or shape == (0,) else ["nk", "kn"])
     check("linear", found, exact("linear", inputs), inputs)
@@ -193,7 +193,7 @@ def test_several_layers_of_one_x(r, how, gemm_runs):
     names = OPS["three layers"].names
     leaves = {name: inputs[name].clone().requires_grad_() for name in names}
     layers = [leaves.get(part + i) for i in ("", "1", "2") for part in NAMES[1:]]
-    with gemm.force(TILES[how]):
+    with gemm.tiles.force("gemm", TILES[how]):
         ys = layers_of_one_x(leaves["x"], layers, backend="triton")
         dys = [dy.contiguous() for dy in inputs["dy"].split(widths, -1)]
         grads = torch.autograd.grad(ys, list(leaves.values()), dys)
@@ -218,7 +218,7 @@ def test_the_callers_allocator_stays():
 def test_compiles_without_a_graph_break(gemm_runs):
     inputs = make((16,), 32, 24, 8)
     function = torch.compile(lambda t: OPS["linear"].ours(t, backend="triton"), fullgraph=True, backend="aot_eager")
-    with gemm.force(TILES["tma"]):
+    with gemm.tiles.force("gemm", TILES["tma"]):
         found = run(function, inputs, NAMES)
     assert gemm_runs == ["nk", "kn"]
     check("linear", found, exact("linear", inputs), inputs)
@@ -265,5 +265,5 @@ def test_a_tile_that_does_not_fit_is_left_out(table, monkeypatch):
     assert len(asked) == 1
     equal(again, found)
     check("linear", found, exact("linear", inputs), inputs)
-    with gemm.force(TILES["pointers"]), pytest.raises(OutOfResources):
+    with gemm.tiles.force("gemm", TILES["pointers"]), pytest.raises(OutOfResources):
         ours("linear", inputs, backend="triton")

@@ -98,9 +98,9 @@ def test_what_is_remembered_is_bounded():
 
 def test_forcing_ends_with_the_block():
     first, second = gemm.CANDIDATES[:2]
-    with gemm.force(first):
-        with pytest.raises(ZeroDivisionError), gemm.force(second):
-            assert gemm._forced is second
+    with tiles.force("gemm", first):
+        with pytest.raises(ZeroDivisionError), tiles.force("gemm", second):
+            assert tiles.forced["gemm"] is second
             raise ZeroDivisionError
-        assert gemm._forced is first
-    assert gemm._forced is None
+        assert tiles.forced["gemm"] is first
+    assert "gemm" not in tiles.forced

@@ -50,7 +50,7 @@ def test_large_in_the_gemm(shape, tile, gemm_runs):
     if tile.tma and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no descriptors in this GPU's hardware")
     inputs, names = make(*shape, torch.bfloat16, device="cuda"), ("x", "A", "B")
-    with gemm.force(tile):
+    with gemm.tiles.force("gemm", tile):
         found = ours("linear", inputs, names, backend="triton")
         again = ours("linear", inputs, names, backend="triton")
     assert gemm_runs == 2 * ["nk", "kn"]
@@ -70,7 +70,7 @@ def test_cuda_graph(in_the_gemm, gemm_runs):
 
     tma = torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
     tile = next(tile for tile in gemm.CANDIDATES if tile.tma is tma)
-    with gemm.force(tile) if in_the_gemm else nullcontext():
+    with gemm.tiles.force("gemm", tile) if in_the_gemm else nullcontext():
         plain, replay, found = [value.clone() for value in step()], Place("cuda", "triton").captured(step), []
         for _ in range(2):
             captured = replay()

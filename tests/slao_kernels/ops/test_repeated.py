@@ -83,6 +83,20 @@ def test_the_same_lists_are_looked_at_once(looked):
     assert sorted(looked) == ["fold", "orthogonal_init", "scaled_merge"]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_lists_are_remembered_with_their_tables(backend, looked, monkeypatch):
+    """As many as one CUDA graph may hold; of more, the latest."""
+    if backend != "reference":
+        module, built = dispatch.implementation("fold", backend), []
+        tables = module.tables
+        monkeypatch.setattr(module, "tables", lambda *lists: (built.append(1), tables(*lists))[1])
+    ops = [Op("fold") for _ in range(repeated._MOST + 1)]
+    for op in [*ops[1:], *ops[1:], ops[0], ops[1]]:
+        op.run(backend)
+    assert looked == ["fold"] * (len(ops) + 1)
+    assert backend == "reference" or len(built) == len(ops) + 1
+
+
 def test_a_factor_that_is_none_is_refused_after_good_ones(looked):
     op = Op("fold")
     slao_kernels.fold_(op.out, op.As, op.Bs, 0.5)

@@ -1,4 +1,4 @@
-"""Tables of pointers and what Triton's kernels over them share: records found, elements in and out, tables kept."""
+"""Tables of pointers and what Triton's kernels over them share: records found, elements in and out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_every_record_is_found(count):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_edges_of_programs(dtype, start):
     """One more and one less than a program's share, from aligned addresses and others; nothing beyond is touched."""
-    block = kernels.block(tables.TYPES[DTYPES.index(dtype)], tables.TYPES[1], dtype == torch.float64)
+    kind, wide = tables.TYPES[DTYPES.index(dtype)], dtype == torch.float64
+    block = kernels.constants_of(kind, tables.TYPES[1], wide)["BLOCK"]
     for size in (block - 1, block, block + 1, 2 * block + 1025):
         whole = torch.randn(size + start + 9, dtype=torch.float64).to(dtype).to(DEVICE)
         old, tuned = whole.clone(), torch.randn(size).to(DEVICE)
@@ -59,21 +60,3 @@ def test_copies_and_merges_of_any_dtypes_are_one_launch():
     assert [m.double().mean().item() for m in merged] == lam
     merged.append(torch.zeros(40, dtype=torch.float64, device=DEVICE))
     assert len(kernels.tables(merged, [*tuned, tuned[0]])) == 2  # fp64 is computed in fp64
-
-
-@on_device
-def test_a_table_is_kept_as_long_as_it_describes_the_call():
-    merged, tuned = [torch.zeros(40, device=DEVICE)], [torch.ones(40, device=DEVICE)]
-    (first,) = kernels.tables(merged, tuned)
-    assert kernels.tables(merged, tuned)[0] is first
-    assert kernels.tables([merged[0][:20]], [tuned[0][:20]])[0] is not first
-    assert kernels.tables(merged, [tuned[0].bfloat16()])[0] is not first
-    again = kernels.tables(merged, tuned)[0]
-    assert again is kernels.tables(merged, tuned)[0]
-    kept = tables.Kept(2)
-    built = [kept.get(key, None, lambda: object()) for key in "abab"]
-    assert built[0] is built[2]
-    assert built[1] is built[3]
-    kept.get("c", None, lambda: object())  # "a" is the oldest now
-    assert kept.get("b", None, lambda: object()) is built[1]
-    assert kept.get("a", None, lambda: object()) is not built[0]

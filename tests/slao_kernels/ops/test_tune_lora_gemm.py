@@ -107,7 +107,7 @@ def test_nothing_measured_is_a_table_too(folder):
 
 def test_forced_tiles_end_with_the_block():
     tile = tiles.table("default")[0]
-    with tiles.force(tile):
+    with tiles.force(tile.kernel, tile):
         assert tiles.forced == {tile.kernel: tile}
     assert tiles.forced == {}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import checks, several
+from . import checks, several
 
 # A squared norm below this part of ‖A‖² ‖B‖² is what the roundings of a sum that is zero leave.
 _ROUNDING = 2.0**-46

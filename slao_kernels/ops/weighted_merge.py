@@ -10,7 +10,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from .. import checks, several
+from . import checks, several
 
 
 @dataclass(frozen=True)
