@@ -27,10 +27,10 @@ ISAS = {"base": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c"]
-    ISAS["avx512"] += ["-mprefer-vector-width=512", "-Wno-maybe-uninitialized"]
+    ISAS["avx512"] += ["-mprefer-vector-width=512", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
     # lora_linear has code where the processor multiplies bf16, and the compiler has flags for that (GCC 10, GCC 11).
     LORA_ISAS = {"avx512bf16": [*ISAS["avx512"], "-mavx512bf16"]}
-    LORA_ISAS["amx"] = [*LORA_ISAS["avx512bf16"], "-mamx-tile", "-mamx-bf16", "-Wno-uninitialized"]
+    LORA_ISAS["amx"] = [*LORA_ISAS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
 else:
     LORA_ISAS = {}
 # Machine code for these, as far as nvcc knows them, and PTX of the newest for what comes after.

@@ -1,4 +1,4 @@
-// The module. With tables.h and bindings_cuda.h the only code that knows Python. Tables arrive as buffers of 64-bit
+// The module. With tables.h and bindings_*.h the only code that knows Python. Tables arrive as buffers of 64-bit
 // integers (six to a matrix, see tensor_table.h), already checked by slao_kernels/native.py; the GIL is released while
 // a kernel runs.
 #include "bindings_lora.h"
@@ -13,34 +13,35 @@ using slao::Isa;
 
 namespace {
 
+constexpr const char* kNames[] = {"base", "avx2", "avx512"};  // of Isa's values
+
 Isa isa_of(const std::string& name) {
   const Isa best = slao::best_isa();
-  if (name == "auto") return best;
-  const Isa wish = name == "avx512" ? Isa::avx512 : name == "avx2" ? Isa::avx2 : Isa::base;
-  if (wish > best) throw std::invalid_argument("this processor has no " + name);
-  return wish;
+  for (int isa = 0; isa <= int(best); ++isa)
+    if (name == kNames[isa]) return Isa(isa);
+  if (name != "auto") throw std::invalid_argument("this processor has no " + name);
+  return best;
 }
 
 void scaled_merge(const py::buffer& table, const py::buffer& lam, int threads, const std::string& isa) {
-  const auto records = slao::merge_records(table, lam);
+  const auto records = slao::records_of<slao::MergeRecord, 0, 1>(table, lam);
   const Isa chosen = isa_of(isa);
   py::gil_scoped_release release;
   SLAO_CALL(chosen, scaled_merge(records.data(), int64_t(records.size()), threads));
 }
 
 void fold(const py::buffer& table, const py::buffer& scalings, int threads, const std::string& isa) {
-  const auto records = slao::fold_records(table, scalings);
+  const auto records = slao::records_of<slao::FoldRecord, 0, 1, 2>(table, scalings);
   const Isa chosen = isa_of(isa);
   py::gil_scoped_release release;
   SLAO_CALL(chosen, fold(records.data(), int64_t(records.size()), threads));
 }
 
+// triangles and kept may be empty: R is not wanted, the matrices are not copied.
 bool orthogonal_init(const py::buffer& table, const py::buffer& triangles, const py::buffer& kept,
                      const py::buffer& status, int threads, const std::string& isa) {
-  const auto m = slao::matrices_of(table, 1);
-  const auto r = slao::matrices_of(triangles, 1);
+  const auto m = slao::matrices_of(table, 1), r = slao::matrices_of(triangles, 1), k = slao::matrices_of(kept, 1);
   const auto states = slao::buffer_of<int32_t>(status, "status");
-  const auto k = slao::matrices_of(kept, 1);
   if (states.size != m.size || (r.size && r.size != m.size) || (k.size && k.size != m.size))
     throw std::invalid_argument("one state, R and copy a matrix");
   const Isa chosen = isa_of(isa);
@@ -49,21 +50,15 @@ bool orthogonal_init(const py::buffer& table, const py::buffer& triangles, const
                                            reinterpret_cast<slao::Status*>(states.data), m.size, threads));
 }
 
-std::string best_isa() {
-  const Isa best = slao::best_isa();
-  return best == Isa::avx512 ? "avx512" : best == Isa::avx2 ? "avx2" : "base";
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Whole-model kernels over tables of raw pointers. Call slao_kernels' ops, not this.";
-  module.attr("abi") = 4;
-  module.def("best_isa", &best_isa);
-  module.def("scaled_merge", &scaled_merge, py::arg("table"), py::arg("lam"), py::arg("threads"), py::arg("isa"));
-  module.def("fold", &fold, py::arg("table"), py::arg("scalings"), py::arg("threads"), py::arg("isa"));
-  module.def("orthogonal_init", &orthogonal_init, py::arg("table"), py::arg("triangles"), py::arg("kept"),
-             py::arg("status"), py::arg("threads"), py::arg("isa"));
+  module.attr("abi") = 5;
+  module.def("best_isa", [] { return kNames[int(slao::best_isa())]; });
+  module.def("scaled_merge", &scaled_merge);
+  module.def("fold", &fold);
+  module.def("orthogonal_init", &orthogonal_init);
   slao::define_lora(module);
 #ifdef SLAO_CUDA
   module.attr("cuda") = true;

@@ -7,45 +7,31 @@
 namespace slao {
 
 inline void define_cuda(pybind11::module_& module) {
-  namespace py = pybind11;
+  using pybind11::buffer, pybind11::gil_scoped_release;
   module.attr("cuda_max_rank") = cuda::kMaxRank;
-  module.def(
-      "cuda_scaled_merge",
-      [](const py::buffer& table, const py::buffer& lam, int device, uintptr_t stream) {
-        const auto records = merge_records(table, lam);
-        py::gil_scoped_release release;
-        SLAO_CUDA_CALL(scaled_merge(records.data(), int64_t(records.size()), device, stream));
-      },
-      py::arg("table"), py::arg("lam"), py::arg("device"), py::arg("stream"));
-  module.def(
-      "cuda_fold",
-      [](const py::buffer& table, const py::buffer& scalings, int device, uintptr_t stream) {
-        const auto records = fold_records(table, scalings);
-        py::gil_scoped_release release;
-        SLAO_CUDA_CALL(fold(records.data(), int64_t(records.size()), device, stream));
-      },
-      py::arg("table"), py::arg("scalings"), py::arg("device"), py::arg("stream"));
-  module.def(
-      "cuda_orthogonal_init_workspace",
-      [](const py::buffer& table) {
-        const auto m = matrices_of(table, 1);
-        return cuda::many::orthogonal_init_workspace(m.data, m.size);
-      },
-      py::arg("table"));
+  module.def("cuda_scaled_merge", [](const buffer& table, const buffer& lam, int device, uintptr_t stream) {
+    const auto records = records_of<MergeRecord, 0, 1>(table, lam);
+    gil_scoped_release release;
+    SLAO_CUDA_CALL(scaled_merge(records.data(), int64_t(records.size()), device, stream));
+  });
+  module.def("cuda_fold", [](const buffer& table, const buffer& scalings, int device, uintptr_t stream) {
+    const auto records = records_of<FoldRecord, 0, 1, 2>(table, scalings);
+    gil_scoped_release release;
+    SLAO_CUDA_CALL(fold(records.data(), int64_t(records.size()), device, stream));
+  });
+  module.def("cuda_orthogonal_init_workspace", [](const buffer& table) {
+    const auto m = matrices_of(table, 1);
+    return cuda::many::orthogonal_init_workspace(m.data, m.size);
+  });
   // status and workspace: addresses on the device.
-  module.def(
-      "cuda_orthogonal_init",
-      [](const py::buffer& table, const py::buffer& triangles, uintptr_t status, uintptr_t workspace, int device,
-         uintptr_t stream) {
-        const auto m = matrices_of(table, 1);
-        const auto r = matrices_of(triangles, 1);
-        if (r.size && r.size != m.size) throw std::invalid_argument("one R a matrix");
-        py::gil_scoped_release release;
-        SLAO_CUDA_CALL(orthogonal_init(m.data, r.size ? r.data : nullptr, reinterpret_cast<int32_t*>(status), m.size,
-                                       reinterpret_cast<char*>(workspace), device, stream));
-      },
-      py::arg("table"), py::arg("triangles"), py::arg("status"), py::arg("workspace"), py::arg("device"),
-      py::arg("stream"));
+  module.def("cuda_orthogonal_init", [](const buffer& table, const buffer& triangles, uintptr_t status,
+                                        uintptr_t workspace, int device, uintptr_t stream) {
+    const auto m = matrices_of(table, 1), r = matrices_of(triangles, 1);
+    if (r.size && r.size != m.size) throw std::invalid_argument("one R a matrix");
+    gil_scoped_release release;
+    SLAO_CUDA_CALL(orthogonal_init(m.data, r.size ? r.data : nullptr, reinterpret_cast<int32_t*>(status), m.size,
+                                   reinterpret_cast<char*>(workspace), device, stream));
+  });
 }
 
 }  // namespace slao

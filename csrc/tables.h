@@ -29,22 +29,15 @@ inline Buffer<Matrix> matrices_of(const pybind11::buffer& table, int64_t per_rec
   return {reinterpret_cast<Matrix*>(words.data), words.size / 6};
 }
 
-inline std::vector<MergeRecord> merge_records(const pybind11::buffer& table, const pybind11::buffer& lam) {
-  const auto m = matrices_of(table, 2);
-  const auto weights = buffer_of<double>(lam, "lam");
-  if (weights.size * 2 != m.size) throw std::invalid_argument("lam: one a record");
-  std::vector<MergeRecord> records(weights.size);
-  for (int64_t i = 0; i < weights.size; ++i) records[i] = {m.data[2 * i], m.data[2 * i + 1], weights.data[i]};
-  return records;
-}
-
-inline std::vector<FoldRecord> fold_records(const pybind11::buffer& table, const pybind11::buffer& scalings) {
-  const auto m = matrices_of(table, 3);
-  const auto factors = buffer_of<double>(scalings, "scalings");
-  if (factors.size * 3 != m.size) throw std::invalid_argument("scalings: one a record");
-  std::vector<FoldRecord> records(factors.size);
-  for (int64_t i = 0; i < factors.size; ++i)
-    records[i] = {m.data[3 * i], m.data[3 * i + 1], m.data[3 * i + 2], factors.data[i]};
+// Records of a few matrices each, numbered by `at` in a record, and a factor each.
+template <typename Record, int... at>
+std::vector<Record> records_of(const pybind11::buffer& table, const pybind11::buffer& factors) {
+  constexpr int64_t each = sizeof...(at);
+  const auto m = matrices_of(table, each);
+  const auto f = buffer_of<double>(factors, "factors");
+  if (f.size * each != m.size) throw std::invalid_argument("factors: one a record");
+  std::vector<Record> records(f.size);
+  for (int64_t i = 0; i < f.size; ++i) records[i] = {m.data[i * each + at]..., f.data[i]};
   return records;
 }
 

@@ -16,6 +16,13 @@ struct Matrix {
   Dtype dtype;
 };
 
+// static, as all functions here: kernels that are compiled once per instruction set must not share a definition.
+static inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+static inline Matrix transposed(const Matrix& m) {
+  return {m.data, m.cols, m.rows, m.col_stride, m.row_stride, m.dtype};
+}
+
 // dst <- dst + lam (src - dst)
 struct MergeRecord {
   Matrix dst, src;
@@ -28,10 +35,17 @@ struct FoldRecord {
   double scaling;
 };
 
+// A weight stored (in, out) has its rows along the columns: Wᵀ += s Aᵀ Bᵀ walks it in memory order.
+static inline FoldRecord in_memory_order(const FoldRecord& r) {
+  if (r.weight.col_stride == 1 || r.weight.row_stride != 1) return r;
+  return {transposed(r.weight), transposed(r.B), transposed(r.A), r.scaling};
+}
+
+static inline bool in_double(const FoldRecord& r) {
+  return r.weight.dtype == Dtype::f64 || r.A.dtype == Dtype::f64 || r.B.dtype == Dtype::f64;
+}
+
 // What orthogonal_init found out about a matrix; 0 to 2 are the public codes of ops/schema.py.
 enum class Status : int32_t { done = 0, deficient = 1, not_finite = 2, flagged = 3 };
-
-// static: kernels that are compiled once per instruction set must not share a definition.
-static inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 }  // namespace slao

@@ -2,52 +2,27 @@
 // A and a few rows of W, both in the cache.
 #include "arena.h"
 #include "isa.h"
-#include "rows.h"
+#include "product.h"
 
 namespace slao::SLAO_ISA {
 namespace {
 
 constexpr int kRows = kBytes == 64 ? 6 : 2, kVectors = 4;  // accumulators that fit the register file
+template <typename T> constexpr int64_t kStep = kVectors * Lanes<T>::n;
 constexpr int64_t kUnitRows = 96;                          // rows of W that share one conversion of A's panel
 constexpr int64_t kPanelBytes = 128 << 10;                 // of A: half of a small L2
-
-// MI rows of W, MJ vectors of each, stored as D: read once, written once, converted in registers.
-template <int MI, int MJ, typename T, typename D>
-void tile(const T* b, int64_t r, const T* a, int64_t pitch, D* w, int64_t ldw) {
-  using V = typename Lanes<T>::V;
-  constexpr int n = Lanes<T>::n;
-  V sums[MI][MJ];
-#pragma GCC unroll 8
-  for (int i = 0; i < MI; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < MJ; ++j) sums[i][j] = load_as<V>(w + i * ldw + j * n);
-  for (int64_t k = 0; k < r; ++k) {
-    V columns[MJ];
-    for (int j = 0; j < MJ; ++j) columns[j] = loadu<V>(a + k * pitch + j * n);
-    for (int i = 0; i < MI; ++i) {
-      const V factor = splat(b[i * r + k]);
-      for (int j = 0; j < MJ; ++j) sums[i][j] += factor * columns[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < MI; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < MJ; ++j) store(w + i * ldw + j * n, sums[i][j]);
-}
 
 // `rows` <= kRows rows of `count` columns, a multiple of kVectors registers.
 template <typename T, typename D>
 void strip(const T* b, int64_t r, const T* a, int64_t pitch, D* w, int64_t ldw, int64_t rows, int64_t count) {
-  constexpr int64_t step = kVectors * Lanes<T>::n;
-  for (int64_t j = 0; j < count; j += step) {
+  for (int64_t j = 0; j < count; j += kStep<T>) {
     if (rows == kRows)
-      tile<kRows, kVectors>(b, r, a + j, pitch, w + j, ldw);
+      product_tile<true, kRows, kVectors>(b, r, r, a + j, pitch, w + j, ldw);
     else
-      for (int64_t i = 0; i < rows; ++i) tile<1, kVectors>(b + i * r, r, a + j, pitch, w + i * ldw + j, ldw);
+      for (int64_t i = 0; i < rows; ++i)
+        product_tile<true, 1, kVectors>(b + i * r, r, r, a + j, pitch, w + i * ldw + j, ldw);
   }
 }
-
-template <typename T> constexpr int64_t kStep = kVectors * Lanes<T>::n;
 
 // Where a thread's panel of A (r, pitch), its rows of B (kRows, r) and of W (kRows, padded) lie.
 template <typename T> struct Workspace {
@@ -103,16 +78,12 @@ template <typename T> void fold_unit(const Unit& unit, Arena arena) {
   }
 }
 
-Matrix transposed(const Matrix& m) { return {m.data, m.cols, m.rows, m.col_stride, m.row_stride, m.dtype}; }
-
 // f(unit) for each piece of a record.
-template <typename F> void cut(FoldRecord record, F&& f) {
-  if (record.A.rows == 0) return;  // r = 0 adds nothing
-  // A weight stored (in, out) has its rows along the columns: Wᵀ += s Aᵀ Bᵀ walks it in memory order.
-  if (record.weight.col_stride != 1 && record.weight.row_stride == 1)
-    record = {transposed(record.weight), transposed(record.B), transposed(record.A), record.scaling};
+template <typename F> void cut(const FoldRecord& given, F&& f) {
+  if (given.A.rows == 0) return;  // r = 0 adds nothing
+  const FoldRecord record = in_memory_order(given);
   const int64_t rows = record.weight.rows, cols = record.weight.cols;
-  const bool wide = record.weight.dtype == Dtype::f64 || record.A.dtype == Dtype::f64 || record.B.dtype == Dtype::f64;
+  const bool wide = in_double(record);
   const int64_t step = wide ? kStep<double> : kStep<float>;
   const int64_t width = max(step, kPanelBytes / (record.A.rows * (wide ? 8 : 4)) / step * step);
   for (int64_t row = 0; row < rows; row += kUnitRows)

@@ -29,22 +29,32 @@ SLAO_DECLARE(avx512)
 
 namespace slao {
 
-// g (M, r) = scale dy B, dB (N, r) = scale dyᵀ t, dA (K, r) = xᵀ g: each where it has data; dA needs g.
-struct LoraGrads {
-  Matrix dy, t, B, g, dA, dB;
+// t = t_scale x P where P has data (else t is there already), y = y_scale t Q + bias (or null) where Q has.
+struct LoraRows {
+  Matrix x, P, t, Q, y;
+  const void* bias;
+  float t_scale, y_scale;
+};
+
+// d = scale xᵀ t
+struct LoraOuter {
+  Matrix x, t, d;
   float scale;
 };
 
-// lora_linear's products for one instruction set (lora_linear.cpp says what each is): rank at most kLoraRank; x, y and t
-// bf16 with unit column stride, the other matrices bf16 or fp32. forward is a shrink with P = Aᵀ and an expand with
-// Q = Bᵀ; backward adds dx = g A (A (r, K)) where dx has data.
+// g (M, r) = scale dy B, dx (M, K) = g A, dA (K, r) = xᵀ g, dB (N, r) = scale dyᵀ t: each where it has data; dx and dA
+// need g.
+struct LoraBackward {
+  Matrix dy, t, x, A, B, g, dx, dA, dB;
+  float scale;
+};
+
+// lora_linear's products for one instruction set (lora_linear.cpp says what each is): rank at most kLoraRank; x, dy, y,
+// t, g and dx bf16 with unit column stride, the other matrices bf16 or fp32.
 struct LoraProducts {
-  void (*shrink)(const Matrix& x, const Matrix& P, const Matrix& t, float scale, int threads);
-  void (*expand)(const Matrix& t, const Matrix& Q, const void* bias, const Matrix& y, float scale, int threads);
-  void (*outer)(const Matrix& x, const Matrix& t, const Matrix& d, float scale, int threads);
-  void (*forward)(const Matrix& x, const Matrix& P, const Matrix& t, const Matrix& Q, const void* bias, const Matrix& y,
-                  float scale, int threads);
-  void (*backward)(const LoraGrads& grads, const Matrix& x, const Matrix& A, const Matrix& dx, int threads);
+  void (*rows)(const LoraRows& rows, int threads);
+  void (*outer)(const LoraOuter& outer, int threads);
+  void (*backward)(const LoraBackward& pass, int threads);
 };
 constexpr int kLoraRank = 64;
 
@@ -54,10 +64,6 @@ extern const LoraProducts lora_products;
 namespace amx {
 extern const LoraProducts lora_products;
 }
-
-}  // namespace slao
-
-namespace slao {
 
 enum class Isa { base, avx2, avx512 };
 

@@ -34,6 +34,9 @@ struct Plan {
   double *L, *inverse;  // (r, r) each
   double condition;
   bool narrow;  // L⁻¹A may be computed in fp32
+
+  // f(T{}) with the type in which it is computed.
+  template <typename F> void with_precision(const F& f) const { narrow ? f(float{}) : f(double{}); }
 };
 
 struct Inspection {
@@ -176,20 +179,14 @@ template <typename T> void finish(const Matrix& m, const Matrix& triangle, const
 bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, const Matrix* kept, Status* status, int64_t count,
                      int threads) {
   const int team = int(max<int64_t>(1, min<int64_t>(threads, count)));
-  Arena needed;
-  const auto lay_out = [&](Plan* plans, Arena& arena) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t size = matrices[i].rows * matrices[i].rows;
-      double *L = arena.take<double>(size), *inverse = arena.take<double>(size);
-      if (plans) plans[i] = {L, inverse, 0, false};
-    }
-  };
-  needed.take<Plan>(count);
-  lay_out(nullptr, needed);
-  const Memory memory(needed.used);
-  Arena arena{memory.data};
-  Plan* const plans = arena.take<Plan>(count);
-  lay_out(plans, arena);
+  const auto doubles = [&](int64_t i) { return round_up(2 * matrices[i].rows * matrices[i].rows, 8); };
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += doubles(i);
+  const Memory list(count * sizeof(Plan)), factors(total * sizeof(double));
+  Plan* const plans = (Plan*)list.data;
+  double* next = (double*)factors.data;
+  for (int64_t i = 0; i < count; next += doubles(i++))
+    plans[i] = {next, next + matrices[i].rows * matrices[i].rows, 0, false};
 
   size_t size = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -211,10 +208,7 @@ bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, const Matr
   size = 0;
   for (int64_t i = 0; i < count; ++i) {
     Arena of_one;
-    if (plans[i].narrow)
-      Finish<float>(of_one, matrices[i], plans[i]);
-    else
-      Finish<double>(of_one, matrices[i], plans[i]);
+    plans[i].with_precision([&](auto t) { Finish<decltype(t)>(of_one, matrices[i], plans[i]); });
     size = max(size, of_one.used);
   }
   const Memory work(team * size);
@@ -224,10 +218,7 @@ bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, const Matr
     if (status[i] != Status::done) continue;
     const Matrix triangle = triangles ? triangles[i] : Matrix{};
     const Arena mine{work.data + thread_index() * size};
-    if (plans[i].narrow)
-      finish<float>(matrices[i], triangle, plans[i], mine);
-    else
-      finish<double>(matrices[i], triangle, plans[i], mine);
+    plans[i].with_precision([&](auto t) { finish<decltype(t)>(matrices[i], triangle, plans[i], mine); });
   }
   return true;
 }

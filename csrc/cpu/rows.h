@@ -1,4 +1,4 @@
-// Pieces of a matrix's rows in and out of contiguous scratch of the type that is computed in (float or double).
+// Numbers of one storage type as those of another; pieces of a matrix's rows in and out of contiguous scratch.
 #pragma once
 #include <type_traits>
 
@@ -16,62 +16,39 @@ template <> struct Lanes<double> {
   static constexpr int n = kDoubles;
 };
 
-// to[0:count] = m[row, begin:begin+count]
-template <typename T> void load_span(const Matrix& m, int64_t row, int64_t begin, int64_t count, T* to) {
-  with_type(m.dtype, [&](auto d) {
-    using D = decltype(d);
-    const D* from = (const D*)m.data + row * m.row_stride + begin * m.col_stride;
-    int64_t j = 0;
-    if (m.col_stride == 1) {
-      if constexpr (std::is_same<D, T>::value) {
-        std::memcpy(to, from, count * sizeof(T));
-        return;
-      } else if constexpr (std::is_same<T, float>::value && !std::is_same<D, double>::value) {
-        for (; j + kFloats <= count; j += kFloats) store(to + j, load(from + j));
-      } else if constexpr (std::is_same<D, float>::value) {
-        for (; j + kDoubles <= count; j += kDoubles) storeu(to + j, load_wide(from + j));
-      } else if constexpr (std::is_same<T, double>::value) {
-        for (; j + kFloats <= count; j += kFloats) {
-          float narrow[kFloats];
-          store(narrow, load(from + j));
-          storeu(to + j, load_wide(narrow));
-          storeu(to + j + kDoubles, load_wide(narrow + kDoubles));
-        }
-      }
-    }
-    for (; j < count; ++j) to[j] = T(to_double(from[j * m.col_stride]));
-  });
+// Each rounded once; between equal types every bit stays.
+template <typename D, typename S>
+void convert(const S* from, int64_t from_stride, D* to, int64_t to_stride, int64_t count) {
+  const bool dense = from_stride == 1 && to_stride == 1;
+  int64_t j = 0;
+  if constexpr (std::is_same<D, S>::value) {
+    if (dense) return void(std::memmove(to, from, count * sizeof(D)));
+    for (; j < count; ++j) to[j * to_stride] = from[j * from_stride];
+  } else if constexpr (!std::is_same<S, double>::value) {
+    for (; dense && j + kFloats <= count; j += kFloats) store(to + j, load(from + j));
+  }
+  for (; j < count; ++j) put(to + j * to_stride, widen(from[j * from_stride]));
 }
 
-// m[row, begin:begin+count] = from[0:count], rounded once to the matrix's dtype
+// to[0:count] = m[row, begin:begin+count], as the type that is computed in (float or double)
+template <typename T> void load_span(const Matrix& m, int64_t row, int64_t begin, int64_t count, T* to) {
+  const int64_t at = row * m.row_stride + begin * m.col_stride;
+  with_type(m.dtype, [&](auto d) { convert((const decltype(d)*)m.data + at, m.col_stride, to, 1, count); });
+}
+
+// m[row, begin:begin+count] = from[0:count]
 template <typename T> void store_span(const Matrix& m, int64_t row, int64_t begin, int64_t count, const T* from) {
-  with_type(m.dtype, [&](auto d) {
-    using D = decltype(d);
-    D* to = (D*)m.data + row * m.row_stride + begin * m.col_stride;
-    int64_t j = 0;
-    if (m.col_stride == 1) {
-      if constexpr (std::is_same<D, T>::value) {
-        std::memcpy(to, from, count * sizeof(T));
-        return;
-      } else if constexpr (std::is_same<T, float>::value && !std::is_same<D, double>::value) {
-        for (; j + kFloats <= count; j += kFloats) store(to + j, load(from + j));
-      }
-    }
-    for (; j < count; ++j) put(to + j * m.col_stride, from[j]);
-  });
+  const int64_t at = row * m.row_stride + begin * m.col_stride;
+  with_type(m.dtype, [&](auto d) { convert(from, 1, (decltype(d)*)m.data + at, m.col_stride, count); });
 }
 
 // to <- from, bit for bit: two matrices of one shape and dtype.
 inline void copy_matrix(const Matrix& to, const Matrix& from) {
-  const int64_t size = element_size(from.dtype);
-  for (int64_t i = 0; i < from.rows; ++i) {
-    char* out = to.data + i * to.row_stride * size;
-    const char* in = from.data + i * from.row_stride * size;
-    if (to.col_stride == 1 && from.col_stride == 1)
-      std::memcpy(out, in, from.cols * size);
-    else
-      for (int64_t j = 0; j < from.cols; ++j) std::memcpy(out + j * to.col_stride * size, in + j * from.col_stride * size, size);
-  }
+  with_type(from.dtype, [&](auto d) {
+    auto *out = (decltype(d)*)to.data, *in = (decltype(d)*)from.data;
+    for (int64_t i = 0; i < from.rows; ++i)
+      convert(in + i * from.row_stride, from.col_stride, out + i * to.row_stride, to.col_stride, from.cols);
+  });
 }
 
 }  // namespace slao::SLAO_ISA

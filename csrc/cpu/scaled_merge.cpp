@@ -1,9 +1,7 @@
 // scaled_merge: dst <- dst + lam (src - dst) over a table of records, one sweep over memory.
-#include <type_traits>
-
 #include "arena.h"
 #include "isa.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace slao::SLAO_ISA {
 namespace {
@@ -12,62 +10,33 @@ namespace {
 constexpr int64_t kTile = 16384;
 
 // torch's two-branch formula: from the near end, so that lam = 0 and lam = 1 are exact.
-template <typename T> inline T lerp(T dst, T src, double lam) {
-  return lam < 0.5 ? dst + T(lam) * (src - dst) : src - (src - dst) * T(1 - lam);
-}
-
-inline vf lerp(vf dst, vf src, vf near, bool from_src) {
+template <typename V> inline V lerp(V dst, V src, V near, bool from_src) {
   return from_src ? src - (src - dst) * near : dst + near * (src - dst);
 }
 
-// lam = 1 is a copy: the formula would let a NaN in dst through.
-template <typename D, typename S> void convert(D* dst, const S* src, int64_t count) {
-  if constexpr (std::is_same<D, S>::value) {
-    std::memmove(dst, src, count * sizeof(D));
-  } else {
-    int64_t i = 0;
-    if constexpr (!std::is_same<D, double>::value && !std::is_same<S, double>::value)
-      for (; i + kFloats <= count; i += kFloats) store(dst + i, load(src + i));
-    for (; i < count; ++i) put(dst + i, to_double(src[i]));
-  }
-}
-
-template <typename D, typename S> void run(D* dst, const S* src, int64_t count, double lam) {
-  if (lam == 1.0) return convert(dst, src, count);
+template <typename D, typename S>
+void run(D* dst, int64_t dst_stride, const S* src, int64_t src_stride, int64_t count, double lam) {
+  // lam = 1 is a copy: the formula would let a NaN in dst through.
+  if (lam == 1.0) return convert(src, src_stride, dst, dst_stride, count);
+  using C = decltype(widen(*dst));
+  const bool from_src = !(lam < 0.5);
+  const C near = C(from_src ? 1 - lam : lam);
   int64_t i = 0;
-  if constexpr (!std::is_same<D, double>::value) {
-    const bool from_src = !(lam < 0.5);
-    const vf near = splat(float(from_src ? 1 - lam : lam));
-    for (; i + 2 * kFloats <= count; i += 2 * kFloats) {
+  if constexpr (!std::is_same<D, double>::value)
+    for (; dst_stride == 1 && src_stride == 1 && i + 2 * kFloats <= count; i += 2 * kFloats) {
       if constexpr (std::is_same<D, bf16>::value && std::is_same<S, bf16>::value) {
         vf even, odd, from_even, from_odd;
         load_pairs(dst + i, even, odd);
         load_pairs(src + i, from_even, from_odd);
-        store_pairs(dst + i, lerp(even, from_even, near, from_src), lerp(odd, from_odd, near, from_src));
-        continue;
+        store_pairs(dst + i, lerp(even, from_even, splat(near), from_src), lerp(odd, from_odd, splat(near), from_src));
+      } else {
+        for (int64_t j = i; j < i + 2 * kFloats; j += kFloats)
+          store(dst + j, lerp(load(dst + j), load(src + j), splat(near), from_src));
       }
-      vf first = lerp(load(dst + i), load(src + i), near, from_src);
-      vf second = lerp(load(dst + i + kFloats), load(src + i + kFloats), near, from_src);
-      store(dst + i, first);
-      store(dst + i + kFloats, second);
     }
-    for (; i < count; ++i) put(dst + i, lerp(to_float(dst[i]), to_float(src[i]), lam));
-  } else {
-    for (; i < count; ++i) dst[i] = lerp(dst[i], to_double(src[i]), lam);
-  }
-}
-
-template <typename D, typename S>
-void run_strided(D* dst, int64_t dst_stride, const S* src, int64_t src_stride, int64_t count, double lam) {
-  for (int64_t i = 0; i < count; ++i) {
+  for (; i < count; ++i) {
     D* to = dst + i * dst_stride;
-    const S from = src[i * src_stride];
-    if (lam == 1.0)
-      put(to, to_double(from));
-    else if constexpr (std::is_same<D, double>::value)
-      *to = lerp(*to, to_double(from), lam);
-    else
-      put(to, lerp(to_float(*to), to_float(from), lam));
+    put(to, lerp(widen(*to), C(widen(src[i * src_stride])), near, from_src));
   }
 }
 
@@ -83,10 +52,7 @@ void merge_range(const MergeRecord& record, int64_t begin, int64_t end) {
         const int64_t count = min(end - begin, dst.cols - col);
         D* to = (D*)dst.data + row * dst.row_stride + col * dst.col_stride;
         const S* from = (const S*)src.data + row * src.row_stride + col * src.col_stride;
-        if (dst.col_stride == 1 && src.col_stride == 1)
-          run(to, from, count, record.lam);
-        else
-          run_strided(to, dst.col_stride, from, src.col_stride, count, record.lam);
+        run(to, dst.col_stride, from, src.col_stride, count, record.lam);
         begin += count;
       }
     });

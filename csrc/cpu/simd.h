@@ -31,7 +31,6 @@ constexpr int kDoubles = kBytes / 8;
 typedef float vf __attribute__((vector_size(kBytes)));
 typedef double vd __attribute__((vector_size(kBytes)));
 typedef uint32_t vu __attribute__((vector_size(kBytes)));
-typedef int32_t vi __attribute__((vector_size(kBytes)));
 typedef uint16_t vh __attribute__((vector_size(kBytes / 2)));      // kFloats 16-bit words
 typedef float vf_half __attribute__((vector_size(kBytes / 2)));    // kDoubles floats
 
@@ -51,81 +50,63 @@ inline vd splat(double x) { return x - vd{}; }
 // --- one element -----------------------------------------------------------------------------------------------
 
 inline float to_float(bf16 h) {
-  uint32_t bits = uint32_t(h.bits) << 16;
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
+  const uint32_t bits = uint32_t(h.bits) << 16;
+  return loadu<float>(&bits);
 }
 
 inline bf16 to_bf16(float x) {  // round to nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
+  const uint32_t bits = loadu<uint32_t>(&x);
   if (x != x) return {uint16_t((bits >> 16) | 0x40)};
   return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
 inline float to_float(f16 h) {
-  uint32_t sign = uint32_t(h.bits & 0x8000) << 16, rest = h.bits & 0x7fff, bits;
-  if (rest >= 0x7c00) {
-    bits = sign | 0x7f800000 | ((rest & 0x3ff) << 13);  // infinity, NaN
-  } else if (rest >= 0x400) {
-    bits = sign | ((rest << 13) + (112u << 23));  // normal: rebias the exponent
-  } else {
-    float small = float(rest) * 0x1p-24f;  // denormal: exact
-    std::memcpy(&bits, &small, 4);
-    bits |= sign;
+  const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, rest = h.bits & 0x7fff;
+  uint32_t bits = (rest << 13) + (112u << 23);  // normal: rebias the exponent
+  if (rest >= 0x7c00) bits = 0x7f800000 | ((rest & 0x3ff) << 13);  // infinity, NaN
+  if (rest < 0x400) {  // denormal: exact
+    const float small = float(rest) * 0x1p-24f;
+    bits = loadu<uint32_t>(&small);
   }
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
+  bits |= sign;
+  return loadu<float>(&bits);
 }
 
 inline f16 to_f16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  uint16_t sign = uint16_t((bits >> 16) & 0x8000);
-  uint32_t rest = bits & 0x7fffffff;
+  const uint32_t bits = loadu<uint32_t>(&x), rest = bits & 0x7fffffff;
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
   if (rest > 0x7f800000) return {uint16_t(sign | 0x7e00 | ((rest >> 13) & 0x3ff))};
   if (rest >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and up round to infinity
   if (rest < 0x38800000) {  // below 2^-14: the addition rounds to a multiple of 2^-24, ties to even
-    float magnitude;
-    std::memcpy(&magnitude, &rest, 4);
-    float shifted = magnitude + 0.5f;
-    std::memcpy(&bits, &shifted, 4);
-    return {uint16_t(sign | (bits - 0x3f000000))};
+    const float shifted = loadu<float>(&rest) + 0.5f;
+    return {uint16_t(sign | (loadu<uint32_t>(&shifted) - 0x3f000000))};
   }
   return {uint16_t(sign | ((rest - (112u << 23) + 0xfff + ((rest >> 13) & 1)) >> 13))};
 }
 
-inline float to_float(float x) { return x; }
-inline float to_float(double x) { return float(x); }
-inline double to_double(double x) { return x; }
-inline double to_double(float x) { return x; }
-inline double to_double(bf16 x) { return to_float(x); }
-inline double to_double(f16 x) { return to_float(x); }
-
-inline void put(float* p, float x) { *p = x; }
-inline void put(double* p, double x) { *p = x; }
-inline void put(double* p, float x) { *p = x; }
-inline void put(float* p, double x) { *p = float(x); }
-inline void put(bf16* p, float x) { *p = to_bf16(x); }
-inline void put(f16* p, float x) { *p = to_f16(x); }
-// A double that goes to 16 bits is rounded to odd on the way through float, so that the two roundings equal one.
+// A double that goes to 16 bits is rounded to odd on the way through float (towards zero, the last bit set when that is
+// inexact), so that the two roundings equal one.
 inline float to_odd_float(double x) {
-  float nearest = float(x);
-  if (double(nearest) == x || nearest != nearest) return nearest;
-  uint32_t bits;
-  std::memcpy(&bits, &nearest, 4);
-  if (!(bits & 1)) {
-    bool away = (x > double(nearest)) == (nearest >= 0);
-    if (nearest == 0) std::memcpy(&bits, &nearest, 4), bits = (x < 0 ? 0x80000001u : 1u);
-    else bits += away ? 1u : 0xffffffffu;
-    std::memcpy(&nearest, &bits, 4);
-  }
-  return nearest;
+  const float nearest = float(x);
+  if (double(nearest) == x || x != x) return nearest;
+  uint32_t bits = loadu<uint32_t>(&nearest);
+  if (__builtin_fabs(double(nearest)) > __builtin_fabs(x)) --bits;
+  bits |= 1;
+  return loadu<float>(&bits);
 }
-inline void put(bf16* p, double x) { *p = to_bf16(to_odd_float(x)); }
-inline void put(f16* p, double x) { *p = to_f16(to_odd_float(x)); }
+inline float to_odd_float(float x) { return x; }
+
+// The narrowest type to compute in that holds every value.
+inline double widen(double x) { return x; }
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) { return to_float(x); }
+inline float widen(f16 x) { return to_float(x); }
+
+// x: float or double, rounded once.
+template <typename T> inline void put(double* p, T x) { *p = x; }
+template <typename T> inline void put(float* p, T x) { *p = float(x); }
+template <typename T> inline void put(bf16* p, T x) { *p = to_bf16(to_odd_float(x)); }
+template <typename T> inline void put(f16* p, T x) { *p = to_f16(to_odd_float(x)); }
 
 // --- one register of floats ------------------------------------------------------------------------------------
 
@@ -151,12 +132,9 @@ inline vf load(const f16* p) {
 }
 
 inline vf load(const double* p) {
-  vf v;
-  vf_half low = __builtin_convertvector(loadu<vd>(p), vf_half);
-  vf_half high = __builtin_convertvector(loadu<vd>(p + kDoubles), vf_half);
-  std::memcpy(&v, &low, sizeof low);
-  std::memcpy((char*)&v + sizeof low, &high, sizeof high);
-  return v;
+  float lanes[kFloats];
+  for (int i = 0; i < kFloats; ++i) lanes[i] = float(p[i]);
+  return loadu<vf>(lanes);
 }
 
 inline void store(float* p, vf v) { storeu(p, v); }
@@ -196,6 +174,12 @@ inline void store(f16* p, vf v) {
 // kDoubles floats, widened.
 inline vd load_wide(const float* p) { return __builtin_convertvector(loadu<vf_half>(p), vd); }
 inline vd load_wide(const double* p) { return loadu<vd>(p); }
+inline void store(double* p, vf v) {
+  float lanes[kFloats];
+  storeu(lanes, v);
+  storeu(p, load_wide(lanes));
+  storeu(p + kDoubles, load_wide(lanes + kDoubles));
+}
 
 template <typename V, typename D> inline V load_as(const D* p) {
   if constexpr (sizeof(V{}[0]) == 8)
@@ -213,9 +197,9 @@ inline double sum(vd v) {
   return lanes[0];
 }
 inline double sum(vf v) {
-  float lanes[kFloats];
-  storeu(lanes, v);
-  return sum(load_wide(lanes) + load_wide(lanes + kDoubles));
+  double lanes[kFloats];
+  store(lanes, v);
+  return sum(loadu<vd>(lanes) + loadu<vd>(lanes + kDoubles));
 }
 
 // Calls f(T{}) with the C++ type of a dtype code.

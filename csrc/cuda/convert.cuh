@@ -71,28 +71,26 @@ inline View view(const Matrix& m) {
   return {m.data, m.row_stride, m.col_stride, int32_t(m.rows), int32_t(m.cols), int8_t(m.dtype), int8_t(quads)};
 }
 
-inline Matrix transposed(const Matrix& m) { return {m.data, m.cols, m.rows, m.col_stride, m.row_stride, m.dtype}; }
-
 __device__ inline int element_bytes(int8_t dtype) { return dtype == 0 ? 8 : dtype == 1 ? 4 : 2; }
+
+// f(T{}) with the C++ type of a dtype code.
+template <typename F> __device__ inline auto with_type(int8_t dtype, const F& f) {
+  switch (dtype) {
+    case 0: return f(double{});
+    case 1: return f(float{});
+    case 2: return f(bf16{});
+    default: return f(f16{});
+  }
+}
 
 template <typename C> __device__ inline C load_element(const char* data, int64_t at, int8_t dtype) {
   data = in_global(data);
-  switch (dtype) {
-    case 0: return widen<C>(reinterpret_cast<const double*>(data)[at]);
-    case 1: return widen<C>(reinterpret_cast<const float*>(data)[at]);
-    case 2: return widen<C>(reinterpret_cast<const bf16*>(data)[at]);
-    default: return widen<C>(reinterpret_cast<const f16*>(data)[at]);
-  }
+  return with_type(dtype, [&](auto t) { return widen<C>(reinterpret_cast<const decltype(t)*>(data)[at]); });
 }
 
 template <typename C> __device__ inline void store_element(char* data, int64_t at, int8_t dtype, C x) {
   data = in_global(data);
-  switch (dtype) {
-    case 0: return narrow(x, reinterpret_cast<double*>(data)[at]);
-    case 1: return narrow(x, reinterpret_cast<float*>(data)[at]);
-    case 2: return narrow(x, reinterpret_cast<bf16*>(data)[at]);
-    default: return narrow(x, reinterpret_cast<f16*>(data)[at]);
-  }
+  with_type(dtype, [&](auto t) { narrow(x, reinterpret_cast<decltype(t)*>(data)[at]); });
 }
 
 template <typename C> __device__ inline C load_element(const View& m, int row, int col) {
@@ -107,42 +105,44 @@ template <typename C> __device__ inline void store_element(const View& m, int ro
 template <int kWords> struct Quad { uint32_t words[kWords]; };
 template <typename C> constexpr int kQuadWords = sizeof(C) == 8 ? 8 : 4;
 
+template <typename T, int kCount> struct alignas(sizeof(T) * kCount) Pack { T x[kCount]; };
+
+template <int kCount> __device__ inline void load_words(const char* from, uint32_t* words) {
+  const auto pack = *reinterpret_cast<const Pack<uint32_t, kCount>*>(from);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) words[i] = pack.x[i];
+}
+
+// As vectors. kShort: elements of 16 bits; else `size` bytes each.
+template <bool kShort, int kWords> __device__ inline void load_quad(const char* from, int size, Quad<kWords>& q) {
+  load_words<kShort ? 2 : 4>(from, q.words);
+  if constexpr (!kShort && kWords == 8)  // of fp32, the same 16 bytes once more
+    load_words<4>(from + (size == 8 ? 16 : 0), q.words + 4);
+}
+
 // Elements [col, col + 4) of a row; zeros outside of the matrix.
 template <int kWords> __device__ inline Quad<kWords> fetch(const View& m, int row, int col) {
-  Quad<kWords> q;
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) q.words[i] = 0;
+  Quad<kWords> q{};
   if (row >= m.rows || col >= m.cols) return q;
   const int size = element_bytes(m.dtype);
   const char* from = in_global(m.data) + (row * m.row_stride + col * m.col_stride) * size;
   if (m.quads && col + 4 <= m.cols) {
-    if (size == 2) {
-      const uint2 v = *reinterpret_cast<const uint2*>(from);
-      q.words[0] = v.x, q.words[1] = v.y;
-    } else {
-      const uint4 v = *reinterpret_cast<const uint4*>(from);
-      q.words[0] = v.x, q.words[1] = v.y, q.words[2] = v.z, q.words[3] = v.w;
-      if constexpr (kWords == 8) {
-        if (size == 8) {
-          const uint4 w = *reinterpret_cast<const uint4*>(from + 16);
-          q.words[4] = w.x, q.words[5] = w.y, q.words[6] = w.z, q.words[7] = w.w;
-        }
-      }
-    }
+    if (size == 2)
+      load_quad<true>(from, size, q);
+    else
+      load_quad<false>(from, size, q);
     return q;
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     if (col + e >= m.cols) break;
     const char* at = from + e * m.col_stride * size;
-    if (size == 2) {
+    if (size == 2)
       q.words[e / 2] |= uint32_t(*reinterpret_cast<const uint16_t*>(at)) << (e % 2 * 16);
-    } else if (size == 4) {
+    else if (size == 4)
       q.words[e] = *reinterpret_cast<const uint32_t*>(at);
-    } else if constexpr (kWords == 8) {
-      const uint2 v = *reinterpret_cast<const uint2*>(at);
-      q.words[2 * e] = v.x, q.words[2 * e + 1] = v.y;
-    }
+    else if constexpr (kWords == 8)
+      load_words<2>(at, q.words + 2 * e);
   }
   return q;
 }
@@ -154,36 +154,20 @@ template <int kWords, int kCount, typename Where>
 __device__ inline void fetch_all(const View& m, bool inside, Quad<kWords> (&quads)[kCount], const Where& where) {
   const int size = element_bytes(m.dtype);
   const char* data = in_global(m.data);
-  int row = 0, col = 0;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i)
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) quads[i].words[w] = 0;
-  if (!inside) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if (where(i, row, col)) quads[i] = fetch<kWords>(m, row, col);
-  } else if (size == 2) {
+  const auto each = [&](const auto& load) {
+    int row = 0, col = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (!where(i, row, col)) continue;
-      const uint2 v = *reinterpret_cast<const uint2*>(data + (row * m.row_stride + col) * 2);
-      quads[i].words[0] = v.x, quads[i].words[1] = v.y;
+      quads[i] = {};
+      if (where(i, row, col)) load(quads[i], row, col);
     }
-  } else {
-    const int64_t high = size == 8 ? 16 : 0;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (!where(i, row, col)) continue;
-      const char* from = data + (row * m.row_stride + col) * size;
-      const uint4 v = *reinterpret_cast<const uint4*>(from);
-      quads[i].words[0] = v.x, quads[i].words[1] = v.y, quads[i].words[2] = v.z, quads[i].words[3] = v.w;
-      if constexpr (kWords == 8) {  // of fp32, the same 16 bytes once more
-        const uint4 w = *reinterpret_cast<const uint4*>(from + high);
-        quads[i].words[4] = w.x, quads[i].words[5] = w.y, quads[i].words[6] = w.z, quads[i].words[7] = w.w;
-      }
-    }
-  }
+  };
+  if (!inside)
+    each([&](auto& q, int row, int col) { q = fetch<kWords>(m, row, col); });
+  else if (size == 2)
+    each([&](auto& q, int row, int col) { load_quad<true>(data + (row * m.row_stride + col) * 2, size, q); });
+  else
+    each([&](auto& q, int row, int col) { load_quad<false>(data + (row * m.row_stride + col) * size, size, q); });
 }
 
 template <typename C, int kWords>
@@ -194,9 +178,7 @@ __device__ inline void widen(const Quad<kWords>& q, int8_t dtype, C (&x)[4]) {
   } else if (dtype == 0) {
     if constexpr (kWords == 8) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        x[e] = C(double_of(uint64_t(q.words[2 * e]) | uint64_t(q.words[2 * e + 1]) << 32));
-      }
+      for (int e = 0; e < 4; ++e) x[e] = C(double_of(uint64_t(q.words[2 * e]) | uint64_t(q.words[2 * e + 1]) << 32));
     }
   } else {
 #pragma unroll
@@ -206,8 +188,6 @@ __device__ inline void widen(const Quad<kWords>& q, int8_t dtype, C (&x)[4]) {
     }
   }
 }
-
-template <typename T, int kCount> struct alignas(sizeof(T) * kCount) Pack { T x[kCount]; };
 
 template <typename T, typename C> __device__ inline void store_pack(char* to, const C (&x)[4]) {
   if constexpr (sizeof(T) == 8) {  // 16 bytes are the widest store
@@ -229,12 +209,7 @@ template <typename C> __device__ inline void store_quad(const View& m, int row, 
   const int64_t at = row * m.row_stride + col * m.col_stride;
   if (m.quads && col + 4 <= m.cols) {
     char* to = in_global(m.data) + at * element_bytes(m.dtype);
-    switch (m.dtype) {
-      case 0: return store_pack<double>(to, x);
-      case 1: return store_pack<float>(to, x);
-      case 2: return store_pack<bf16>(to, x);
-      default: return store_pack<f16>(to, x);
-    }
+    return with_type(m.dtype, [&](auto t) { store_pack<decltype(t)>(to, x); });
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e)

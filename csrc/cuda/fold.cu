@@ -29,11 +29,6 @@ struct Parameters {
 };
 static_assert(sizeof(Parameters) <= kParameterBytes, "kernel parameters");
 
-template <typename C> struct Times {
-  C factor;
-  __device__ C operator()(C x, int) const { return factor * x; }
-};
-
 template <typename C>
 __global__ void __launch_bounds__(kThreads, sizeof(C) == 8 ? 1 : 2) fold_kernel(const __grid_constant__ Parameters p) {
   const Record& record = p.records[find(p.records, p.count, &Record::first, int32_t(blockIdx.x))];
@@ -57,11 +52,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(C) == 8 ? 1 : 2) fold_kernel(
   for (int begin = 0; begin < record.depth; begin += kDepth) {
     if (begin) __syncthreads();
     const int count = record.depth - begin < kDepth ? record.depth - begin : kDepth;
+    const auto as_it_is = [](C x, int) { return x; };
     if (record.flip_A)
-      stage<2>(record.A, col, kCols, begin, panel, a, 1, kCols, NoScale{});
+      stage<2>(record.A, col, kCols, begin, panel, a, 1, kCols, as_it_is);
     else
-      stage<2>(record.A, begin, panel, col, kCols, a, kCols, 1, NoScale{});
-    const Times<C> scale{C(record.scaling)};
+      stage<2>(record.A, begin, panel, col, kCols, a, kCols, 1, as_it_is);
+    const auto scale = [factor = C(record.scaling)](C x, int) { return factor * x; };
     if (record.flip_B)
       stage<2>(record.B, begin, panel, row, kTileRows<C>, b, kTileRows<C>, 1, scale);
     else
@@ -128,14 +124,8 @@ void fold(const FoldRecord* records, int64_t count, int device, uintptr_t stream
   Launcher<float> narrow(stream);
   Launcher<double> wide(stream);
   for (int64_t i = 0; i < count; ++i) {
-    FoldRecord r = records[i];
-    // A weight stored (in, out) has its rows along the columns: Wᵀ += s Aᵀ Bᵀ walks it in memory order.
-    if (r.weight.col_stride != 1 && r.weight.row_stride == 1)
-      r = {transposed(r.weight), transposed(r.B), transposed(r.A), r.scaling};
-    if (r.weight.dtype == Dtype::f64 || r.A.dtype == Dtype::f64 || r.B.dtype == Dtype::f64)
-      wide.add(r);
-    else
-      narrow.add(r);
+    const FoldRecord r = in_memory_order(records[i]);
+    in_double(r) ? wide.add(r) : narrow.add(r);
   }
   narrow.flush();
   wide.flush();

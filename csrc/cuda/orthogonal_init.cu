@@ -43,7 +43,7 @@ __device__ State decide(const Item& item, double* F, double* lengths, double* sl
   const double limit = is_short(item.A.dtype) ? kOnePass16 : kOnePass;
   const State found = pass == 0 && condition(F, lengths, r, slots) > limit ? kTwo : kOne;
   __syncthreads();
-  for (int at = threadIdx.x; at < r * r; at += kThreads) {  // see RowScale
+  for (int at = threadIdx.x; at < r * r; at += kThreads) {  // see apply_columns
     const int i = at / r, k = at % r;
     if (k <= i) F[at_inverse(r, i, k)] = ldexp(F[at_inverse(r, i, k)], ilogb(lengths[k]));
   }
@@ -113,6 +113,11 @@ __device__ void write_triangle(const Item& item, const double* first, const doub
   }
 }
 
+__device__ void copy_rows(const View& from, const View& to) {
+  for (int i = 0; i < to.rows; ++i)
+    for (int c = threadIdx.x; c < to.cols; c += kThreads) store_element(to, i, c, load_element<float>(from, i, c));
+}
+
 __device__ void finish(const Parameters& p, const Item& item) {
   const int32_t found = *state(p, item);
   const bool proceed = !*not_finite(p);
@@ -120,14 +125,10 @@ __device__ void finish(const Parameters& p, const Item& item) {
   if (proceed && found == kFlagged) {
     const View X = unrounded(p, item);
     const bool apart = X.data != item.A.data;
-    if (apart)
-      for (int i = 0; i < X.rows; ++i)
-        for (int c = threadIdx.x; c < X.cols; c += kThreads) store_element(X, i, c, load_element<float>(item.A, i, c));
+    if (apart) copy_rows(item.A, X);
     __syncthreads();
     deficient = complete(X, item.triangle);
-    if (apart)
-      for (int i = 0; i < X.rows; ++i)
-        for (int c = threadIdx.x; c < X.cols; c += kThreads) store_element(item.A, i, c, load_element<float>(X, i, c));
+    if (apart) copy_rows(X, item.A);
   } else if (proceed && item.triangle.data) {
     write_triangle(item, factor(p, item, 0), found == kTwo ? factor(p, item, 1) : nullptr);
   }

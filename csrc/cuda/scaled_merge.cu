@@ -30,29 +30,29 @@ struct Parameters {
 };
 static_assert(sizeof(Parameters) <= kParameterBytes, "kernel parameters");
 
-// torch's two-branch formula: from the near end, so that lam = 0 and lam = 1 are exact.
-template <typename C> __device__ inline C lerp(C dst, C src, C near, bool from_src) {
-  return from_src ? src - (src - dst) * near : dst + near * (src - dst);
-}
+// What a record's lam means for each element, in D's arithmetic.
+template <typename D> struct Weight {
+  using C = typename std::conditional<std::is_same<D, double>::value, double, float>::type;
+  bool from_src, copy;
+  C near;
+  __device__ explicit Weight(double lam) : from_src(!(lam < 0.5)), copy(lam == 1.0), near(C(from_src ? 1 - lam : lam)) {}
 
-// lam = 1 is a copy: the formula would let a NaN in dst through. Between equal types it keeps every bit.
-template <typename D, typename S, typename C>
-__device__ inline void merge(D& dst, S src, C near, bool from_src, bool copy) {
-  if constexpr (std::is_same<D, S>::value) {
-    if (copy) {
-      dst = src;
-      return;
-    }
+  // torch's two-branch formula: from the near end, so that lam = 0 and lam = 1 are exact. lam = 1 is a copy, since the
+  // formula would let a NaN in dst through; between equal types it keeps every bit.
+  template <typename S> __device__ void merge(D& dst, S src) const {
+    if constexpr (std::is_same<D, S>::value)
+      if (copy) return void(dst = src);
+    const C y = widen<C>(src);
+    if (copy) return narrow(y, dst);
+    const C x = widen<C>(dst);
+    narrow(from_src ? y - (y - x) * near : x + near * (y - x), dst);
   }
-  narrow(copy ? widen<C>(src) : lerp(widen<C>(dst), widen<C>(src), near, from_src), dst);
-}
+};
 
 template <typename D, typename S> __device__ void merge_vectors(D* dst, const S* src, int count, double lam) {
-  using C = typename std::conditional<std::is_same<D, double>::value, double, float>::type;
   constexpr int kEach = 16 / (sizeof(D) > sizeof(S) ? sizeof(D) : sizeof(S));
   constexpr int kBatch = kEach == 8 ? 2 : 4;
-  const bool from_src = !(lam < 0.5), copy = lam == 1.0;
-  const C near = C(from_src ? 1 - lam : lam);
+  const Weight<D> weight(lam);
   auto* to = reinterpret_cast<Pack<D, kEach>*>(dst);
   auto* from = reinterpret_cast<const Pack<S, kEach>*>(src);
   const int whole = count / kEach;
@@ -63,7 +63,7 @@ template <typename D, typename S> __device__ void merge_vectors(D* dst, const S*
     for (int b = 0; b < kBatch; ++b) {
       const int at = first + b * kThreads;
       if (at >= whole) continue;
-      if (!copy) d[b] = to[at];
+      if (!weight.copy) d[b] = to[at];
       s[b] = from[at];
     }
 #pragma unroll
@@ -71,44 +71,22 @@ template <typename D, typename S> __device__ void merge_vectors(D* dst, const S*
       const int at = first + b * kThreads;
       if (at >= whole) continue;
 #pragma unroll
-      for (int e = 0; e < kEach; ++e) merge(d[b].x[e], s[b].x[e], near, from_src, copy);
+      for (int e = 0; e < kEach; ++e) weight.merge(d[b].x[e], s[b].x[e]);
       to[at] = d[b];
     }
   }
   const int at = whole * kEach + threadIdx.x;
-  if (at < count) merge(dst[at], src[at], near, from_src, copy);
+  if (at < count) weight.merge(dst[at], src[at]);
 }
 
-template <typename D> __device__ inline void merge_vectors(D* dst, const char* src, int8_t src_type, int count,
-                                                           double lam) {
-  switch (src_type) {
-    case 0: return merge_vectors(dst, reinterpret_cast<const double*>(src), count, lam);
-    case 1: return merge_vectors(dst, reinterpret_cast<const float*>(src), count, lam);
-    case 2: return merge_vectors(dst, reinterpret_cast<const bf16*>(src), count, lam);
-    default: return merge_vectors(dst, reinterpret_cast<const f16*>(src), count, lam);
-  }
-}
-
-template <typename C> __device__ void merge_elements(const Record& record, int64_t begin, int64_t end) {
-  const bool from_src = !(record.lam < 0.5), copy = record.lam == 1.0;
-  const C near = C(from_src ? 1 - record.lam : record.lam);
+// Elements [begin, end) of a record of any strides.
+template <typename D, typename S>
+__device__ void merge_elements(const Record& record, D* dst, const S* src, int64_t begin, int64_t end) {
+  const Weight<D> weight(record.lam);
 #pragma unroll 4
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     const int64_t row = record.cols == record.total ? 0 : i / record.cols, col = i - row * record.cols;
-    const int64_t to = row * record.dst_row + col * record.dst_col;
-    const int64_t from = row * record.src_row + col * record.src_col;
-    if (copy && record.dst_type == record.src_type) {  // NaN payloads too
-      if (element_bytes(record.dst_type) == 8)
-        reinterpret_cast<uint64_t*>(record.dst)[to] = reinterpret_cast<const uint64_t*>(record.src)[from];
-      else if (element_bytes(record.dst_type) == 4)
-        reinterpret_cast<uint32_t*>(record.dst)[to] = reinterpret_cast<const uint32_t*>(record.src)[from];
-      else
-        reinterpret_cast<uint16_t*>(record.dst)[to] = reinterpret_cast<const uint16_t*>(record.src)[from];
-      continue;
-    }
-    const C s = load_element<C>(record.src, from, record.src_type);
-    const C x = copy ? s : lerp(load_element<C>(record.dst, to, record.dst_type), s, near, from_src);
-    store_element(record.dst, to, record.dst_type, x);
+    weight.merge(dst[row * record.dst_row + col * record.dst_col], src[row * record.src_row + col * record.src_col]);
   }
 }
 
@@ -116,22 +94,16 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__
   const Record& record = p.records[find(p.records, p.count, &Record::first, int32_t(blockIdx.x))];
   const int64_t begin = int64_t(int32_t(blockIdx.x) - record.first) * kTile;
   const int64_t end = begin + kTile < record.total ? begin + kTile : record.total;
-  if (!record.vectors) {
-    if (record.dst_type == 0)
-      merge_elements<double>(record, begin, end);
-    else
-      merge_elements<float>(record, begin, end);
-    return;
-  }
-  const int count = int(end - begin);
-  char* dst = record.dst + begin * element_bytes(record.dst_type);
-  const char* src = record.src + begin * element_bytes(record.src_type);
-  switch (record.dst_type) {
-    case 0: return merge_vectors(reinterpret_cast<double*>(dst), src, record.src_type, count, record.lam);
-    case 1: return merge_vectors(reinterpret_cast<float*>(dst), src, record.src_type, count, record.lam);
-    case 2: return merge_vectors(reinterpret_cast<bf16*>(dst), src, record.src_type, count, record.lam);
-    default: return merge_vectors(reinterpret_cast<f16*>(dst), src, record.src_type, count, record.lam);
-  }
+  with_type(record.dst_type, [&](auto d) {
+    with_type(record.src_type, [&](auto s) {
+      auto* dst = reinterpret_cast<decltype(d)*>(in_global(record.dst));
+      auto* src = reinterpret_cast<const decltype(s)*>(in_global(record.src));
+      if (record.vectors)
+        merge_vectors(dst + begin, src + begin, int(end - begin), record.lam);
+      else
+        merge_elements(record, dst, src, begin, end);
+    });
+  });
 }
 
 bool aligned(const Matrix& m, int64_t total) {

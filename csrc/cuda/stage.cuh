@@ -4,10 +4,6 @@
 
 namespace slao::cuda {
 
-struct NoScale {
-  template <typename C> __device__ C operator()(C x, int) const { return x; }
-};
-
 // Rows [row, row + rows) and columns [col, col + cols) of m; the element (i, j) of the piece goes to
 // out[i * row_pitch + j * col_pitch] as scale(element, i). cols is a multiple of 4. Zeros outside of m.
 // kBatch: loads that a thread has in flight.

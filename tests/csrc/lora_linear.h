@@ -6,8 +6,15 @@
 
 namespace {
 
-using slao::LoraGrads;
 using slao::LoraProducts;
+
+void shrink(const LoraProducts& kernels, const Matrix& x, const Matrix& P, const Matrix& t, float scale, int threads) {
+  kernels.rows({x, P, t, {}, {}, nullptr, scale, 1}, threads);
+}
+void expand(const LoraProducts& kernels, const Matrix& t, const Matrix& Q, const void* bias, const Matrix& y,
+            float scale, int threads) {
+  kernels.rows({{}, {}, t, Q, y, bias, 1, scale}, threads);
+}
 
 Tensor filled(int64_t rows, int64_t cols, Dtype t, Layout layout) {
   Tensor tensor(rows, cols, t, layout, random_numbers.below(4));
@@ -68,17 +75,17 @@ void check_passes(const std::string& label, const LoraProducts& kernels, int64_t
   Tensor x = filled(m, k, t, padded), A = filled(r, k, other, dense), B = filled(n, r, other, dense);
   Tensor bias = filled(1, n, t, dense), dy = filled(m, n, t, padded);
   Tensor T(m, r, t, dense, 0), y(m, n, t, dense, 0), want_t(m, r, t, dense, 0), want_y(m, n, t, dense, 0);
-  kernels.forward(x.m, flipped(A.m), T.m, flipped(B.m), bias.m.data, y.m, 0.5f, 3);
-  kernels.shrink(x.m, flipped(A.m), want_t.m, 1.0f, 1);
-  kernels.expand(want_t.m, flipped(B.m), bias.m.data, want_y.m, 0.5f, 1);
-  expect(T.values() == want_t.values(), label, "forward's t is not shrink's");
-  expect(y.values() == want_y.values(), label, "forward's y is not expand's");
+  kernels.rows({x.m, flipped(A.m), T.m, flipped(B.m), y.m, bias.m.data, 1.0f, 0.5f}, 3);
+  shrink(kernels, x.m, flipped(A.m), want_t.m, 1.0f, 1);
+  expand(kernels, want_t.m, flipped(B.m), bias.m.data, want_y.m, 0.5f, 1);
+  expect(T.values() == want_t.values(), label, "the pass's t is not shrink's");
+  expect(y.values() == want_y.values(), label, "the pass's y is not expand's");
 
   Tensor want_g(m, r, t, dense, 0), want_dx(m, k, t, dense, 0), want_A(r, k, other, dense, 0), want_B(n, r, other, dense, 0);
-  kernels.shrink(dy.m, B.m, want_g.m, 0.7f, 1);
-  kernels.outer(dy.m, T.m, want_B.m, 0.7f, 1);
-  kernels.outer(x.m, want_g.m, flipped(want_A.m), 1.0f, 1);
-  kernels.expand(want_g.m, A.m, nullptr, want_dx.m, 1.0f, 1);
+  shrink(kernels, dy.m, B.m, want_g.m, 0.7f, 1);
+  kernels.outer({dy.m, T.m, want_B.m, 0.7f}, 1);
+  kernels.outer({x.m, want_g.m, flipped(want_A.m), 1.0f}, 1);
+  expand(kernels, want_g.m, A.m, nullptr, want_dx.m, 1.0f, 1);
   for (int wanted = 1; wanted < 8; ++wanted) {  // dB, dA, dx
     Tensor g(m, r, t, dense, 0), dx(m, k, t, dense, 0), dA(r, k, other, dense, 0), dB(n, r, other, dense, 0);
     const auto where = [&](const Matrix& matrix, int bits) {
@@ -86,8 +93,9 @@ void check_passes(const std::string& label, const LoraProducts& kernels, int64_t
       if (!(wanted & bits)) result.data = nullptr;
       return result;
     };
-    kernels.backward({dy.m, T.m, B.m, where(g.m, 6), where(flipped(dA.m), 2), where(dB.m, 1), 0.7f}, x.m, A.m,
-                     where(dx.m, 4), 3);
+    kernels.backward({dy.m, T.m, x.m, A.m, B.m, where(g.m, 6), where(dx.m, 4), where(flipped(dA.m), 2), where(dB.m, 1),
+                      0.7f},
+                     3);
     expect(!(wanted & 1) || dB.values() == want_B.values(), label, "backward's dB is not outer's");
     expect(!(wanted & 2) || dA.values() == want_A.values(), label, "backward's dA is not outer's");
     expect(!(wanted & 4) || dx.values() == want_dx.values(), label, "backward's dx is not expand's");
@@ -115,11 +123,11 @@ void check_lora(const char* isa, const LoraProducts* found) {
           Tensor small = filled(m, r, t, rows), bias = filled(1, k, t, dense);
           Tensor out_small(m, r, t, rows, 1), out_large(m, k, t, rows, 1), out_outer(k, r, other, factor, 1);
           check_product(label + " shrink", out_small, {&x, &P}, x.values(), as_read(P), {}, 0.5,
-                        [&](int threads) { kernels.shrink(x.m, P.m, out_small.m, 0.5f, threads); });
+                        [&](int threads) { shrink(kernels, x.m, P.m, out_small.m, 0.5f, threads); });
           check_product(label + " expand", out_large, {&small, &Q, &bias}, small.values(), as_read(Q), bias.values(), 0.5,
-                        [&](int threads) { kernels.expand(small.m, Q.m, bias.m.data, out_large.m, 0.5f, threads); });
+                        [&](int threads) { expand(kernels, small.m, Q.m, bias.m.data, out_large.m, 0.5f, threads); });
           check_product(label + " outer", out_outer, {&x, &small}, transposed_values(x), small.values(), {}, 0.5,
-                        [&](int threads) { kernels.outer(x.m, small.m, out_outer.m, 0.5f, threads); });
+                        [&](int threads) { kernels.outer({x.m, small.m, out_outer.m, 0.5f}, threads); });
           count += 3;
         }
       check_passes(label, kernels, m, k, k + 13, r, other), ++count;

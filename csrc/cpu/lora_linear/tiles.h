@@ -18,23 +18,18 @@ struct Tiles {
   // A rank of at most 16 takes tiles of half the depth.
   static int64_t depth(int64_t r) { return r > 16 ? 32 : 16; }
   static int64_t t_pitch(int64_t r) { return depth(r) * steps(r); }
-  // pack reads bf16 and fp32, rows or columns of which are contiguous.
-  static Matrix source(const Matrix& m, bf16* narrow) {
-    return m.row_stride == 1 || m.col_stride == 1 ? m : dense(m, narrow);
-  }
   static void finish() { tile_release(); }
 
-  // --- packing, in pieces of 256 rows (of Q: columns) --------------------------------------------------------------------
+  // --- packing --------------------------------------------------------------------
   static int64_t size(Role role, const Matrix& m) {
     if (role == Role::expand) return round_up(m.cols, 32) * t_pitch(m.rows);
     return steps(m.rows) * rank_tiles(m.cols) * kTile;
   }
-  static int64_t pieces(Role role, const Matrix& m) { return ((role == Role::expand ? m.cols : m.rows) + 255) / 256; }
   static void pack(Role role, const Matrix& m, int64_t piece, bf16* to) {
     __m512i v[16];
     if (role == Role::expand) {  // Q: per 16 columns, its steps
       const int64_t deep = depth(m.rows), inner = steps(m.rows);
-      for (int64_t j = piece * 16; j < min(round_up(m.cols, 32) / 16, piece * 16 + 16); ++j)
+      for (int64_t j = piece * kPiece / 16; j < min(round_up(m.cols, 32), (piece + 1) * kPiece) / 16; ++j)
         for (int64_t s = 0; s < inner; ++s) {
           pairs_of(m, s * 32, j * 16, v);
           for (int p = 0; p < deep / 2; ++p) storeu(to + (j * inner + s) * deep * 16 + p * 32, v[p]);
@@ -42,7 +37,7 @@ struct Tiles {
       return;
     }
     const int64_t tiles = rank_tiles(m.cols);  // P and T: per step, its ranks
-    for (int64_t s = piece * 8; s < min(steps(m.rows), piece * 8 + 8); ++s)
+    for (int64_t s = piece * kPiece / 32; s < min(steps(m.rows), (piece + 1) * kPiece / 32); ++s)
       for (int64_t j = 0; j < tiles; ++j) {
         pairs_of(m, s * 32, j * 16, v);
         if (role == Role::outer) transpose16(v);  // into A's order: a row is a rank
@@ -78,7 +73,7 @@ struct Tiles {
   }
 
   static void shrink(const Matrix& x, int64_t row, int64_t rows, const bf16* packed, int64_t r, float* sums) {
-    auto go = [&](auto tiles) {
+    with_constant(rank_tiles(r), [&](auto tiles) {
       constexpr int RT = decltype(tiles)::value, MI = RT == 1 ? 4 : RT == 2 ? 2 : 1;
       const bf16* from = (const bf16*)x.data + row * x.row_stride;
       int64_t i = 0;
@@ -91,13 +86,7 @@ struct Tiles {
       if (i == rows) return;
       tile_configure(int(rows - i), 32);
       shrink_tiles<1, RT>(from + i * x.row_stride, x.row_stride, int(rows - i), x.cols, packed, sums + i * RT * 16);
-    };
-    switch (rank_tiles(r)) {
-      case 1: return go(std::integral_constant<int, 1>{});
-      case 2: return go(std::integral_constant<int, 2>{});
-      case 3: return go(std::integral_constant<int, 3>{});
-      default: return go(std::integral_constant<int, 4>{});
-    }
+    });
   }
 
   // --- y (rows) = scale t Q + bias, t (rows, t_pitch(r)) without gaps ---------------------------------------------------

@@ -9,15 +9,6 @@ namespace {
 // Steps that are added one after another before their sum joins the total: what keeps long fp32 sums accurate.
 constexpr int64_t kSums = 64;
 
-template <typename F> inline void with_vectors(int64_t r, F&& f) {
-  switch ((r + kFloats - 1) / kFloats) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 3: return f(std::integral_constant<int, 3>{});
-    default: return f(std::integral_constant<int, 4>{});
-  }
-}
-
 struct Vectors {
   static constexpr int64_t kDepth = 2;  // products of a step
   static constexpr int64_t kRows = 48;  // a multiple of every number of rows that is multiplied in registers
@@ -39,39 +30,19 @@ struct Vectors {
   static int64_t size(Role role, const Matrix& m) {
     return steps(m.rows) * round_up(m.cols, role == Role::expand ? kColumns : kFloats) * kDepth;
   }
-  static int64_t pieces(Role role, const Matrix& m) {
-    return role == Role::expand ? (m.cols + 4 * kColumns - 1) / (4 * kColumns) : (steps(m.rows) + 63) / 64;
-  }
-  static Matrix source(const Matrix& m, bf16* narrow) { return m.dtype == Dtype::bf16 ? m : dense(m, narrow); }
   static void pack(Role role, const Matrix& m, int64_t piece, bf16* to) {
-    const int64_t inner = steps(m.rows);
-    if (role != Role::expand) return pack_steps(m, pitch(m.cols), piece * 64, min(inner, piece * 64 + 64), to);
-    for (int64_t j = piece * 4 * kColumns; j < min(m.cols, (piece + 1) * 4 * kColumns); j += kColumns) {
-      Matrix block = m;
-      block.data += j * m.col_stride * int64_t(sizeof(bf16));
-      block.cols = min(kColumns, m.cols - j);
-      pack_steps(block, kColumns, 0, inner, to + j * inner * kDepth);
-    }
-  }
-  // m (k, n) as steps of k, each `pitch` words of n, padded with zeros: steps [begin, end) of it.
-  static void pack_steps(const Matrix& m, int64_t pitch, int64_t begin, int64_t end, bf16* to) {
-    const bf16* from = (const bf16*)m.data;
-    uint32_t* words = (uint32_t*)to;
-    if (m.row_stride == 1 && m.rows % kDepth == 0) {  // k runs along memory: words change places
-      for (int64_t k = begin; k < end; k += 16)       // in blocks of cache lines
-        for (int64_t j = 0; j < pitch; ++j)
-          for (int64_t a = k; a < min(k + 16, end); ++a)
-            words[a * pitch + j] = j < m.cols ? word(from + j * m.col_stride + a * kDepth) : 0u;
-      return;
-    }
-    for (int64_t k = begin; k < end; ++k) {
-      uint32_t* line = words + k * pitch;
-      const bool two = k * kDepth + 1 < m.rows;
-      const bf16 *first = from + k * kDepth * m.row_stride, *second = two ? first + m.row_stride : first;
-      for (int64_t j = 0; j < m.cols; ++j)
-        line[j] = pair_of(first[j * m.col_stride], two ? second[j * m.col_stride] : bf16{});
-      fill(line + m.cols, pitch - m.cols, 0u);
-    }
+    const bool blocks = role == Role::expand;
+    const int64_t inner = steps(m.rows), width = blocks ? kColumns : pitch(m.cols), begin = piece * kPiece;
+    const int64_t first_step = blocks ? 0 : begin / kDepth, first_column = blocks ? begin : 0;
+    const int64_t last_step = blocks ? inner : min(inner, (begin + kPiece) / kDepth);
+    const int64_t last_column = blocks ? min(m.cols, begin + kPiece) : m.cols;
+    __m512i v[16];
+    for (int64_t s = first_step; s < last_step; s += 16)
+      for (int64_t j = first_column; j < last_column; j += kFloats) {
+        pairs_of(m, s * kDepth, j, v);
+        bf16* at = to + ((j / width * inner + s) * width + j % width) * kDepth;
+        for (int p = 0; p < min<int64_t>(16, last_step - s); ++p) storeu(at + p * width * kDepth, v[p]);
+      }
   }
   static void finish() {}
 
@@ -97,7 +68,7 @@ struct Vectors {
         for (int j = 0; j < RV; ++j) p[j] = loadu<vf>(packed + (s * RV + j) * kFloats * kDepth);
 #pragma GCC unroll 16
         for (int i = 0; i < MI; ++i) {
-          const uint32_t w = word(row[i / 4] + i % 4 * ldx);
+          const uint32_t w = loadu<uint32_t>(row[i / 4] + i % 4 * ldx);
 #pragma GCC unroll 8
           for (int j = 0; j < RV; ++j) acc[i][j] = multiply_add(acc[i][j], w, p[j]);
         }
@@ -119,7 +90,7 @@ struct Vectors {
   }
 
   static void shrink(const Matrix& x, int64_t row, int64_t rows, const bf16* packed, int64_t r, float* sums) {
-    with_vectors(r, [&](auto vectors) {
+    with_constant(pitch(r) / kFloats, [&](auto vectors) {
       constexpr int RV = decltype(vectors)::value, MI = min(24 / RV, 12);
       const bf16* from = (const bf16*)x.data + row * x.row_stride;
       int64_t i = 0;
@@ -144,7 +115,7 @@ struct Vectors {
       for (int j = 0; j < NV; ++j) q[j] = loadu<vf>(packed + (s * kColumns + j * kFloats) * kDepth);
 #pragma GCC unroll 8
       for (int i = 0; i < MI; ++i) {
-        const uint32_t w = word(t + i * ldt + s * kDepth);
+        const uint32_t w = loadu<uint32_t>(t + i * ldt + s * kDepth);
 #pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) acc[i][j] = multiply_add(acc[i][j], w, q[j]);
       }

@@ -1,49 +1,19 @@
 // X <- M X for a lower triangular M, in place.
 #pragma once
 #include "../gram.h"
+#include "../product.h"
 
 namespace slao::SLAO_ISA {
 namespace {
 
-// MI rows of M, from row i on, times the first i + MI rows of x; the result replaces those MI rows.
-template <int MI, int MJ, typename T> void apply_tile(const T* M, int64_t r, int64_t i, T* x, int64_t pitch) {
-  using V = typename Lanes<T>::V;
-  constexpr int n = Lanes<T>::n;
-  const T* m = M + i * r;
-  V sums[MI][MJ] = {};
-  for (int64_t k = 0; k < i; ++k) {
-    V columns[MJ];
-    for (int j = 0; j < MJ; ++j) columns[j] = loadu<V>(x + k * pitch + j * n);
-    for (int a = 0; a < MI; ++a) {
-      const V factor = splat(m[a * r + k]);
-      for (int j = 0; j < MJ; ++j) sums[a][j] += factor * columns[j];
-    }
-  }
-  for (int k = 0; k < MI; ++k) {  // the triangle at the diagonal
-    V columns[MJ];
-    for (int j = 0; j < MJ; ++j) columns[j] = loadu<V>(x + (i + k) * pitch + j * n);
-    for (int a = k; a < MI; ++a) {
-      const V factor = splat(m[a * r + i + k]);
-      for (int j = 0; j < MJ; ++j) sums[a][j] += factor * columns[j];
-    }
-  }
-  for (int a = 0; a < MI; ++a)
-    for (int j = 0; j < MJ; ++j) storeu(x + (i + a) * pitch + j * n, sums[a][j]);
-}
-
-// From the last rows up, so that a row is overwritten only when no other needs it any more. Before each tile, the same
-// rows of the columns `ahead` further on are asked for.
-template <int MJ, typename T> void apply_columns(const T* M, int64_t r, T* x, int64_t pitch, int64_t ahead = 0) {
-  constexpr int MI = kTile;
-  constexpr int64_t line = 64 / sizeof(T), width = MJ * Lanes<T>::n;
+// From the last rows up, so that a row is overwritten only when no other needs it any more.
+template <int MJ, typename T> void apply_columns(const T* M, int64_t r, T* x, int64_t pitch) {
   int64_t i = r;
-  for (; i >= MI; i -= MI) {
-    if (ahead)
-      for (int a = 1; a <= MI; ++a)
-        for (int64_t j = 0; j < width; j += line) __builtin_prefetch(x + (i - a) * pitch + ahead + j, 1, 2);
-    apply_tile<MI, MJ>(M, r, i - MI, x, pitch);
+  for (; i >= kTile; i -= kTile) {
+    const int64_t first = i - kTile;
+    product_tile<false, kTile, MJ>(M + first * r, r, i, x, pitch, x + first * pitch, pitch);
   }
-  for (; i >= 1; --i) apply_tile<1, MJ>(M, r, i - 1, x, pitch);
+  for (; i >= 1; --i) product_tile<false, 1, MJ>(M + (i - 1) * r, r, i, x, pitch, x + (i - 1) * pitch, pitch);
 }
 
 // One vector of columns of R rows, all in registers. Rows that lie a multiple of 4 KiB apart, as in a contiguous A of
@@ -78,7 +48,7 @@ template <typename T> void apply(const T* M, int64_t r, T* x, int64_t pitch, int
     for (; j + n <= cols; j += n) apply_registers<8>(M, x + j, pitch, 8 * n);
   if (kBytes == 64 && r == 16)
     for (; j + n <= cols; j += n) apply_registers<16>(M, x + j, pitch, 8 * n);
-  for (; j + 4 * n <= cols; j += 4 * n) apply_columns<4>(M, r, x + j, pitch, j + 16 * n <= cols ? 12 * n : 0);
+  for (; j + 4 * n <= cols; j += 4 * n) apply_columns<4>(M, r, x + j, pitch);
   for (; j + n <= cols; j += n) apply_columns<1>(M, r, x + j, pitch);
   if (j == cols) return;
   fill(edge, r * n, T(0));  // the last columns, fewer than a vector

@@ -5,13 +5,6 @@
 
 namespace slao::cuda::SLAO_TABLES {
 
-// x times 2^-exponent of its row's length, in two steps because the power alone may not be representable. The columns
-// of L⁻¹ come with the opposite power (orthogonal_init.cu), which keeps them within fp32 for input of any magnitude.
-template <typename C> struct RowScale {
-  const C* halves;  // two a row
-  __device__ C operator()(C x, int row) const { return x * halves[2 * row] * halves[2 * row + 1]; }
-};
-
 SLAO_BOTH int64_t apply_shared_bytes(int r, int width, int element) {
   return int64_t(padded(r)) * (width + 2 + (r <= kSharedRank ? r : 0)) * element;
 }
@@ -40,7 +33,10 @@ __device__ void apply_columns(const View& from, const View& to, const double* F,
   if (r <= kSharedRank)
     for (int at = threadIdx.x; at < r * rows; at += kThreads) M[at] = inverse(at % rows, at / rows);
   __syncthreads();
-  stage<4>(from, 0, rows, col, width, x, width, 1, RowScale<C>{halves});
+  // Times 2^-exponent of the row's length, in two steps because the power alone may not be representable. The columns
+  // of L⁻¹ come with the opposite power (orthogonal_init.cu), which keeps them within fp32 for input of any magnitude.
+  stage<4>(from, 0, rows, col, width, x, width, 1,
+           [&](C element, int row) { return element * halves[2 * row] * halves[2 * row + 1]; });
   __syncthreads();
   const int across = width / 4, tasks = across * (rows / 4);
   for (int task = threadIdx.x; task < tasks; task += kThreads) {

@@ -26,14 +26,7 @@ struct Rows {
   __device__ double largest(int row) const {
     double most = 0;
     for (int c = threadIdx.x; c < X.cols; c += kThreads) most = fmax(most, fabs(load_element<double>(X, row, c)));
-    __syncthreads();
-    slots[threadIdx.x] = most;
-    for (int half = kThreads / 2; half; half /= 2) {
-      __syncthreads();
-      if (threadIdx.x < half) slots[threadIdx.x] = fmax(slots[threadIdx.x], slots[threadIdx.x + half]);
-    }
-    __syncthreads();
-    return slots[0];
+    return block_reduce(most, slots, [](double a, double b) { return fmax(a, b); });
   }
 
   template <typename F> __device__ void map(int row, const F& f) const {
@@ -74,18 +67,9 @@ struct Rows {
       }
       if (weight < least) least = weight, column = c;
     }
-    __syncthreads();
-    slots[threadIdx.x] = least;
-    __syncthreads();
-    for (int t = 0; t < kThreads; ++t) least = fmin(least, slots[t]);
-    __syncthreads();
-    const bool mine = column < X.cols && slots[threadIdx.x] == least;
-    __syncthreads();
-    slots[threadIdx.x] = mine ? double(column) : double(X.cols);
-    __syncthreads();
-    double first = X.cols;
-    for (int t = 0; t < kThreads; ++t) first = fmin(first, slots[t]);
-    return int(first);
+    const auto smaller = [](double a, double b) { return fmin(a, b); };
+    const bool mine = block_reduce(least, slots, smaller) == least;
+    return int(block_reduce(mine ? column : X.cols, slots, smaller));
   }
 };
 

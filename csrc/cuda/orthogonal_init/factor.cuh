@@ -4,16 +4,19 @@
 
 namespace slao::cuda::SLAO_TABLES {
 
-// Every thread gets the sum over all threads, added in a fixed order. slots: kThreads doubles of shared memory.
-__device__ inline double block_sum(double x, double* slots) {
+// Every thread gets op over all threads' x, in a fixed order. slots: kThreads doubles of shared memory.
+template <typename Op> __device__ inline double block_reduce(double x, double* slots, const Op& op) {
   __syncthreads();
   slots[threadIdx.x] = x;
   for (int half = kThreads / 2; half; half /= 2) {
     __syncthreads();
-    if (threadIdx.x < half) slots[threadIdx.x] += slots[threadIdx.x + half];
+    if (threadIdx.x < half) slots[threadIdx.x] = op(slots[threadIdx.x], slots[threadIdx.x + half]);
   }
   __syncthreads();
   return slots[0];
+}
+__device__ inline double block_sum(double x, double* slots) {
+  return block_reduce(x, slots, [](double a, double b) { return a + b; });
 }
 
 // Row operations that turn G into L, done to the unit matrix too, turn that into L⁻¹: two barriers a column for both.

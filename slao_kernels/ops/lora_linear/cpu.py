@@ -50,10 +50,9 @@ class CpuProducts(TorchProducts):
         x2 = rows_of(x)
         m = x2.shape[0]
         y, t = x.new_empty((*x.shape[:-1], n)), x.new_empty((m, r))
-        b, other = 0 if bias is None else bias.data_ptr(), _FP32 if A.dtype is torch.float32 else _BF16
-        shapes = m, k, n, r, scalings[0], _BF16, other, torch.get_num_threads()
-        places = read.data_ptr(), k, A.data_ptr(), B.data_ptr(), b, t.data_ptr(), r, y.data_ptr()
-        core.lora_forward(*places, *shapes)
+        of_t = read.data_ptr(), k, A.data_ptr(), 1, k, t.data_ptr(), r
+        of_y = B.data_ptr(), 1, r, 0 if bias is None else bias.data_ptr(), y.data_ptr(), n
+        core.lora_rows(*of_t, *of_y, m, k, n, r, 1.0, scalings[0], _code(A), torch.get_num_threads())
         rows_of(y).addmm_(x2, weights[0].t())
         return [y], t
 
@@ -71,10 +70,9 @@ class CpuProducts(TorchProducts):
         g = torch.empty_like(t) if need_x or need_As[0] else None
         dA, dB = torch.empty_like(A) if need_As[0] else None, torch.empty_like(B) if need_Bs[0] else None
         g_at, dx_at, dA_at, dB_at = (0 if part is None else part.data_ptr() for part in (g, dx, dA, dB))
-        other = _FP32 if A.dtype is torch.float32 else _BF16
-        of_x = source.data_ptr(), k, g_at, A.data_ptr(), dx_at, dy.shape[0], k, r, _BF16, other
-        of_dy = dy.data_ptr(), dy.stride(0), t.data_ptr(), r, B.data_ptr(), dA_at, dB_at, n, r, scalings[0]
-        _core()[0].lora_backward(*of_x, torch.get_num_threads(), *of_dy)
+        read = dy.data_ptr(), dy.stride(0), t.data_ptr(), source.data_ptr(), A.data_ptr(), B.data_ptr()
+        sizes = dy.shape[0], k, n, r, scalings[0], _code(A), torch.get_num_threads()
+        _core()[0].lora_backward(*read, g_at, dx_at, dA_at, dB_at, *sizes)
         if dx is not None:
             rows_of(dx).addmm_(dy, weights[0])
         return dx, [dA], [dB], g
@@ -87,10 +85,15 @@ class CpuProducts(TorchProducts):
 
 
 def _serves(x: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether the core takes the whole layer: a contiguous bf16 x, A and B contiguous and of one dtype."""
+    """Whether the core takes the whole layer: a contiguous bf16 x, A and B contiguous and of one dtype, none empty."""
     if x.dtype is not torch.bfloat16 or A.dtype is not B.dtype or A.dtype not in (torch.bfloat16, torch.float32):
         return False
-    return 0 < A.shape[0] <= _core()[1] and A.is_contiguous() and B.is_contiguous()
+    dense = A.is_contiguous() and B.is_contiguous()
+    return dense and 0 < A.shape[0] <= _core()[1] and x.numel() > 0 and B.numel() > 0
+
+
+def _code(factor: Tensor) -> int:
+    return _FP32 if factor.dtype is torch.float32 else _BF16
 
 
 def _rounded(layers: Layers, dtype: torch.dtype) -> Layers:
@@ -108,7 +111,7 @@ def _outer(g: Tensor, x: Tensor) -> Tensor:
     out = torch.empty((g.shape[0], k), dtype=torch.float32)
     for d, part in zip(out.split(most), g.split(most), strict=True):
         places = x.data_ptr(), x.stride(0), part.data_ptr(), part.stride(1), d.data_ptr(), 1, d.stride(0)
-        core.lora_outer(*places, m, k, part.shape[0], 1.0, _BF16, _FP32, torch.get_num_threads())
+        core.lora_outer(*places, m, k, part.shape[0], 1.0, _FP32, torch.get_num_threads())
     return out
 
 
