@@ -175,10 +175,10 @@ def test_flagged_but_independent_rows_are_not_reported(ops, angle):
 
 def test_the_operators_own_path(core):
     As, status = [torch.randn(4, 9), torch.zeros(3, 5)], torch.empty(4, dtype=torch.int32)[::2]
-    orthogonal_init.on_gpu(core, As, triangles_for(As), status, 0, 0)
+    orthogonal_init.on_gpu(core, orthogonal_init.tables(As), triangles_for(As), status, 0, 0)
     assert status.tolist() == [FINE, COMPLETED]
     assert all(orthogonality(A) <= 1e-6 for A in As)
-    orthogonal_init.on_gpu(core, [], [], torch.empty(0, dtype=torch.int32), 0, 0)
+    orthogonal_init.on_gpu(core, orthogonal_init.tables([]), [], torch.empty(0, dtype=torch.int32), 0, 0)
 
 
 # What is refused

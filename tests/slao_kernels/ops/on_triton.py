@@ -30,19 +30,20 @@ on_device = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def interpreted(file: str, at_least: int, exhaustive: int = 0) -> Callable[[str, int], None] | None:
+def interpreted(file: str, few: int, rest: int) -> Callable[[str, int], None] | None:
     """The test that runs `file` under the interpreter and sees that many tests pass; None where it is that run.
 
-    exhaustive: how many more of them are marked so; those are run by a test that is marked so too.
+    few: those of its tests that are not exhaustive (conftest.py). rest: the others, run by a test that is exhaustive.
     """
     if INTERPRETED:
         return None
-    more = [pytest.param("exhaustive", exhaustive, marks=pytest.mark.exhaustive)] if exhaustive else []
 
     @pytest.mark.slow
     @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
     @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of Triton's kernels run on the GPU here")
-    @pytest.mark.parametrize(("which", "count"), [("not exhaustive", at_least), *more])
+    @pytest.mark.parametrize(
+        ("which", "count"), [("not exhaustive", few), pytest.param("exhaustive", rest, marks=pytest.mark.exhaustive)]
+    )
     def test(which: str, count: int) -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, file]
         env = os.environ | {"TRITON_INTERPRET": "1"}
