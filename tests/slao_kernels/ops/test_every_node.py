@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import slao_kernels
 from slao_kernels.testing import TOLERANCE
 
-test_under_the_interpreter = interpreted(__file__, few=1, rest=1)
+test_under_the_interpreter = interpreted(__file__, few=60, rest=100)
 every_op = pytest.mark.parametrize("op", MAIN)
 every_place = pytest.mark.parametrize("place", PLACES)
 fp64, fp32, bf16 = torch.float64, torch.float32, torch.bfloat16

@@ -27,7 +27,7 @@ from oracle import (
 
 from slao_kernels.testing import TOLERANCE, error_ratio
 
-test_under_the_interpreter = interpreted(__file__, few=1, rest=1)
+test_under_the_interpreter = interpreted(__file__, few=22, rest=95)
 
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
 # dtypes of base and adapters, and the precision

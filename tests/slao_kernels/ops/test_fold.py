@@ -18,7 +18,7 @@ import slao_kernels
 from slao_kernels import native
 from slao_kernels.testing import error_ratio
 
-test_under_the_interpreter = interpreted(__file__, few=1, rest=1)
+test_under_the_interpreter = interpreted(__file__, few=25, rest=50)
 SHAPES = [(1, 1, 1), (17, 33, 5), (64, 48, 16), (40, 300, 64)]
 # dtypes of A and B, and whether W lies column by column
 ADAPTERS = [(dtype, dtype, False) for dtype in DTYPES]

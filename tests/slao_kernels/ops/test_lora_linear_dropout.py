@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from slao_kernels.ops.lora_linear import triton as kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-test_under_the_interpreter = interpreted(__file__, few=1, rest=1)
+test_under_the_interpreter = interpreted(__file__, few=22, rest=35)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -24,7 +24,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 from slao_kernels.ops.lora_linear import gemm  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned", "fresh_tables")
-test_under_the_interpreter = interpreted(__file__, few=1, rest=1)
+test_under_the_interpreter = interpreted(__file__, few=50, rest=130)
 
 DTYPES = [torch.bfloat16, torch.float16]
 RANKS = [1, 8, 12, 16, 24, 64, 100, 256]

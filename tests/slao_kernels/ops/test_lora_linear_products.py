@@ -20,7 +20,7 @@ from slao_kernels.ops.lora_linear import triton as ours_on_triton
 from slao_kernels.ops.lora_linear import triton_kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-test_under_the_interpreter = interpreted(__file__, few=1, rest=1)
+test_under_the_interpreter = interpreted(__file__, few=100, rest=220)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RANKS = [1, 8, 12, 16, 24, 64, 100, 256]

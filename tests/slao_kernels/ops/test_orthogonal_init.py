@@ -32,7 +32,7 @@ from torch import Tensor
 
 import slao_kernels
 
-test_under_the_interpreter = interpreted(__file__, few=1, rest=1)
+test_under_the_interpreter = interpreted(__file__, few=40, rest=70)
 fp64, fp32 = torch.float64, torch.float32
 SHAPES = [(1, 1), (1, 7), (3, 3), (8, 33), (12, 100), (16, 768), (64, 200), (256, 256)]
 if not INTERPRETED:  # where each takes seconds

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import slao_kernels
 
-test_under_the_interpreter = interpreted(__file__, few=1, rest=1)
+test_under_the_interpreter = interpreted(__file__, few=9, rest=9)
 
 
 def matrices(dtype: torch.dtype) -> list[Tensor]:

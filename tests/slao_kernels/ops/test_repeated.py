@@ -12,7 +12,7 @@ import slao_kernels
 from slao_kernels import dispatch
 from slao_kernels.ops import fold, orthogonal_init, repeated, scaled_merge
 
-test_under_the_interpreter = interpreted(__file__, few=1, rest=1)
+test_under_the_interpreter = interpreted(__file__, few=12, rest=7)
 BACKENDS = [name for name in ("native", "triton", "reference") if dispatch.why_not("fold", name, "cpu") is None]
 
 

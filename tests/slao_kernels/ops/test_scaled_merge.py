@@ -14,7 +14,7 @@ from on_triton import interpreted
 
 import slao_kernels
 
-test_under_the_interpreter = interpreted(__file__, few=1, rest=1)
+test_under_the_interpreter = interpreted(__file__, few=50, rest=85)
 SIZES = [(33, 7), (5,), (2, 3, 4), (), (1037,)]
 SIZES += [] if INTERPRETED else [(8195,), (4096,), (3,), (300, 200)]
 # What 16 bits cannot hold, and what is denormal there; for destinations and for sources.

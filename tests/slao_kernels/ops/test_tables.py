@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from slao_kernels.ops import tables
 from slao_kernels.ops.scaled_merge import kernels
 
-test_under_the_interpreter = interpreted(__file__, few=1, rest=1)
+test_under_the_interpreter = interpreted(__file__, few=7, rest=8)
 
 
 def merge(merged: list[Tensor], tuned: list[Tensor], lam: float | list[float]) -> None:

@@ -22,7 +22,7 @@ import shapes  # noqa: E402
 import tune_lora_gemm as tuner  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fresh_tables")
-test_under_the_interpreter = interpreted(__file__, few=1, rest=1)
+test_under_the_interpreter = interpreted(__file__, few=15, rest=5)
 
 
 @pytest.fixture
