@@ -73,8 +73,13 @@ def run(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, magnitude: T
         norms = _run("norm", weight, A.to(wide), B.to(wide), scaling)
     c = magnitude.to(wide) / norms
     scale = _Scale.apply if torch.is_grad_enabled() else partial(_run, "scale")
+    inside = None
+    if bias is not None and call.dtype is wide:
+        # As the base layer adds it, so that a fresh adapter, whose factor is 1, changes no bit. Narrower products have
+        # it added later, unrounded: there the factor is hardly ever 1.
+        inside, bias = bias, (1 - c) * bias
     if call.wide:  # c dy, were it rounded to the base's dtype, would narrow the branch's gradients
-        y = scale(F.linear(x, weight), c, bias)
+        y = scale(F.linear(x, weight, inside), c, bias)
         return add(call)(call, y, x, A, c[:, None] * B, dispatch.direct())
-    z = linear(call)(call, x, weight, None, A, B)
+    z = linear(call)(call, x, weight, inside, A, B)
     return scale(z, c, bias)

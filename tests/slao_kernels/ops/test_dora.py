@@ -1,11 +1,14 @@
-"""DoRA's norms: exact where the delta cancels the weight, in any strides; and blocks of rows, of every op."""
+"""DoRA: norms, exact where the delta cancels the weight; a fresh adapter; and blocks of rows, of every op."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from oracle import check, compare, exact, make, ours
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
+import slao_kernels
 from slao_kernels.ops.lora_linear import precise
 from slao_kernels.testing import error_ratio
 
@@ -44,6 +47,19 @@ def test_norms_where_the_delta_cancels_the_weight(left):
     assert error <= 2e-7 / left
     squares = weight.square().sum(1) + ((2 * 0.7 * weight @ A.T) * B + 0.7**2 * (B @ (A @ A.T)) * B).sum(1)
     assert error < 0.5 * error_ratio(squares.clamp_min(0).sqrt(), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_fresh_adapter_changes_nothing(dtype, bias):
+    """To the last bit, as with PEFT, whose magnitudes are exact norms only where they are not rounded to 16 bits."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(1000, 700, bias=bias, dtype=dtype))
+    x = torch.rand(10, 1000, dtype=dtype)
+    expected = base(x)
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=["0"], use_dora=True))
+    slao_kernels.patch(model, strict=True)
+    assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("op", ["linear", "three layers", "add with a bias", "DoRA"])
