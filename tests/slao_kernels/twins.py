@@ -126,7 +126,8 @@ def net_input(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def input_of(model: nn.Module) -> Tensor:
     """What an adapted layer of a net reads."""
-    return net_input(2, 5, getattr(model.proj.base_layer, "in_features", 24))
+    base = model.proj.base_layer
+    return net_input(2, 5, getattr(base, "in_features", getattr(base, "nx", 24)))  # Conv1D's is called nx
 
 
 def net_step(model: nn.Module, x: Tensor, *args, **kwargs) -> dict[str, Tensor]:
