@@ -62,15 +62,15 @@ class Small:
     def __init__(self, server: Server, model: Path, stream: Path, root: Path) -> None:
         self.server, self.root = server, root
         self.argv = [
-            "run", "--model", str(model), "--stream", "jsonl", "--stream-path", str(stream), "--methods", "seqlora,slao",
-            "--rank", "2", "--target-modules", "query", "--batch-size", "4", "--seeds", "0",
+            "run", "--model", str(model), "--stream", "jsonl", "--stream-path", str(stream),
+            "--methods", "seqlora,slao", "--rank", "2", "--target-modules", "query", "--batch-size", "4", "--seeds", "0",
             "--set", "train.max_steps=2", "--set", "train.arguments.logging_steps=1", "--set", "similarity=true",
         ]  # fmt: skip
 
     def run(self, folder: Path, *more: str, **job: Any) -> dict[str, Any]:
         """Into `folder`; the job is one of `server.run`'s."""
         argv = [*self.argv, "--runs", str(folder.parent), "--name", folder.name, *more]
-        return self.server.run(argv, folder.parent / f"{folder.name}.log", **job)
+        return self.server.run(argv, Path(job.pop("folder", folder.parent / f"{folder.name}.log")), **job)
 
 
 @pytest.fixture(scope="session")
@@ -80,8 +80,8 @@ def small(server, saved_bert, stream_folder, tmp_path_factory) -> Small:
 
 @pytest.fixture(scope="session")
 def whole(small) -> Path:
-    """The run's folder, uninterrupted; `whole.parent / "whole.events"` names its events."""
-    folder: Path = small.root / "whole"
+    """The run's folder, uninterrupted; whole.json beside it has what the server answered."""
+    folder: Path = small.root / "tiny"
     answer = small.run(folder)
     assert answer["code"] == 0, answer["err"]
     (folder.parent / "whole.json").write_text(json.dumps(answer))

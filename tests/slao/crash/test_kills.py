@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -40,7 +41,7 @@ def check(small, tools, whole: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("number", FIRST)
 def test_killed_at_an_event(small, tools, whole, events, tmp_path, number):
-    folder = tmp_path / "run"
+    folder = tmp_path / "tiny"
     assert small.run(folder, at=moment(number, len(events)))["code"] == -9
     check(small, tools, whole, folder)
 
@@ -50,11 +51,9 @@ def test_killed_at_an_event(small, tools, whole, events, tmp_path, number):
 def test_killed_by_the_clock(small, tools, whole, tmp_path, number):
     """At a part of the time that the whole run took; on a busy machine that is another moment every time. Where it had
     ended before, there is nothing to kill, and less time is tried."""
-    import json
-
     seconds = json.loads((whole.parent / "whole.json").read_text())["seconds"]
     part = (number + random.Random(number).random()) / _TIMED
-    folder = tmp_path / "run"
+    folder = tmp_path / "tiny"
     for attempt in range(6):
         if small.run(folder, after=seconds * part / 2**attempt)["code"] == -9:
             break
@@ -67,7 +66,7 @@ def test_killed_by_the_clock(small, tools, whole, tmp_path, number):
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_killed_three_times(small, tools, whole, events, tmp_path, number):
     """Each attempt is killed at its own moment; the last one ends it."""
-    folder = tmp_path / "run"
+    folder = tmp_path / "tiny"
     generator = random.Random(100 + number)
     for attempt in range(3):
         moments = generator.randrange(len(events) // 3) + 5
@@ -79,7 +78,7 @@ def test_killed_three_times(small, tools, whole, events, tmp_path, number):
 @pytest.mark.parametrize("event", [1, 3, 7])
 def test_killed_while_an_old_run_is_removed(small, tools, whole, tmp_path, event):
     """--overwrite that dies leaves a folder that --overwrite, and --resume, take."""
-    folder = tmp_path / "run"
+    folder = tmp_path / "tiny"
     shutil.copytree(whole, folder)
     answer = small.run(folder, "--overwrite", at=event)
     assert answer["code"] == -9
