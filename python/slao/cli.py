@@ -163,7 +163,8 @@ def _run(options: argparse.Namespace) -> int:
     print("\n" + table(results))
     for title, reason in run.failed.items():
         print(f"failed: {title}: {reason}", file=sys.stderr)
-    print(f"\nreport: {write_report(folder)}")
+    with stopping.resumable(folder):
+        print(f"\nreport: {write_report(folder)}")
     return 1 if run.failed else 0
 
 

@@ -35,16 +35,15 @@ def _digest(content: dict[str, Any]) -> str:
 
 def write_sums(folder: Path) -> None:
     """SHA256SUMS of all files that lie in `folder` itself."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS)
-    lines = "".join(f"{_of_file(folder / name)}  {name}\n" for name in names)
+    lines = "".join(f"{_of_file(folder / name)}  {name}\n" for name in _names(folder))
     checkpoint.write_atomically(folder / SUMS, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether `folder` has a SHA256SUMS and all that it lists, unchanged."""
+    """Whether `folder` has a SHA256SUMS, and of all that lies in it what that lists, unchanged."""
     try:
         listed = _listed(folder)
-        return bool(listed) and all(_of_file(folder / name) == digest for name, digest in listed.items())
+        return _names(folder) == sorted(listed) and all(_of_file(folder / name) == listed[name] for name in listed)
     except (OSError, ValueError):
         return False
 
@@ -73,6 +72,10 @@ def _listed(folder: Path) -> dict[str, str]:
             raise ValueError(f"{folder / SUMS} is damaged: no checksum and file name in {line!r}; remove it")
         found[name] = digest
     return found
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS)
 
 
 def _of_file(path: Path) -> str:

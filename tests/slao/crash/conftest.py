@@ -63,14 +63,15 @@ class Small:
         self.server, self.root = server, root
         self.argv = [
             "run", "--model", str(model), "--stream", "jsonl", "--stream-path", str(stream),
-            "--methods", "seqlora,slao", "--rank", "2", "--target-modules", "query", "--batch-size", "4", "--seeds", "0",
-            "--set", "train.max_steps=2", "--set", "train.arguments.logging_steps=1", "--set", "similarity=true",
+            "--methods", "seqlora,slao", "--rank", "2", "--target-modules", "query", "--batch-size", "4",
+            "--seeds", "0", "--set", "train.max_steps=2", "--set", "train.arguments.logging_steps=1",
+            "--set", "similarity=true",
         ]  # fmt: skip
 
     def run(self, folder: Path, *more: str, **job: Any) -> dict[str, Any]:
         """Into `folder`; the job is one of `server.run`'s."""
         argv = [*self.argv, "--runs", str(folder.parent), "--name", folder.name, *more]
-        return self.server.run(argv, Path(job.pop("folder", folder.parent / f"{folder.name}.log")), **job)
+        return self.server.run(argv, Path(job.pop("log", folder.parent / f"{folder.name}.log")), **job)
 
 
 @pytest.fixture(scope="session")

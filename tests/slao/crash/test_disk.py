@@ -77,7 +77,7 @@ def test_a_merge_that_does_not_fit_leaves_nothing(small, tools, whole, tmp_path)
         assert "File too large" in tools.complaint(small.server.run(words, tmp_path / "log", fsize=1000))
         assert "No space left" in tools.complaint(small.server.run(words, tmp_path / "log", at=3, how="full"))
         assert not out.exists()
-        assert not [path for path in out.parent.glob(".*")]
+        assert not list(out.parent.glob(".*"))
     assert files(folder) == before
     answer = small.server.run(words, tmp_path / "log")
     assert answer["code"] == 0, answer["err"]
@@ -105,7 +105,7 @@ def test_read_only(small, tools, whole, tmp_path, command):
     try:
         if command.startswith("run"):
             target = place / "new" if command == "run" else folder
-            answer = small.run(target, *command.split()[1:], modes=True, folder=str(tmp_path / "log"))
+            answer = small.run(target, *command.split()[1:], modes=True, log=str(tmp_path / "log"))
         elif command == "report":
             answer = small.server.run(["report", str(folder)], tmp_path / "log", modes=True)
         else:
