@@ -95,8 +95,8 @@ def write_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) ->
     def write(temporary: Path) -> None:
         try:
             save_file(payload, temporary, metadata=header)
-        except SafetensorError as error:
-            raise cannot_write(path, error) from error
+        except SafetensorError as error:  # no OSError
+            raise OSError(str(error)) from error
 
     write_atomically(path, write)
 

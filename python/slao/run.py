@@ -87,7 +87,10 @@ class Run:
             before = json.loads(path.read_text(encoding="utf-8"))
             differing = [key for key in self.settings if before.get(key) != self.settings[key]]
         except (ValueError, AttributeError):
-            raise ValueError(f"{path} is damaged: it is no JSON object; --overwrite starts afresh") from None
+            raise ValueError(
+                f"{path} is damaged: it is no JSON object; the same command with another --runs writes a whole one, to "
+                "be copied here (--overwrite starts afresh)"
+            ) from None
         if differing:
             raise ValueError(
                 f"{self.folder} has other settings ({', '.join(differing)}): choose another --name or --overwrite"

@@ -25,7 +25,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, method: Method) -> None:
         self.method = method
-        self._warned = False
+        self._warned = 0  # the last task that was
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if sharding.ranks() == 1 and stopping.asked():
@@ -35,7 +35,7 @@ class Watch(TrainerCallback):
         if sharding.ranks() > 1 or not self.method.in_task:
             return
         self.method._refuse_broken_weights()
-        if not self._warned:
+        if self._warned != self.method.task:
             self._warn(state.global_step)
 
     def _warn(self, step: int) -> None:
@@ -48,7 +48,7 @@ class Watch(TrainerCallback):
             if norm > _EXPLODED * tensor.numel() ** 0.5:
                 large[key] = norm / tensor.numel() ** 0.5
         if large:
-            self._warned = True
+            self._warned = self.method.task
             key = max(large, key=large.__getitem__)
             logger.warning(
                 "task %r explodes: after %d steps the entries of %s are of size %.3g (RMS), and %d weights exceed %g; "
