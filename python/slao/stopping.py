@@ -47,7 +47,8 @@ def listening() -> Iterator[None]:
         yield
     finally:
         for number, handler in zip(_SIGNALS, before, strict=True):
-            signal.signal(number, handler)
+            if handler is not None:  # None: one that Python did not set, and cannot set again
+                signal.signal(number, handler)
 
 
 @contextmanager

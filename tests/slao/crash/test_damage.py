@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from slao.cli import main
 from slao.folders import read_adapter
 from slao.merging.source import Source
 from slao.report import load
+from slao.run import Run
 from slao.sums import SUMS, is_whole
 
 # Every how many bytes it is cut and flipped; bits that are flipped there, one at a time.
@@ -92,6 +94,25 @@ def test_results(whole, tmp_path, density):
     others = accepted(path, flips(content, density), lambda: load(tmp_path))
     assert len(others) <= len(b"sha256") * density[1] + content.count(b"e-")
     assert all({key: other.get(key) for key in good} == good for other in others)
+
+
+@pytest.mark.parametrize("density", DENSITY)
+def test_settings(whole, tmp_path, density):
+    """Refused, or they say what they said: e for E in a number, or another name for a setting that is null."""
+    path = Path(shutil.copy(whole / "settings.json", tmp_path / "settings.json"))
+    content = path.read_bytes()
+    settings = json.loads(content)
+    run = SimpleNamespace(folder=tmp_path, settings=settings)
+
+    def read() -> Any:
+        Run._check_same_run(run)
+        return json.loads(path.read_text())
+
+    assert accepted(path, cuts(content[:-1], density), read) == []
+    others = accepted(path, flips(content, density), read)
+    nulls = [key for key, value in settings.items() if value is None]
+    assert len(others) <= (sum(map(len, nulls)) + content.count(b"e-")) * density[1]
+    assert all({key: other.get(key) for key in settings} == settings for other in others)
 
 
 def damage(path: Path, how: str) -> None:
