@@ -122,7 +122,7 @@ def damage(path: Path, how: str) -> None:
     path.write_bytes({"empty": b"", "half": content[: len(content) // 2], "flipped": content}[how])
 
 
-@pytest.mark.parametrize("how", ["empty", "half", "flipped"])
+@pytest.mark.parametrize("how", ["empty", pytest.param("half", marks=pytest.mark.exhaustive), "flipped"])
 @pytest.mark.parametrize("name", ["settings.json", *STATES])
 def test_a_run_is_not_resumed_from_damage(small, tools, whole, tmp_path, name, how):
     folder = tmp_path / "tiny"
@@ -134,7 +134,9 @@ def test_a_run_is_not_resumed_from_damage(small, tools, whole, tmp_path, name, h
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("how", ["empty", "half", "flipped", "absent"])
+@pytest.mark.parametrize(
+    "how", [*(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("empty", "absent")), "half", "flipped"]
+)
 def test_what_is_derived_is_written_anew(small, tools, whole, tmp_path, how):
     """Adapters, results and report come from the states."""
     folder = tmp_path / "tiny"

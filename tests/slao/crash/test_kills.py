@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-KILLS, BY_DEFAULT = 40, 8
+KILLS, BY_DEFAULT = 40, 6
 _TIMED = 10  # of these, so many at a time by the clock, the others at events spread over the run
 FIRST = [pytest.param(n, marks=[] if n < BY_DEFAULT else pytest.mark.exhaustive) for n in range(KILLS - _TIMED)]
 
@@ -75,7 +75,7 @@ def test_killed_three_times(small, tools, whole, events, tmp_path, number):
     check(small, tools, whole, folder)
 
 
-@pytest.mark.parametrize("event", [1, 3, 7])
+@pytest.mark.parametrize("event", [pytest.param(1, marks=pytest.mark.exhaustive), 3, 7])
 def test_killed_while_an_old_run_is_removed(small, tools, whole, tmp_path, event):
     """--overwrite that dies leaves a folder that --overwrite, and --resume, take."""
     folder = tmp_path / "tiny"
