@@ -16,6 +16,7 @@ from slao_kernels import deepspeed_masters
 from . import checkpoint, observing
 from .methods import Method
 from .methods.base import STATE_FILE
+from .watching import Watch
 
 logger = logging.getLogger("slao")
 
@@ -35,13 +36,14 @@ class SlaoCallback(TrainerCallback):
     (`SLAO(keep_cosines=True)`), and patched layers that fell back, at the end. They go through `trainer.log` after
     `attach(trainer)`, otherwise into the Trainer's log_history and the logger "slao" alone.
     While training raises ValueError: for a task that is still running, a Trainer of another model, a method with a
-    penalty but no `attach`, or with new parameters for each task (SD-LoRA), auto_find_batch_size, and a checkpoint
-    without the state that belongs to it.
+    penalty but no `attach`, or with new parameters for each task (SD-LoRA), auto_find_batch_size, a checkpoint without
+    the state that belongs to it, and, at the next log, weights that became NaN or infinite.
     """
 
     def __init__(self, method: Method, task: str | None = None) -> None:
         self.method, self.task = method, task
         self.trainer: Any = None
+        self._watch = Watch(method)
 
     def attach(self, trainer: Any) -> Any:
         """Add the callback to `trainer` (if it is not there) and log through it; a method's penalty joins its loss.
@@ -85,6 +87,9 @@ class SlaoCallback(TrainerCallback):
             )
         patched = sum(hasattr(layer, "slao_options") for layer in layers)
         self._log(state, {"task": self.method.task, "lora_layers": len(layers), "patched": patched})
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._watch.on_log(args, state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.method.save(_folder(args, state), {"step": state.global_step})
