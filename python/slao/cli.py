@@ -89,9 +89,8 @@ def parser() -> argparse.ArgumentParser:
 
 def settings_from(options: argparse.Namespace) -> dict[str, Any]:
     """The completed settings that the flags of `slao run` ask for. ValueError names what is wrong."""
-    import yaml
-
     from . import settings
+    from .reading import parse_yaml
 
     given = settings.load_preset(options.preset) if options.preset else {}
     given = settings.load_file(Path(options.config)) if options.config else given
@@ -108,10 +107,7 @@ def settings_from(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{key} is set by a flag and by --set: drop one of them")
         changes[key] = value
     for key, value in changes.items():
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"the value of {key} is not YAML: {value!r}") from None
+        parsed = parse_yaml(value, f"the value {value!r:.100} of {key}")
         if key in _LISTS and isinstance(parsed, str) and parsed != "all-linear":
             parsed = [name.strip() for name in parsed.split(",")]
         if key.startswith("methods.") and "methods" in given:
@@ -133,7 +129,8 @@ def settings_from(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _stream_name(given: dict[str, Any]) -> str:
-    return str(given.get("stream", {}).get("name", "python_docs"))
+    stream = given.get("stream")
+    return str(stream.get("name", "python_docs")) if isinstance(stream, dict) else "python_docs"
 
 
 def _default_name(options: argparse.Namespace, completed: dict[str, Any]) -> str:
