@@ -34,7 +34,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str, where: str, line: int | None = None) -> Any:
-    """What the text says; no object may have one key twice. line: where the text begins, if it is one line of a file."""
+    """What the text says; no object may have one key twice. line: of the file, where the text is one line of it."""
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
@@ -64,7 +64,7 @@ def parse_yaml(text: str, where: str) -> Any:
     import yaml
 
     try:
-        content = yaml.load(text, Loader=_loader())  # noqa: S506 (a SafeLoader)
+        content = yaml.load(text, Loader=_loader())
         _counted(content, where, [_NODES])
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -131,7 +131,10 @@ def _loader() -> Any:
 
 
 def check_text(text: str, where: str) -> None:
-    """ValueError for half of a character (a lone surrogate, as cut texts have it), which no tokenizer takes."""
+    """ValueError for what is no text, or half of a character (a lone surrogate, as cut texts have it), which no
+    tokenizer takes."""
+    if not isinstance(text, str):
+        raise ValueError(f"{where} must be a text, not {text!r:.60}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

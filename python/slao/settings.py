@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .arguments import check_arguments
 from .methods import METHODS, check_method
 from .objectives import OBJECTIVES, check_objective
 from .reading import parse_yaml, read_text
@@ -70,23 +71,6 @@ _LEAST = {
     "train.gradient_accumulation": (1, True),
     "lora.lora_alpha": (0, False),
 }
-_EVALUATES = "scores come from the objective, not from the Trainer's evaluation"
-_SAVES = "the whole state is saved after every task, and the Trainer saves nothing"
-# TrainingArguments that could be set, and would be ignored in silence or end the run after it began.
-_NO_EFFECT = {
-    **dict.fromkeys(
-        ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "do_eval", "do_predict",
-         "do_train", "per_device_eval_batch_size", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics",
-         "eval_do_concat_batches", "eval_use_gather_object", "metric_for_best_model", "greater_is_better", "label_names",
-         "load_best_model_at_end", "bf16_full_eval", "fp16_full_eval"), _EVALUATES),
-    **dict.fromkeys(
-        ("save_steps", "save_total_limit", "save_only_model", "save_on_each_node", "resume_from_checkpoint",
-         "ignore_data_skip", "restore_callback_states_from_checkpoint", "push_to_hub", "hub_model_id", "hub_token",
-         "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "enable_jit_checkpoint"), _SAVES),
-    "auto_find_batch_size": "it starts the training anew within a task; set train.batch_size",
-    "length_column_name": "the rows have no such column",
-    "disable_tqdm": "a run has one progress bar of its own",
-}  # fmt: skip
 LARGEST_SEED = 400_000  # 10,007 generators are seeded for each, by numbers of 32 bits
 
 
@@ -193,11 +177,8 @@ def _check_types(settings: dict[str, Any]) -> None:
         _check_section(settings["methods"], label, f"method {name!r}", taken, "methods.")
     _check_section(settings, "train", "train", parameters(TrainConfig))
     if arguments := settings["train"].get("arguments"):
-        ours = [name for name in arguments if name in _NO_EFFECT]
-        if ours:
-            raise ValueError(f"train.arguments.{ours[0]} would do nothing: {_NO_EFFECT[ours[0]]}; leave it out")
-        hints = parameters(_arguments_of(settings["train"].get("trainer", "transformers")))
-        settings["train"]["arguments"] = options("train.arguments", "train.arguments", arguments, hints)
+        trainer = settings["train"].get("trainer", "transformers")
+        settings["train"]["arguments"] = check_arguments(arguments, trainer)
     if any(f"lora.{key}" not in _PLAIN for key in settings["lora"]):
         from peft import LoraConfig
 
@@ -207,16 +188,6 @@ def _check_types(settings: dict[str, Any]) -> None:
 def _check_section(place: dict[str, Any], section: str, what: str, hints: dict[str, Any], where: str = "") -> None:
     named = {key: hint for key, hint in hints.items() if key not in _GIVEN}
     place[section] = options(what, f"{where}{section}", place[section], named)
-
-
-def _arguments_of(trainer: str) -> Any:
-    if trainer == "trl":
-        from .integrations.trl import require_trl
-
-        return require_trl().SFTConfig
-    from transformers import TrainingArguments
-
-    return TrainingArguments
 
 
 def _check(settings: dict[str, Any]) -> None:

@@ -166,7 +166,7 @@ def test_labels_must_be_a_list_of_texts(root, labels):
 
 def test_a_file_that_is_not_utf_8(root):
     (root / "news" / "test.jsonl").write_bytes(b'{"text": "\xff", "label": "a"}')
-    with pytest.raises(ValueError, match=r"test.jsonl: not UTF-8 \(byte 10\)"):
+    with pytest.raises(ValueError, match=r"test.jsonl, line 1: not UTF-8 \(byte 10\)"):
         jsonl(root)
 
 
