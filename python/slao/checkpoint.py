@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slao_kernels.ops.checks import not_finite
+
 FORMAT = 1
+_RESTORE = "restore it from a copy, or remove its folder and train again"
+TEMPORARY = ".tmp"  # the end of the names of what is not whole yet, which begin with a dot
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it over `path`."""
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it over `path`.
+
+    Raises OSError, with what was there before whole, where the disk does not take it.
+    """
+    try:
+        _write_atomically(path, write)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: Exception) -> OSError:
+    """An OSError that says so in one line. safetensors' own errors are none."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return OSError(f"cannot write {path}: {reason}; what was there before is whole")
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -33,6 +54,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     sync_folder(path.parent)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether `path` is, by its name, what a process left that died while it wrote."""
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Everything `is_temporary` in and below `folder`, which no other process may be writing to."""
+    for path in sorted(folder.rglob(f".*{TEMPORARY}")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     """`content` as indented JSON, atomically."""
     text = json.dumps(content, indent=1, allow_nan=False)
@@ -40,13 +75,30 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Tensors and JSON-able `meta` into one safetensors file with a checksum over both, atomically."""
+    """Tensors and JSON-able `meta` into one safetensors file with a checksum over both, atomically.
+
+    Raises ValueError, with nothing written, where a tensor holds a NaN or an infinity, and OSError as
+    `write_atomically`.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     payload = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if broken := [list(payload)[index] for index in not_finite(list(payload.values()))]:
+        raise ValueError(
+            f"{path} is not written: NaN or infinite numbers in {', '.join(broken[:8])}; training diverged, lower the "
+            "learning rate"
+        )
     text = json.dumps({"format": FORMAT, **meta}, sort_keys=True, allow_nan=False)
     header = {"slao": text, "sha256": _digest(payload, text)}
-    write_atomically(path, lambda temporary: save_file(payload, temporary, metadata=header))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(payload, temporary, metadata=header)
+        except SafetensorError as error:
+            raise cannot_write(path, error) from error
+
+    write_atomically(path, write)
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -64,14 +116,14 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             # Copies: what safetensors gives is the mapped file itself, at whatever address its header leaves.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {error}; {_RESTORE}") from error
     if "slao" not in header:
         raise ValueError(f"{path} is not a state that this library wrote")
+    if header.get("sha256") != _digest(tensors, header["slao"]):
+        raise ValueError(f"{path} is damaged: its checksum does not match; {_RESTORE}")
     meta = json.loads(header["slao"])
     if meta.get("format", 0) > FORMAT:
         raise ValueError(f"{path} has format {meta['format']}, this version reads up to {FORMAT}: update slao_kernels")
-    if header.get("sha256") != _digest(tensors, header["slao"]):
-        raise ValueError(f"{path} is damaged: its checksum does not match")
     return tensors, meta
 
 

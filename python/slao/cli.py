@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import stopping
+
 # flag -> setting; the value is parsed as YAML, so 3, 0.5, true and [a, b] mean what they say.
 FLAGS = {
     "--model": ("model", "folder, hub name, minilm or digits-vit"),
@@ -151,7 +153,8 @@ def _run(options: argparse.Namespace) -> int:
         run = Run(completed, folder, resume=options.resume, overwrite=options.overwrite, processes=options.jobs)
     finally:
         noisy()
-    results = run.execute()
+    with stopping.resumable(folder):
+        results = run.execute()
     if not sharding.is_first():
         return 0
     print("\n" + table(results))
@@ -180,7 +183,16 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Entry point; returns the exit code: 128 and the signal's number where Ctrl-C or SIGTERM ended it."""
+    try:
+        with stopping.listening():
+            return _command(argv)
+    except stopping.Stopped as stop:
+        print(f"slao: {stop}", file=sys.stderr)
+        return stop.exit_code
+
+
+def _command(argv: Sequence[str] | None) -> int:
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     # A run reads local folders first; what it has to fetch it may fetch, but it should not phone home on its own.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -208,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(describe())
         return 0
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"slao: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

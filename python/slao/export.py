@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from slao_kernels import sharding
 
+from . import checkpoint, sums
+
 _MORE = ("modules_to_save", "trainable_token_indices", "bias")  # what a LoraConfig adds to A and B
 
 
@@ -63,11 +65,12 @@ def _gathered(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 
 def _write(model: nn.Module, target: Path, adapter: str, whole: dict[str, Tensor] | None, stacked: int) -> None:
     from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     configs: dict[str, Any] = model.peft_config
     target.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=checkpoint.TEMPORARY, dir=target.parent))
     try:
         with _at_rank(configs[adapter], stacked):
             if isinstance(model, PeftModel) and whole is None:
@@ -81,10 +84,15 @@ def _write(model: nn.Module, target: Path, adapter: str, whole: dict[str, Tensor
                 _save_config(model, configs[adapter], scratch)
                 source = scratch
         names = sorted(path.name for path in source.iterdir() if path.is_file())
+        (target / sums.SUMS).unlink(missing_ok=True)
         for name in sorted(names, key=lambda name: name.startswith("adapter_model")):
             with open(source / name, "rb") as file:
                 os.fsync(file.fileno())
+            os.chmod(source / name, 0o666 & ~checkpoint.umask())  # safetensors makes files private
             os.replace(source / name, target / name)
+        checkpoint.sync_folder(target)
+    except (OSError, SafetensorError) as error:
+        raise checkpoint.cannot_write(target, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from . import sums
+
 Triple = tuple[Tensor, Tensor, float]
 FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
@@ -26,6 +28,7 @@ def read_adapter(folder: str | Path) -> dict[str, Triple]:
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise ValueError(f"{folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True")
+    sums.check(folder, ("adapter_config.json", path.name))
     try:
         tensors = load_file(path)
     except Exception as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import metrics
+from . import checkpoint, metrics
 
 if TYPE_CHECKING:
     from .report import Method
@@ -223,6 +223,11 @@ def _speed(methods: Sequence[Method], title: str) -> Any:
     return figure
 
 
+def write_png(figure: Any, path: Path) -> None:
+    """`figure` as a PNG file, atomically."""
+    checkpoint.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+
+
 def draw(methods: Sequence[Method], metric: str, out_dir: Path) -> list[Plot]:
     """Write the figures of S-seed, T-task results as PNG files into out_dir (made if absent).
 
@@ -241,7 +246,7 @@ def draw(methods: Sequence[Method], metric: str, out_dir: Path) -> list[Plot]:
         path = out_dir / f"{stem}.png"
         # The reader's own matplotlibrc must not change what a report looks like.
         with style.context(["default", STYLE]):
-            make(*arguments, title).savefig(path, dpi=130)
+            write_png(make(*arguments, title), path)
         plots.append(Plot(path, title, caption))
 
     what = _label(metric)

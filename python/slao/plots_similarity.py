@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .plots import COLOURS, GREY, STYLE, Plot, _figure, _label, _title
+from .plots import COLOURS, GREY, STYLE, Plot, _figure, _label, _title, write_png
 from .similarity import FACTORS, MEASURES, by_layer, chance
 
 _NAMES = {"cosine": "cosine of the factors", "overlap": "overlap of their subspaces"}
@@ -43,7 +43,7 @@ def draw_similarity(tables: Mapping[str, Sequence[dict[str, Any]]], out_dir: Pat
             path = out_dir / f"{stem}_{len(plots)}.png"
         title = f"{_label(name)}: how alike A, and B, are after different tasks"
         with style.context(["default", STYLE]):
-            _panels(seeds, title).savefig(path, dpi=130)
+            write_png(_panels(seeds, title), path)
         caption = (
             f"{name}. A and B as each task trained them, before any merge. The cosine depends on the basis in which "
             "an adapter is written; the overlap of the spaces that A reads and B writes does not. Dotted: the overlap "

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import metrics, plots, report_html
+from . import checkpoint, metrics, plots, report_html, sums
 from .plots_similarity import draw_similarity
 
 # Result key, column title, and whether it is a score (printed in the score's own scale).
@@ -262,12 +262,13 @@ def load(run_dir: Path) -> Any:
     if not run_dir.is_dir():
         raise ValueError(f"there is no directory {run_dir}: give the output directory of a `slao run`")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{run_dir} has no results.json: let its `slao run` finish, then report again") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read ({reason}): write it again with `slao run`") from None
+    return sums.unsealed(content, path)
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -287,7 +288,6 @@ def write_report(run_dir: str | Path) -> Path:
     figures += draw_similarity(tables, run_dir / "report")
     page = run_dir / "report.html"
     orders = [[m.name, str(seed), " → ".join(m.tasks[s])] for m in methods for s, seed in enumerate(m.seeds)]
-    page.write_text(
-        report_html.page(results, _headline(methods), _per_seed(methods), orders, figures), encoding="utf-8"
-    )
+    text = report_html.page(results, _headline(methods), _per_seed(methods), orders, figures)
+    checkpoint.write_atomically(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return page

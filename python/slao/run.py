@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from slao_kernels import sharding
 
-from . import checkpoint, ranks
+from . import checkpoint, ranks, sums
 from .prepare import Prepared
 from .sweep import Job, jobs, variants
 from .train import Result
@@ -48,7 +48,7 @@ class Run:
             raise ValueError(f"the number of processes must be at least 1, not {processes}")
         if processes > 1 and sharding.ranks() > 1:
             raise ValueError("a launcher's processes train each task together: run without --jobs under torchrun")
-        occupied = sharding.on_first(lambda: folder.exists() and any(folder.iterdir()))
+        occupied = sharding.on_first(lambda: _occupied(folder))
         if occupied and not (resume or overwrite):
             raise ValueError(f"{folder} is not empty: pass --resume to continue it, or --overwrite to start afresh")
         if overwrite and occupied and not (folder / "settings.json").is_file():
@@ -83,8 +83,11 @@ class Run:
         path = self.folder / "settings.json"
         if not path.is_file():
             raise ValueError(f"{self.folder} holds no settings.json, so there is no run to resume; choose another name")
-        before = json.loads(path.read_text(encoding="utf-8"))
-        differing = [key for key in self.settings if before.get(key) != self.settings[key]]
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            differing = [key for key in self.settings if before.get(key) != self.settings[key]]
+        except (ValueError, AttributeError):
+            raise ValueError(f"{path} is damaged: it is no JSON object; --overwrite starts afresh") from None
         if differing:
             raise ValueError(
                 f"{self.folder} has other settings ({', '.join(differing)}): choose another --name or --overwrite"
@@ -111,13 +114,18 @@ class Run:
         if not results:
             raise ValueError(next(iter(self.failed.values())))
         content = self._results({job: results[job] for job in self.jobs if job in results})
-        sharding.on_first(lambda: checkpoint.write_json(self.folder / "results.json", content))
+        sharding.on_first(lambda: checkpoint.write_json(self.folder / "results.json", sums.sealed(content)))
         return content
 
     def _prepare_folder(self) -> None:
-        if self._overwrite and self.folder.exists():
-            shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_temporaries(self.folder)
+        if self._overwrite:
+            # Settings go last, and nothing goes in part: a process that dies here leaves a run's folder.
+            for path in sorted(self.folder.iterdir(), key=lambda path: path.name != "state"):
+                if path.name != "settings.json":
+                    os.replace(path, self.folder / f".{path.name}{checkpoint.TEMPORARY}")
+            checkpoint.remove_temporaries(self.folder)
         checkpoint.write_json(self.folder / "settings.json", self.settings)
 
     def _outcomes(self) -> Iterator[tuple[Job, Outcome]]:
@@ -186,6 +194,11 @@ class Run:
             "threads": max(1, torch.get_num_threads() // self.processes),
             "versions": versions(),
         }
+
+
+def _occupied(folder: Path) -> bool:
+    """Whether there is more in it than what a run left that died before its settings were written."""
+    return folder.exists() and not all(checkpoint.is_temporary(path) for path in folder.iterdir())
 
 
 def _layers_mean(lam: float | list[float]) -> float:

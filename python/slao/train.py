@@ -16,7 +16,7 @@ from torch import nn
 
 from slao_kernels import sharding
 
-from . import checkpoint, metrics
+from . import checkpoint, metrics, stopping
 from .methods import Method
 from .methods.base import STATE_FILE
 from .objectives import Objective
@@ -174,6 +174,7 @@ def train(
         if similarity is not None and recorded is not None:
             similarity.take(recorded)
     from .trainer import make_trainer, own_forward
+    from .watching import Watch
 
     reset_peak_memory()
     names = tuple(result.tasks)
@@ -183,7 +184,7 @@ def train(
     stages = [("joint", stream.tasks)] if method.together else [(task.name, (task,)) for task in stream.tasks]
     if method.together and config.max_steps > 0:
         config = replace(config, max_steps=config.max_steps * len(stream.tasks))
-    for index in range(len(stages) if result.finished else len(result.matrix), len(stages)):
+    for index in stopping.one_by_one(range(len(stages) if result.finished else len(result.matrix), len(stages))):
         name, tasks = stages[index]
         objective.running = tuple(task.name for task in tasks)
         objective.seen = names if method.together else names[: index + 1]
@@ -194,9 +195,12 @@ def train(
         method.begin_task(name)
         result.merge_seconds += time.perf_counter() - started
         trainer = make_trainer(model, method, objective, config, features, seed * 10_007 + index, callbacks)
+        trainer.add_callback(Watch(method))
         started = time.perf_counter()
         with own_forward(model):
             trainer.train()
+        if trainer.state.global_step < trainer.state.max_steps:
+            stopping.check()  # the task begins anew when the run is resumed
         result.train_seconds += time.perf_counter() - started
         result.tokens += _over_ranks(trainer.tokens(), model)
         result.losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])

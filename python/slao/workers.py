@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +16,9 @@ from typing import Any
 
 import torch
 
+from slao_kernels import sharding
+
+from . import stopping, sums
 from .checkpoint import read_state
 from .methods.base import STATE_FILE
 from .prepare import Prepared
@@ -50,18 +55,23 @@ def train_job(prepared: Prepared, job: Job, folder: Path, ready: Any = None) -> 
         return error
     finally:
         progress.close()
-    method.save_pretrained(folder / "adapters" / job.folder)
+    exported = folder / "adapters" / job.folder
+    method.save_pretrained(exported)
+    sharding.on_first(lambda: sums.write_sums(exported))
     return result
 
 
 def finished(job: Job, folder: Path) -> Result | None:
-    """The result of a job that an earlier call trained to its end and exported, else None."""
-    state = folder / "state" / job.folder / STATE_FILE
-    if not state.is_file() or not (folder / "adapters" / job.folder / "adapter_config.json").is_file():
+    """The result of a job that an earlier call trained to its end and exported, else None: of one that is trained, but
+    whose adapter is not whole, too. ValueError where what was saved is damaged."""
+    place = folder / "state" / job.folder
+    if not (place / STATE_FILE).is_file():
         return None
-    saved: dict[str, Any] = read_state(state)[1]["extra"]["result"]
-    result = Result(**saved)
-    return result if result.finished else None
+    extra: dict[str, Any] = read_state(place / STATE_FILE)[1]["extra"]
+    if extra.get("similarity") is not None:
+        Similarity.read(place, extra["similarity"])
+    result = Result(**extra["result"])
+    return result if result.finished and sums.is_whole(folder / "adapters" / job.folder) else None
 
 
 def similarity_of(job: Job, folder: Path) -> dict[str, Any]:
@@ -74,7 +84,8 @@ def in_processes(variants: list[Variant], jobs: list[Job], folder: Path, count: 
     """Train `jobs` in `count` processes, each with its share of the cores; yields them as they end."""
     context = multiprocessing.get_context("spawn")  # a forked torch hangs in its thread pool
     threads = max(1, torch.get_num_threads() // count)
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(threads,))
+    stop = context.Event()
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(threads, stop))
     try:
         running: dict[Future[str], Job] = {
             pool.submit(_work, json.dumps(variants[job.variant].settings), job, str(folder)): job for job in jobs
@@ -89,14 +100,27 @@ def in_processes(variants: list[Variant], jobs: list[Job], folder: Path, count: 
                     "run again with --resume and fewer --jobs"
                 ) from None
             yield job, Result(**content) if "tasks" in content else ValueError(content["error"])
+    except BaseException:
+        stop.set()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(threads: int) -> None:
+def _begin(threads: int, stop: Any) -> None:
+    stopping.obey(stop)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TQDM_DISABLE"] = "1"  # the lines of several processes would overwrite each other
     torch.set_num_threads(threads)
     quiet()
+
+
+def _end_with_parent() -> None:
+    """A killed run must not go on in its children: who resumes it would meet them in its folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 _prepared: dict[str, Prepared] = {}
@@ -107,7 +131,10 @@ def _work(settings: str, job: Job, folder: str) -> str:
     if settings not in _prepared:
         _prepared.clear()
         _prepared[settings] = Prepared(json.loads(settings))
-    outcome = train_job(_prepared[settings], job, Path(folder))
+    try:
+        outcome = train_job(_prepared[settings], job, Path(folder))
+    except stopping.Stopped as stop:
+        os._exit(stop.exit_code)
     return json.dumps({"error": str(outcome)} if isinstance(outcome, ValueError) else vars(outcome))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slao_kernels.ops.checks import Problems
 
+from .. import sums
 from ..folders import FACTORS, read_config, scaling
 
 # A file is mapped, and what was read of it stays in memory until it is opened anew. Ten adapters of Llama-3-8B at
@@ -66,6 +67,7 @@ class Source:
             raise ValueError(
                 f"{self.folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True"
             )
+        sums.check(self.folder, ("adapter_config.json", self.path.name))
         self._file: Any = None
         self._read = 0
         self.layers = {layer.name: layer for layer in self._layers()}

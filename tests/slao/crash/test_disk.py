@@ -1,0 +1,118 @@
+"""A disk that is full, or not to be written to: one line, exit code 2, and what was there before is whole."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+FULL, BY_DEFAULT = 24, 6
+NUMBERS = [pytest.param(n, marks=[] if n < BY_DEFAULT else pytest.mark.exhaustive) for n in range(FULL)]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_full_at_an_event(small, tools, whole, events, tmp_path, number):
+    """At one of the places where the run makes a folder, writes, flushes or renames. Resumed, it ends as ever."""
+    places = [n for n, event in enumerate(events, 1) if event.split()[0] in ("fsync", "replace", "mkdir", "write")]
+    places = [n for n in places if events[n - 1].endswith("before")]
+    part = (number * 5) % FULL
+    at = places[int((part + random.Random(number).random()) * len(places) / FULL)]
+    folder = tmp_path / "tiny"
+    line = tools.complaint(small.run(folder, at=at, how="full"))
+    assert "No space left on device" in line
+    assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+    answer = small.run(folder, "--resume")
+    assert answer["code"] == 0, answer["err"]
+    assert tools.changed(folder, whole) == []
+
+
+# The largest file that the system lets it write -> the first one that does not fit. Real writes, cut by the kernel.
+LIMITS = {
+    500: "settings.json",
+    1500: "state/seqlora-0/trained/0001.safetensors",
+    2000: "state/seqlora-0/slao_state.safetensors",
+    2800: "state/slao-0/slao_state.safetensors",
+    5000: "results.json",
+    30000: "report/averages.png",
+    200000: "report.html",
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_files_that_do_not_fit(small, tools, whole, tmp_path, limit):
+    folder = tmp_path / "tiny"
+    line = tools.complaint(small.run(folder, fsize=limit))
+    assert f"cannot write {folder / LIMITS[limit]}: " in line
+    assert "what was there before is whole" in line
+    present = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    assert present < {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
+    assert not (folder / LIMITS[limit]).exists()
+    answer = small.run(folder, "--resume")
+    assert answer["code"] == 0, answer["err"]
+    assert tools.changed(folder, whole) == []
+
+
+def test_a_report_that_does_not_fit_leaves_the_old_one(small, tools, whole, tmp_path):
+    folder = tmp_path / "tiny"
+    shutil.copytree(whole, folder)
+    before = files(folder)
+    line = tools.complaint(small.server.run(["report", str(folder)], tmp_path / "log", fsize=200_000))
+    assert f"cannot write {folder / 'report.html'}: File too large" in line
+    assert files(folder) == before
+
+
+def test_a_merge_that_does_not_fit_leaves_nothing(small, tools, whole, tmp_path):
+    folder = tmp_path / "adapters"
+    shutil.copytree(whole / "adapters", folder)
+    before = files(folder)
+    for out in (tmp_path / "out", tmp_path / "new" / "out"):
+        words = ["merge", str(folder / "seqlora-0"), str(folder / "slao-0"), "-o", str(out)]
+        assert "File too large" in tools.complaint(small.server.run(words, tmp_path / "log", fsize=1000))
+        assert "No space left" in tools.complaint(small.server.run(words, tmp_path / "log", at=3, how="full"))
+        assert not out.exists()
+        assert not [path for path in out.parent.glob(".*")]
+    assert files(folder) == before
+    answer = small.server.run(words, tmp_path / "log")
+    assert answer["code"] == 0, answer["err"]
+    assert (out / "adapter_model.safetensors").is_file()
+
+
+def locked(folder: Path) -> None:
+    """Nobody may write in it or below."""
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+
+def unlocked(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+@pytest.mark.parametrize("command", ["run", "run --resume", "run --overwrite", "report", "merge"])
+def test_read_only(small, tools, whole, tmp_path, command):
+    place = tmp_path / "place"
+    folder = place / "tiny"
+    shutil.copytree(whole, folder)
+    before = files(place)
+    locked(place)
+    try:
+        if command.startswith("run"):
+            target = place / "new" if command == "run" else folder
+            answer = small.run(target, *command.split()[1:], modes=True, folder=str(tmp_path / "log"))
+        elif command == "report":
+            answer = small.server.run(["report", str(folder)], tmp_path / "log", modes=True)
+        else:
+            adapters = [str(folder / "adapters" / name) for name in ("seqlora-0", "slao-0")]
+            answer = small.server.run(["merge", *adapters, "-o", str(place / "out")], tmp_path / "log", modes=True)
+        assert "Permission denied" in tools.complaint(answer)
+        assert files(place) == before
+        assert os.listdir(place) == ["tiny"]
+    finally:
+        unlocked(place)
