@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--weights", help="comma-separated, one an adapter (not slao)")
     merge.add_argument("--rank", type=int, help="of the result (svd, magmax, opcm, knots)")
     merge.add_argument("--density", type=float, help="part of the entries that is kept (ties, dare_ties, knots)")
-    merge.add_argument("--lambda-schedule", help="inv_sqrt (default), inverse or a number (slao)")
+    merge.add_argument("--lambda-schedule", help="inv_sqrt (default), inverse, adaptive or a number (slao)")
     merge.add_argument("--seed", type=int, help="of dare_ties")
     commands.add_parser("info", help="versions, devices, and the backend each op takes here")
     return top
