@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import stopping
+from .failures import explain
 
 # flag -> setting; the value is parsed as YAML, so 3, 0.5, true and [a, b] mean what they say.
 FLAGS = {
@@ -92,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
 def settings_from(options: argparse.Namespace) -> dict[str, Any]:
     """The completed settings that the flags of `slao run` ask for. ValueError names what is wrong."""
     from . import settings
+    from .places import check_name
     from .reading import parse_yaml
 
     given = settings.load_preset(options.preset) if options.preset else {}
@@ -126,7 +128,9 @@ def settings_from(options: argparse.Namespace) -> dict[str, Any]:
     if options.no_shuffle:
         given["shuffle_tasks"] = False
     completed = settings.complete(given)
-    completed["name"] = options.name or completed["name"] or options.preset or _default_name(options, completed)
+    name = completed["name"] if options.name is None else options.name
+    completed["name"] = name or options.preset or _default_name(options, completed)
+    check_name(completed["name"])
     return completed
 
 
@@ -175,10 +179,7 @@ def _merge(options: argparse.Namespace) -> int:
     with contextlib.suppress(ValueError):  # a name
         schedule = None if schedule is None else float(schedule)
     given = {"weights": weights, "rank": options.rank, "density": options.density, "schedule": schedule}
-    try:
-        print(merge_adapters(options.adapters, options.out, options.method, **given, seed=options.seed, progress=True))
-    except OSError as error:  # a full disk, a folder that is not ours
-        raise ValueError(f"cannot write {options.out}: {error}") from error
+    print(merge_adapters(options.adapters, options.out, options.method, **given, seed=options.seed, progress=True))
     return 0
 
 
@@ -196,6 +197,7 @@ def _command(argv: Sequence[str] | None) -> int:
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     # A run reads local folders first; what it has to fetch it may fetch, but it should not phone home on its own.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         options = parser().parse_args(argv)
@@ -220,8 +222,14 @@ def _command(argv: Sequence[str] | None) -> int:
 
         print(describe())
         return 0
-    except (ValueError, ImportError, OSError) as error:
-        print(f"slao: {' '.join(str(error).split())}", file=sys.stderr)
+    except BrokenPipeError:  # who read the output has gone
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for what Python still flushes)
+        return 1
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        print("slao: " + "\n  ".join(getattr(error, "lines", [line])), file=sys.stderr)
         return 2
 
 

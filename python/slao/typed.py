@@ -28,7 +28,7 @@ _LISTED = 20  # names; of more than these only similar ones help
 def parameters(builder: Callable[..., Any]) -> dict[str, Any]:
     """Name -> annotation of what a function or class takes that plain values can say: no `self`, nothing whose only
     annotation is a function."""
-    source = builder.__init__ if inspect.isclass(builder) and not is_dataclass(builder) else builder  # type: ignore[misc]
+    source = builder.__init__ if inspect.isclass(builder) and not is_dataclass(builder) else builder
     try:
         hints = typing.get_type_hints(source)
     except (NameError, TypeError):  # another library's annotations, which this Python cannot resolve

@@ -99,7 +99,7 @@ class Source:
                 shapes = tuple(tuple(piece.get_shape()) for piece in slices)
                 name = key[: -len(down) - 1].removeprefix("base_model.model.")
                 dtypes = (slices[0].get_dtype(), slices[1].get_dtype())
-                self._check(name, *shapes, dtypes)
+                self._check(name, shapes[0], shapes[1], dtypes)
                 found.append(
                     Layer(name, pair, (shapes[0], shapes[1]), dtypes, scaling(self.config, name, shapes[0][0]))
                 )
