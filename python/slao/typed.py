@@ -38,7 +38,8 @@ def parameters(builder: Callable[..., Any]) -> dict[str, Any]:
         for name, parameter in inspect.signature(builder).parameters.items()
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
-    return {name: hint for name, hint in found.items() if any(map(_sayable, _alternatives(hint)))}
+    nothing = type(None)
+    return {name: h for name, h in found.items() if any(_sayable(k) for k in _alternatives(h) if k is not nothing)}
 
 
 def known(what: str, given: Iterable[Any], names: Iterable[str]) -> None:
