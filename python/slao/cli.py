@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import stopping
+from .failures import explain
 
 # flag -> setting; the value is parsed as YAML, so 3, 0.5, true and [a, b] mean what they say.
 FLAGS = {
@@ -83,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--weights", help="comma-separated, one an adapter (not slao)")
     merge.add_argument("--rank", type=int, help="of the result (svd, magmax, opcm, knots)")
     merge.add_argument("--density", type=float, help="part of the entries that is kept (ties, dare_ties, knots)")
-    merge.add_argument("--lambda-schedule", help="inv_sqrt (default), inverse or a number (slao)")
+    merge.add_argument("--lambda-schedule", help="inv_sqrt (default), inverse, adaptive or a number (slao)")
     merge.add_argument("--seed", type=int, help="of dare_ties")
     commands.add_parser("info", help="versions, devices, and the backend each op takes here")
     return top
@@ -91,9 +92,9 @@ def parser() -> argparse.ArgumentParser:
 
 def settings_from(options: argparse.Namespace) -> dict[str, Any]:
     """The completed settings that the flags of `slao run` ask for. ValueError names what is wrong."""
-    import yaml
-
     from . import settings
+    from .places import check_name
+    from .reading import parse_yaml
 
     given = settings.load_preset(options.preset) if options.preset else {}
     given = settings.load_file(Path(options.config)) if options.config else given
@@ -110,10 +111,7 @@ def settings_from(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{key} is set by a flag and by --set: drop one of them")
         changes[key] = value
     for key, value in changes.items():
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"the value of {key} is not YAML: {value!r}") from None
+        parsed = parse_yaml(value, f"the value {value!r:.100} of {key}")
         if key in _LISTS and isinstance(parsed, str) and parsed != "all-linear":
             parsed = [name.strip() for name in parsed.split(",")]
         if key.startswith("methods.") and "methods" in given:
@@ -130,12 +128,15 @@ def settings_from(options: argparse.Namespace) -> dict[str, Any]:
     if options.no_shuffle:
         given["shuffle_tasks"] = False
     completed = settings.complete(given)
-    completed["name"] = options.name or completed["name"] or options.preset or _default_name(options, completed)
+    name = completed["name"] if options.name is None else options.name
+    completed["name"] = name or options.preset or _default_name(options, completed)
+    check_name(completed["name"])
     return completed
 
 
 def _stream_name(given: dict[str, Any]) -> str:
-    return str(given.get("stream", {}).get("name", "python_docs"))
+    stream = given.get("stream")
+    return str(stream.get("name", "python_docs")) if isinstance(stream, dict) else "python_docs"
 
 
 def _default_name(options: argparse.Namespace, completed: dict[str, Any]) -> str:
@@ -179,10 +180,7 @@ def _merge(options: argparse.Namespace) -> int:
     with contextlib.suppress(ValueError):  # a name
         schedule = None if schedule is None else float(schedule)
     given = {"weights": weights, "rank": options.rank, "density": options.density, "schedule": schedule}
-    try:
-        print(merge_adapters(options.adapters, options.out, options.method, **given, seed=options.seed, progress=True))
-    except OSError as error:  # a full disk, a folder that is not ours
-        raise ValueError(f"cannot write {options.out}: {error}") from error
+    print(merge_adapters(options.adapters, options.out, options.method, **given, seed=options.seed, progress=True))
     return 0
 
 
@@ -200,6 +198,7 @@ def _command(argv: Sequence[str] | None) -> int:
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     # A run reads local folders first; what it has to fetch it may fetch, but it should not phone home on its own.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         options = parser().parse_args(argv)
@@ -224,8 +223,14 @@ def _command(argv: Sequence[str] | None) -> int:
 
         print(describe())
         return 0
-    except (ValueError, ImportError, OSError) as error:
-        print(f"slao: {' '.join(str(error).split())}", file=sys.stderr)
+    except BrokenPipeError:  # who read the output has gone
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for what Python still flushes)
+        return 1
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        print("slao: " + "\n  ".join(getattr(error, "lines", [line])), file=sys.stderr)
         return 2
 
 

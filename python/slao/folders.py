@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from . import sums
+from .reading import inside, read_json
+from .typed import typed
 
 Triple = tuple[Tensor, Tensor, float]
+# What is read of a config, as PEFT's annotations have it (alpha is a number there in all but name).
+_READ: dict[str, Any] = {
+    "r": int,
+    "lora_alpha": float,
+    "use_rslora": bool | None,
+    "rank_pattern": dict[str, int] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "base_model_name_or_path": str | None,
+    "revision": str | None,
+    "init_lora_weights": bool | str | None,
+}
 FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
 
@@ -19,33 +31,12 @@ def read_adapter(folder: str | Path) -> dict[str, Triple]:
     """Layer name -> (A, B, scaling) of a folder that PEFT's or this library's save_pretrained wrote, in the file's
     order: A (r, n), B (m, r), a convolution's flattened; scaling as PEFT computes it.
 
-    Raises ValueError when the folder holds no LoRA adapter in safetensors, or one that trains more than A and B.
+    Raises ValueError when the folder holds no LoRA adapter in safetensors, or one that adds more than B A to its base.
     """
-    from safetensors.torch import load_file
+    from .merging.source import Source
 
-    folder = Path(folder)
-    config = read_config(folder)
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True")
-    sums.check(folder, ("adapter_config.json", path.name))
-    try:
-        tensors = load_file(path)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    found: dict[str, Triple] = {}
-    for key, A in tensors.items():
-        for down, up in FACTORS:
-            if not key.endswith(f".{down}"):
-                continue
-            name = key[: -len(down) - 1].removeprefix("base_model.model.")
-            B = tensors.get(f"{key[: -len(down)]}{up}")
-            if B is None:
-                raise ValueError(f"{path} holds {key} without its {up}")
-            found[name] = (A.flatten(1), B.flatten(1), scaling(config, name, A.shape[0]))
-    if not found:
-        raise ValueError(f"{path} holds no LoRA layers")
-    return found
+    source = Source(folder)
+    return {name: (*source.read(name), layer.scaling) for name, layer in source.layers.items()}
 
 
 def scaling(config: Mapping[str, Any], name: str, r: int) -> float:
@@ -60,14 +51,23 @@ def scaling(config: Mapping[str, Any], name: str, r: int) -> float:
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json of a LoRA that trains A and B only; else ValueError."""
     path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"{folder} holds no adapter: there is no adapter_config.json") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not path.exists():
+        raise ValueError(f"{folder} holds no adapter: there is no adapter_config.json")
+    config = read_json(inside(path, folder))
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or "lora_alpha" not in config:
         raise ValueError(f"{path} does not describe a LoRA adapter")
+    for key, hint in _READ.items():
+        if key in config:
+            typed(f"{path}: {key}", config[key], hint)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(key) or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{path}: {key} has {pattern!r}, no regular expression ({error})") from None
+    ranks = [config.get("r", 1), *(config.get("rank_pattern") or {}).values()]
+    if min(ranks) < 1:
+        raise ValueError(f"{path}: a rank of {min(ranks)}; ranks are at least 1")
     more = [key for key in ("use_dora", "lora_bias") if config.get(key)]
     if more:
         raise ValueError(f"{path} has {more[0]}: that adapter trains more than A and B")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from .reading import inside, read_json
 
 
 def model_path(name: str) -> str:
@@ -32,9 +35,7 @@ def model_path(name: str) -> str:
 def default_objective(path: str) -> str:
     """ "causal_lm" for a checkpoint of a ...ForCausalLM model, "image_matching" for one of images, else
     "label_matching"."""
-    from transformers import AutoConfig
-
-    config = _from_pretrained(AutoConfig, path)
+    config = _config(path)
     if _sees(config):
         return "image_matching"
     architectures = getattr(config, "architectures", None) or []
@@ -50,7 +51,7 @@ def load_model(path: str, objective: str, dtype: str, device: str) -> nn.Module:
     from transformers import AutoModel, AutoModelForCausalLM
 
     loader = AutoModelForCausalLM if objective == "causal_lm" else AutoModel
-    model: nn.Module = _from_pretrained(loader, path, dtype=getattr(torch, dtype))
+    model: nn.Module = _from_pretrained(loader, path, dtype=getattr(torch, dtype), use_safetensors=True)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -62,14 +63,76 @@ def load_model(path: str, objective: str, dtype: str, device: str) -> nn.Module:
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer beside the model, None beside one of images; padding is <eos> where it has no token of its own."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    if _sees(_from_pretrained(AutoConfig, path)):
+    if _sees(_config(path)):
         return None
     tokenizer = _from_pretrained(AutoTokenizer, path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_tokens(model: nn.Module, tokenizer: Any, path: str) -> None:
+    """ValueError for a tokenizer with tokens that the model has no embedding for."""
+    rows = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "num_embeddings", None)
+    if tokenizer is None or rows is None:
+        return
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    if beyond:
+        raise ValueError(
+            f"{path!r}: the model has no row for {len(beyond)} tokens of its tokenizer, such as {beyond[0][1]!r} "
+            f"({beyond[0][0]}, it has {rows} rows): take the tokenizer that belongs to it, or resize_token_embeddings"
+        )
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many tokens the model's learned positions take; None where a row can have any length."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and re.search(r"position|\bwpe$", name.rpartition(".")[2]):
+            # OPT leaves the first two out, RoBERTa those up to the padding's.
+            skipped = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
+            found.append(module.num_embeddings - skipped)
+    return min(found, default=None)
+
+
+def _config(path: str) -> Any:
+    """The model's config; a folder's files are checked first. ValueError for a sequence-to-sequence model."""
+    from transformers import AutoConfig
+
+    if Path(path).is_dir():
+        _check_folder(Path(path))
+    config = _from_pretrained(AutoConfig, path)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{path!r} is a sequence-to-sequence model ({config.model_type}), which no objective here trains: take a "
+            "causal language model, or an encoder"
+        )
+    return config
+
+
+def _check_folder(folder: Path) -> None:
+    """ValueError for weights in a pickle, and for files, or parts of weights, that lie elsewhere."""
+    names = [path.name for path in folder.iterdir()]
+    for name in names:
+        if name.endswith((".json", ".safetensors", ".model", ".txt")):
+            inside(folder / name, folder)
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise ValueError(
+            f"{folder} has its weights in a pickle ({pickles[0]}), which may run any code when it is read: save them "
+            "as safetensors (save_pretrained does)"
+        )
+    for name in names:
+        if name.endswith(".safetensors.index.json"):
+            index = read_json(folder / name)
+            parts = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(parts, dict):
+                raise ValueError(f"{folder / name} has no weight_map; download it again")
+            for part in parts.values():
+                if not isinstance(part, str) or Path(part).name != part:
+                    raise ValueError(f"{folder / name} names {part!r}, no file of its own folder")
 
 
 def _sees(config: Any) -> bool:
@@ -78,8 +141,15 @@ def _sees(config: Any) -> bool:
 
 
 def _from_pretrained(loader: Any, path: str, **options: Any) -> Any:
+    """What `loader` makes of the folder or hub name; no code of its own is run. Whatever goes wrong in it is about that
+    folder: a ValueError of one line."""
     try:
-        return loader.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path!r} could not be loaded as a model folder or hub name: {first}") from error
+        return loader.from_pretrained(path, trust_remote_code=False, **options)
+    except MemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path!r} could not be loaded as a model folder or hub name: {kind}{first}") from error

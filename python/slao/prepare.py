@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from .identity import fingerprint
 from .methods import Method, make_method
-from .models import default_objective, load_model, load_tokenizer, model_path
-from .objectives import make_objective
+from .models import check_tokens, default_objective, load_model, load_tokenizer, model_path
+from .objectives import OBJECTIVES, make_objective
 from .settings import train_config
 from .streams import Stream, make_stream
 from .train import TrainConfig, seed_everything
@@ -38,6 +39,12 @@ class Prepared:
         self.objective_options = options
         self.tokenizer = load_tokenizer(self.path)
         self.report = ""
+        self.base = ""  # the base model's fingerprint, once `build` has loaded it
+        if OBJECTIVES[self.objective_name].own_loss and self.config.arguments.get("label_smoothing_factor"):
+            raise ValueError(
+                f"train.arguments.label_smoothing_factor would do nothing: {self.objective_name} has a loss of its "
+                "own; leave it out"
+            )
 
     def ordered(self, seed: int, order: int | None) -> Stream:
         """The stream in order number `order` (0 is its own), or, with None, as the seed and `shuffle_tasks` say."""
@@ -70,6 +77,9 @@ class Prepared:
         settings = self.settings
         seed_everything(seed)  # the adapter's first A is drawn here
         model = load_model(self.path, self.objective_name, settings["dtype"], settings["device"])
+        if not self.base:
+            check_tokens(model, self.tokenizer, self.path)
+            self.base = fingerprint(model)
         try:
             config = LoraConfig(**settings["lora"])
         except TypeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -14,13 +15,16 @@ import torch
 
 from slao_kernels import sharding
 
-from . import checkpoint, ranks, sums
+from . import checkpoint, places, ranks, sums
+from .identity import AnotherRun, differences, flat, identity
 from .prepare import Prepared
+from .reading import read_json
 from .sweep import Job, jobs, variants
 from .train import Result
 from .workers import Outcome, finished, in_processes, similarity_of, train_job
 
 Say = Callable[[str], None]
+IDENTITY = "identity.json"
 _NOT_THE_MODELS = ("train", "train_rows", "train_fraction", "test_rows")
 
 
@@ -48,22 +52,19 @@ class Run:
             raise ValueError(f"the number of processes must be at least 1, not {processes}")
         if processes > 1 and sharding.ranks() > 1:
             raise ValueError("a launcher's processes train each task together: run without --jobs under torchrun")
-        occupied = sharding.on_first(lambda: _occupied(folder))
-        if occupied and not (resume or overwrite):
-            raise ValueError(f"{folder} is not empty: pass --resume to continue it, or --overwrite to start afresh")
-        if overwrite and occupied and not (folder / "settings.json").is_file():
-            raise ValueError(f"{folder} is no run's folder, so it is not emptied: choose another --name or --runs")
-        if resume and occupied:
-            self._check_same_run()
-        self._overwrite = overwrite and not resume
+        self._resume, self._overwrite = resume, overwrite and not resume
+        sharding.on_first(self._check_folder)
         self.variants = variants(settings)
         self.jobs = list(jobs(settings))
         names = [job.folder for job in self.jobs]
         if clash := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two methods or variants would both be called {clash!r}: give them other names")
+        for name in names:
+            places.check_label(name)
         self.prepared = [Prepared(variant.settings) for variant in self.variants]
         # A first model of every kind: methods and objective raise here what they object to in it.
         self._ready: dict[Job, Any] = {}
+        self.notes: list[str] = []
         first, *others = settings["methods"]
         tried: set[str] = set()
         for index, prepared in enumerate(self.prepared):
@@ -74,36 +75,56 @@ class Run:
             tried.add(key)
             job = next(job for job in self.jobs if job.variant == index and job.method == first)
             built = prepared.build(job.method, job.seed, job.order, others)
+            self.notes += [note for note in built[2].notes if note not in self.notes]
             if index == 0:
                 self._ready[job] = built
+                pairs = built[1].pairs
         self.report = self.prepared[0].report
         self.failed: dict[str, str] = {}
+        self.identity = identity(settings, self.variants, self.prepared, pairs)
+        sharding.on_first(self._check_same_run)
+
+    def _check_folder(self) -> None:
+        """That it can be written into, and holds nothing, or a run that is to be continued or emptied."""
+        places.check_folder(self.folder)
+        occupied = _occupied(self.folder)
+        if occupied and not (self._resume or self._overwrite):
+            raise ValueError(
+                f"{self.folder} is not empty: pass --resume to continue it, or --overwrite to start afresh"
+            )
+        known = (self.folder / "settings.json").is_file()
+        if occupied and self._overwrite and not known:
+            raise ValueError(f"{self.folder} is no run's folder, so it is not emptied: choose another --name or --runs")
+        if occupied and self._resume and not known:
+            raise ValueError(f"{self.folder} holds no settings.json, so there is no run to resume; choose another name")
 
     def _check_same_run(self) -> None:
-        path = self.folder / "settings.json"
-        if not path.is_file():
-            raise ValueError(f"{self.folder} holds no settings.json, so there is no run to resume; choose another name")
+        path = self.folder / IDENTITY
+        if not self._resume or not _occupied(self.folder):
+            return
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            differing = [key for key in self.settings if before.get(key) != self.settings[key]]
-        except (ValueError, AttributeError):
-            raise ValueError(
-                f"{path} is damaged: it is no JSON object; the same command with another --runs writes a whole one, to "
-                "be copied here (--overwrite starts afresh)"
-            ) from None
-        if differing:
-            raise ValueError(
-                f"{self.folder} has other settings ({', '.join(differing)}): choose another --name or --overwrite"
-            )
+            before = read_json(path if path.is_file() else self.folder / "settings.json")
+            before = before if path.is_file() else {"settings": flat(before)}
+            other, versions = differences(before, self.identity)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{self.folder}: its record is damaged ({error}); --overwrite starts afresh") from None
+        if other:
+            raise AnotherRun([f"{self.folder} holds another run; choose another --name, or --overwrite it:", *other])
+        notes = [f"another version, results may differ in their last bits: {line}" for line in versions]
+        self.notes += [note for note in notes if note not in self.notes]
 
     def execute(self) -> dict[str, Any]:
         """Train everything that is not trained yet; returns what results.json holds.
 
         A training that ends with a ValueError (it diverged) does not stop the others: it is reported, and left out
-        of the results. ValueError when there is no result at all.
+        of the results. ValueError when there is no result at all, or another process is at work in the folder.
         """
+        with places.locked(self.folder) if sharding.is_first() else nullcontext():
+            return self._execute()
+
+    def _execute(self) -> dict[str, Any]:
         sharding.on_first(self._prepare_folder)
-        self.say(self.report)
+        self.say("\n".join([self.report, *self.notes]))
         results: dict[Job, Result] = {}
         for number, (job, outcome) in enumerate(self._outcomes(), start=1):
             where = f"[{number}/{len(self.jobs)}] " if len(self.jobs) > 1 else ""
@@ -121,14 +142,17 @@ class Run:
         return content
 
     def _prepare_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_folder()  # again: another process may have been here until now
+        self._check_same_run()
         checkpoint.remove_temporaries(self.folder)
         if self._overwrite:
             # Settings go last, and nothing goes in part: a process that dies here leaves a run's folder.
             for path in sorted(self.folder.iterdir(), key=lambda path: path.name != "state"):
-                if path.name != "settings.json":
+                if path.name not in ("settings.json", places.LOCK):
                     os.replace(path, self.folder / f".{path.name}{checkpoint.TEMPORARY}")
             checkpoint.remove_temporaries(self.folder)
+        if not (self.folder / IDENTITY).is_file():
+            checkpoint.write_json(self.folder / IDENTITY, self.identity)
         checkpoint.write_json(self.folder / "settings.json", self.settings)
 
     def _outcomes(self) -> Iterator[tuple[Job, Outcome]]:
@@ -201,7 +225,8 @@ class Run:
 
 def _occupied(folder: Path) -> bool:
     """Whether there is more in it than what a run left that died before its settings were written."""
-    return folder.exists() and not all(checkpoint.is_temporary(path) for path in folder.iterdir())
+    ours = (places.LOCK, IDENTITY)
+    return folder.exists() and not all(checkpoint.is_temporary(p) or p.name in ours for p in folder.iterdir())
 
 
 def _layers_mean(lam: float | list[float]) -> float:

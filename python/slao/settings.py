@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import inspect
-from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .arguments import check_arguments
 from .methods import METHODS, check_method
 from .objectives import OBJECTIVES, check_objective
+from .reading import parse_yaml, read_text
 from .streams import STREAMS
 from .train import TrainConfig
+from .typed import options, parameters, plain, typed
 
 # Everything that can be set, with its default. The one open section is `methods`: a name -> its options, which are
 # those of the method, `method` (its kind, where the name is another) and `learning_rate` (else that of `train`).
@@ -40,31 +40,38 @@ DEFAULTS: dict[str, Any] = {
     "train": {},
 }
 DTYPES = ("float32", "bfloat16", "float16")
-# What a plain setting must be, in the words of an annotation.
-_PLAIN = {
-    "name": "str",
-    "model": "str",
-    "shuffle_tasks": "bool",
-    "similarity": "bool",
-    "train_rows": "int | None",
-    "train_fraction": "float | None",
-    "test_rows": "int | None",
-    "lora.r": "int",
-    "lora.lora_alpha": "float",
-    "lora.lora_dropout": "float",
-    "lora.target_modules": "str | list",
-    "patch": "bool",
-    "device": "str",
+# What a plain setting must be.
+_PLAIN: dict[str, Any] = {
+    "name": str,
+    "model": str,
+    "stream.name": str,
+    "shuffle_tasks": bool,
+    "similarity": bool,
+    "train_rows": int | None,
+    "train_fraction": float | None,
+    "test_rows": int | None,
+    "objective.name": str,
+    "seeds": list[int],
+    "orders": list[int] | None,
+    "lora.r": int,
+    "lora.lora_alpha": float,
+    "lora.lora_dropout": float,
+    "lora.target_modules": str | list[str],
+    "patch": bool,
+    "backend": str,
+    "precision": str,
+    "dtype": str,
+    "device": str,
 }
-_KINDS = {"str": str, "bool": bool, "int": int, "float": int | float, "list": list, "dict": dict, "None": type(None)}
-_WORDS = {
-    "str": "a text",
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-    "list": "a list",
-    "dict": "a section",
+_GIVEN = ("model", "tokenizer", "stream", "adapter")  # a run's own, for objectives and methods
+# What `train` and `lora` need beside a type: the least value, and whether that itself is allowed.
+_LEAST = {
+    "train.learning_rate": (0, True),
+    "train.weight_decay": (0, True),
+    "train.gradient_accumulation": (1, True),
+    "lora.lora_alpha": (0, False),
 }
+LARGEST_SEED = 400_000  # 10,007 generators are seeded for each, by numbers of 32 bits
 
 
 def presets() -> list[str]:
@@ -82,26 +89,24 @@ def load_preset(name: str) -> dict[str, Any]:
 
 def load_file(path: Path) -> dict[str, Any]:
     """The settings of a YAML file. ValueError when it is absent or no mapping."""
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"no settings file at {path}")
-    return _parse(path.read_text(encoding="utf-8"), str(path))
+    return _parse(read_text(path), str(path))
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+    content = parse_yaml(text, where)
     if not isinstance(content, dict):
-        raise ValueError(f"{where} must be a mapping of settings, not a {type(content).__name__}")
+        what = "an empty file" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"{where} must be a mapping of settings, not {what}")
     return content
 
 
 def assign(settings: dict[str, Any], key: str, value: Any) -> None:
     """settings["a"]["b"] = value for the key "a.b"; sections on the way are made."""
     *sections, last = key.split(".")
+    if not all(part.strip() for part in (*sections, last)):
+        raise ValueError(f"cannot set {key!r}: the name of a setting, or a part of it, is empty")
     for section in sections:
         settings = settings.setdefault(section, {})
         if not isinstance(settings, dict):
@@ -114,8 +119,7 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError that names the setting, what is wrong and what would be right.
     """
-    unknown = sorted(set(given) - set(DEFAULTS))
-    if unknown:
+    if unknown := [key for key in given if key not in DEFAULTS]:
         raise ValueError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(DEFAULTS)}")
     settings = copy.deepcopy(DEFAULTS)
     for key, value in given.items():
@@ -126,7 +130,7 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(DEFAULTS[key], dict):
             settings[key] = dict(_section(key, {"name": value} if isinstance(value, str) else value))
         else:
-            settings[key] = value
+            settings[key] = plain(key, value)
     _check(settings)
     return settings
 
@@ -141,41 +145,49 @@ def methods_section(value: Any) -> dict[str, dict[str, Any]]:
     """From a name, a comma-separated text, a list of names, or a mapping name -> options."""
     if isinstance(value, str):
         value = [name.strip() for name in value.split(",") if name.strip()]
-    if isinstance(value, list):
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        if twice := next((name for name in value if value.count(name) > 1), None):
+            raise ValueError(f"methods names {twice!r} twice: give one a label of its own (label: {{method: {twice}}})")
         value = dict.fromkeys(value)
     if not isinstance(value, dict) or not value:
         raise ValueError(f"methods must name at least one of {', '.join(sorted(METHODS))}")
-    return {str(name): dict(_section(f"methods.{name}", options or {})) for name, options in value.items()}
-
-
-def _typed(key: str, value: Any, kind: str) -> Any:
-    """`value` if it is of `kind`, the text of an annotation, or one of its alternatives."""
-    kinds = [part.strip().partition("[")[0] for part in kind.split("|")]
-    if "float" in kinds and isinstance(value, str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads "1e-3" as text
-            value = float(value)
-    for name in kinds:
-        if isinstance(value, _KINDS[name]) and (name == "bool" or not isinstance(value, bool)):
-            return value
-    wanted = " or ".join(_WORDS[name] for name in kinds if name != "None")
-    raise ValueError(f"{key} must be {wanted}, not {value!r}")
+    empty: dict[str, Any] = {}  # "slao:" without options
+    return {
+        str(name): dict(_section(f"methods.{name}", empty if given is None else given)) for name, given in value.items()
+    }
 
 
 def _check_types(settings: dict[str, Any]) -> None:
+    """Every section by one rule: names that its owner knows, and values as the owner's annotations say."""
     for key, kind in _PLAIN.items():
         section, _, last = key.rpartition(".")
         place = settings[section] if section else settings
-        place[last] = _typed(key, place[last], kind)
-    for field in fields(TrainConfig):
-        if field.name in settings["train"]:
-            settings["train"][field.name] = _typed(
-                f"train.{field.name}", settings["train"][field.name], str(field.type)
-            )
-    options = settings["objective"]
-    for objective in OBJECTIVES.values():
-        for name, parameter in inspect.signature(objective).parameters.items():
-            if name in options and parameter.kind is parameter.KEYWORD_ONLY:
-                options[name] = _typed(f"objective.{name}", options[name], str(parameter.annotation))
+        if last in place:
+            place[last] = typed(key, place[last], kind)
+    stream, objective = settings["stream"].get("name"), settings["objective"].get("name", "auto")
+    if stream not in STREAMS:
+        raise ValueError(f"unknown stream {stream!r}; choose one of {', '.join(sorted(STREAMS))}")
+    _check_section(settings, "stream", f"stream {stream!r}", parameters(STREAMS[stream]) | {"name": str})
+    kinds = OBJECTIVES.values() if objective == "auto" else [check_objective(objective, {})]
+    taken = {key: hint for kind in kinds for key, hint in parameters(kind).items()}  # of "auto": what any takes
+    _check_section(settings, "objective", f"objective {objective!r}", taken | {"name": str})
+    for label, given in settings["methods"].items():
+        name = typed(f"methods.{label}.method", given.get("method", label), str)
+        taken = parameters(check_method(name)) | {"method": str, "learning_rate": float}
+        _check_section(settings["methods"], label, f"method {name!r}", taken, "methods.")
+    _check_section(settings, "train", "train", parameters(TrainConfig))
+    if arguments := settings["train"].get("arguments"):
+        trainer = settings["train"].get("trainer", "transformers")
+        settings["train"]["arguments"] = check_arguments(arguments, trainer)
+    if any(f"lora.{key}" not in _PLAIN for key in settings["lora"]):
+        from peft import LoraConfig
+
+        _check_section(settings, "lora", "lora", parameters(LoraConfig) | {"lora_alpha": float})
+
+
+def _check_section(place: dict[str, Any], section: str, what: str, hints: dict[str, Any], where: str = "") -> None:
+    named = {key: hint for key, hint in hints.items() if key not in _GIVEN}
+    place[section] = options(what, f"{where}{section}", place[section], named)
 
 
 def _check(settings: dict[str, Any]) -> None:
@@ -183,16 +195,6 @@ def _check(settings: dict[str, Any]) -> None:
     from slao_kernels.ops.lora_linear import PRECISIONS
 
     _check_types(settings)
-    for label, options in settings["methods"].items():
-        check_method(options.get("method", label))
-        if "learning_rate" in options:
-            options["learning_rate"] = _typed(f"methods.{label}.learning_rate", options["learning_rate"], "float")
-    stream = settings["stream"].get("name")
-    if stream not in STREAMS:
-        raise ValueError(f"unknown stream {stream!r}; choose one of {', '.join(sorted(STREAMS))}")
-    name = settings["objective"].get("name", "auto")
-    if name != "auto":
-        check_objective(name, {key: value for key, value in settings["objective"].items() if key != "name"})
     check_backend(settings["backend"])
     if settings["precision"] not in PRECISIONS:
         raise ValueError(f"unknown precision {settings['precision']!r}; choose one of {', '.join(PRECISIONS)}")
@@ -207,22 +209,32 @@ def _check(settings: dict[str, Any]) -> None:
         _check_numbers("order", settings["orders"])
         if not settings["shuffle_tasks"]:
             raise ValueError("orders choose task orders, which shuffle_tasks: false (--no-shuffle) forbids: drop one")
+    _check_least(settings)
     train_config(settings)
     _section("sweep", settings["sweep"])  # what it names is checked variant by variant: sweep.py
 
 
-def _check_numbers(what: str, numbers: Any) -> None:
-    if not isinstance(numbers, list) or not numbers or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"{what}s must be whole numbers from 0, such as 0,1; got {numbers!r}")
+def _check_numbers(what: str, numbers: list[int]) -> None:
+    if not numbers or not all(0 <= number <= LARGEST_SEED for number in numbers):
+        raise ValueError(f"{what}s must be whole numbers from 0 to {LARGEST_SEED}, such as 0,1; got {numbers!r:.100}")
     if len(set(numbers)) != len(numbers):
         raise ValueError(f"{'an' if what == 'order' else 'a'} {what} stands twice in {numbers}")
 
 
+def _check_least(settings: dict[str, Any]) -> None:
+    given = {f"methods.{label}.learning_rate": own.get("learning_rate") for label, own in settings["methods"].items()}
+    limits = _LEAST | dict.fromkeys(given, _LEAST["train.learning_rate"])
+    given |= {f"{section}.{key}": value for section in ("train", "lora") for key, value in settings[section].items()}
+    for key, (least, itself) in limits.items():
+        value = given.get(key)
+        if value is not None and (value < least or (value == least and not itself)):
+            raise ValueError(f"{key} must be {'at least' if itself else 'above'} {least}, not {value}")
+    if not 0 <= settings["lora"]["lora_dropout"] < 1:
+        raise ValueError(f"lora.lora_dropout must lie in [0, 1), not {settings['lora']['lora_dropout']}")
+    if settings["lora"].get("inference_mode"):
+        raise ValueError("lora.inference_mode would freeze the adapter, so that nothing is trained; leave it out")
+
+
 def train_config(settings: dict[str, Any]) -> TrainConfig:
-    """The `train` section as a TrainConfig. ValueError for unknown fields."""
-    section = dict(settings["train"])
-    known = [field.name for field in fields(TrainConfig)]
-    unknown = sorted(set(section) - set(known))
-    if unknown:
-        raise ValueError(f"unknown setting 'train.{unknown[0]}'; train has {', '.join(known)}")
-    return TrainConfig(**section)
+    """The `train` section as a TrainConfig."""
+    return TrainConfig(**settings["train"])

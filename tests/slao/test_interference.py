@@ -156,7 +156,7 @@ def damaged(folder: Path, source: Path, how: str) -> Path:
 
 BAD = {
     "no config": "holds no adapter: there is no adapter_config.json",
-    "no json": "is no JSON",
+    "no json": "line 1: not JSON",
     "no weights": "has no adapter_model.safetensors",
     "cut": "cannot be read",
     "no B": "without its lora_B.weight",

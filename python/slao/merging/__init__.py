@@ -14,6 +14,7 @@ import torch
 
 from slao_kernels.ops import checks
 
+from ..schedules import make_schedule
 from . import factors, product
 from .factors import Pair
 from .output import DTYPES, TensorFile, whole_folder, write_config
@@ -74,8 +75,8 @@ def merge_adapters(
     method: "slao", "linear", "ties", "dare_ties" (slao.merging.factors: on A and B, as PEFT's of these names; one rank
     is needed), "svd", "magmax", "opcm" or "knots" (slao.merging.product: on the products, cut to `rank`, by default the
     layer's largest). weights: one an adapter; by default 1/T for linear and svd, 0.5 for magmax, else 1. density: of
-    ties, dare_ties, knots, in (0, 1], by default 0.2. schedule: λ of slao, "inv_sqrt" (the default), "inverse" or a
-    number. seed: of dare_ties, by default 0.
+    ties, dare_ties, knots, in (0, 1], by default 0.2. schedule: λ of slao, "inv_sqrt" (the default), "inverse",
+    "adaptive" (from the adapters themselves, layer by layer) or a number. seed: of dare_ties, by default 0.
     Reads and writes a layer at a time. Factors keep the widest dtype that the layer has in any adapter; the result has
     scaling 1, but with slao that of the adapters. `out` appears when it is whole.
     Raises ValueError, with nothing written, for adapters of different bases, layers, or (where one is needed) ranks and
@@ -124,9 +125,6 @@ def _merge(
     # disable=None: no bar where nobody watches (a pipe, a log file).
     for name in tqdm(keys, desc=method, unit="layer", leave=False, disable=None if progress else True):
         pairs = [source.read(name) for source in sources]
-        for index in checks.not_finite([tensor for pair in pairs for tensor in pair]):
-            folder, factor = sources[index // 2].folder, "AB"[index % 2]
-            raise ValueError(f"{folder}: {factor} of {name} has NaN or infinite entries. Nothing was written.")
         merged = _layer(method, name, pairs, [source.layers[name].scaling for source in sources], options, ranks[name])
         if isinstance(merged, Cut):
             lost, total = lost + merged.lost, total + merged.total
@@ -147,7 +145,7 @@ def _layer(
     method: str, name: str, pairs: list[Pair], scalings: list[float], options: dict[str, Any], rank: int
 ) -> Pair | Cut:
     if method == "slao":
-        return factors.slao(pairs, options["lambdas"])
+        return factors.slao(pairs, make_schedule(options["schedule"]), name)
     if method == "knots":
         return product.knots(pairs, scalings, options["weights"], rank, options["density"])
     given = [weight * scaling for weight, scaling in zip(options["weights"], scalings, strict=True)]
@@ -171,8 +169,6 @@ def _options(
     count: int,
 ) -> dict[str, Any]:
     """The options of `method`, completed."""
-    from ..schedules import make_schedule
-
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     given = {"weights": weights, "rank": rank, "density": density, "schedule": schedule, "seed": seed}
@@ -192,9 +188,8 @@ def _options(
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, not {rank}")
     if method == "slao":
-        chosen = make_schedule("inv_sqrt" if schedule is None else schedule)
-        # The named schedules look at i alone; those that look at the weights belong to training.
-        return {"lambdas": [1.0, *(float(chosen(i, None)) for i in range(2, count + 1))]}  # type: ignore[arg-type]
+        make_schedule("inv_sqrt" if schedule is None else schedule)
+        return {"schedule": "inv_sqrt" if schedule is None else schedule}
     usual = _USUAL_WEIGHT.get(method, lambda count: 1.0)(count)
     completed: dict[str, Any] = {"weights": [usual] * count if weights is None else [float(w) for w in weights]}
     if "density" in METHODS[method]:

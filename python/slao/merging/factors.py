@@ -15,16 +15,27 @@ from torch import Tensor
 
 from slao_kernels import scaled_merge_
 
+from ..schedules import MergeStats, Schedule
+
 Pair = tuple[Tensor, Tensor]
 
 
-def slao(pairs: Sequence[Pair], lambdas: Sequence[float]) -> Pair:
+def slao(pairs: Sequence[Pair], schedule: Schedule, name: str = "") -> Pair:
     """B <- B + λ(i) (B_i - B) in the given order, A of the last; bitwise what the method SLAO merges after training in
-    fp32 (arXiv 2512.23017, algorithm 1). Adapters in 16 bits are merged in fp32. lambdas: T, the first is not used."""
-    Bs = [B.to(arithmetic([B for _, B in pairs])) for _, B in pairs]
-    merged = Bs[0].clone()
-    for B, lam in zip(Bs[1:], lambdas[1:], strict=True):
-        scaled_merge_([merged], [B], lam)
+    fp32 (arXiv 2512.23017, algorithm 1). Adapters in 16 bits are merged in fp32.
+
+    schedule: asked for every adapter but the first, with the weights of this one layer `name` in that arithmetic.
+    """
+    dtype = arithmetic([tensor for pair in pairs for tensor in pair])
+    wide = [(A.to(dtype), B.to(arithmetic([B for _, B in pairs]))) for A, B in pairs]
+    last, merged = wide[0][0], wide[0][1].clone()
+    lambdas: list[float | list[float]] = [1.0]
+    for i, (A, B) in enumerate(wide[1:], start=2):
+        stats = MergeStats(i, f"adapter {i}", [name], [A], [B], [last], [merged], list(lambdas))
+        lam = schedule(i, stats)
+        lambdas.append(lam if isinstance(lam, int | float) else list(lam))
+        scaled_merge_([merged], [B], lam if isinstance(lam, int | float) else list(lam))
+        last = A
     return pairs[-1][0], merged
 
 

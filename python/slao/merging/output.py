@@ -73,7 +73,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     Raises ValueError when `target` exists and is not an empty folder.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already: choose another -o, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=TEMPORARY, dir=target.parent))

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from slao_kernels.ops import checks
 from slao_kernels.ops.checks import Problems
 
 from .. import sums
 from ..folders import FACTORS, read_config, scaling
+from ..reading import inside
 
 # A file is mapped, and what was read of it stays in memory until it is opened anew. Ten adapters of Llama-3-8B at
 # r = 16 (1.6 GB): at most 0.27 GB at a time, of which 0.11 GB is no file (bench/disk_merge.py), instead of all.
@@ -63,7 +65,7 @@ class Source:
                 f"{self.folder} was made with init_lora_weights={init!r}, which changes the base: its A and B are no "
                 "difference to the base that others have; save it with path_initial_model_for_weight_conversion"
             )
-        if not self.path.is_file():
+        if not inside(self.path, self.folder).is_file():
             raise ValueError(
                 f"{self.folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True"
             )
@@ -97,21 +99,31 @@ class Source:
                 shapes = tuple(tuple(piece.get_shape()) for piece in slices)
                 name = key[: -len(down) - 1].removeprefix("base_model.model.")
                 dtypes = (slices[0].get_dtype(), slices[1].get_dtype())
+                self._check(name, shapes[0], shapes[1], dtypes)
                 found.append(
                     Layer(name, pair, (shapes[0], shapes[1]), dtypes, scaling(self.config, name, shapes[0][0]))
                 )
-        if rest:
-            raise ValueError(f"{self.path} holds more than A and B, which are merged: {', '.join(sorted(rest)[:3])}")
         if not found:
             raise ValueError(f"{self.path} holds no LoRA layers")
+        if rest:
+            raise ValueError(f"{self.path} holds more than A and B, which are merged: {', '.join(sorted(rest)[:3])}")
         return found
 
+    def _check(self, name: str, A: tuple[int, ...], B: tuple[int, ...], dtypes: tuple[str, str]) -> None:
+        if len(A) < 2 or len(B) < 2 or B[1] != A[0] or 0 in (*A, *B):
+            raise ValueError(f"{self.path}: {name}: A {A} and B {B} are not (r, n) and (m, r)")
+        strange = [dtype for dtype in dtypes if dtype not in ("F64", "F32", "BF16", "F16")]
+        if strange:
+            raise ValueError(f"{self.path}: {name} is stored as {strange[0]}, expected F64, F32, BF16 or F16")
+
     def read(self, name: str) -> tuple[Tensor, Tensor]:
-        """A (r, n) and B (m, r) of a layer, a convolution's flattened. Not to be written into."""
+        """A (r, n) and B (m, r) of a layer, a convolution's flattened. Not to be written into. ValueError for NaN."""
         if self._file is None or self._read > _MAPPED_BYTES:
             self._file, self._read = self._open(), 0
         A, B = (self._file.get_tensor(key).flatten(1) for key in self.layers[name].keys)
         self._read += A.nbytes + B.nbytes
+        for index in checks.not_finite([A, B]):
+            raise ValueError(f"{self.folder}: {'AB'[index]} of {name} has NaN or infinite entries")
         return A, B
 
 
@@ -137,14 +149,6 @@ def check(sources: Sequence[Source], same_rank: bool, same_scaling: bool, method
             )
         for name in source.layers.keys() & first.layers.keys():
             _compare(problems, source, first, name, same_rank, same_scaling, method)
-    for source in sources:
-        for name, layer in source.layers.items():
-            A, B = layer.shapes
-            if len(A) < 2 or len(B) < 2 or B[1] != A[0] or A[0] == 0:
-                problems.add(str(source.folder), f"{name}: A {A} and B {B} are not (r, n) and (m, r)")
-            strange = [dtype for dtype in layer.dtypes if dtype not in ("F64", "F32", "BF16", "F16")]
-            if strange:
-                problems.add(str(source.folder), f"{name} is stored as {strange[0]}, expected F64, F32, BF16 or F16")
     problems.raise_if_any()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..streams import Stream
+from ..typed import known
 from .base import Objective
 from .causal_lm import CausalLM
 from .image_matching import ImageMatching
@@ -27,13 +28,11 @@ __all__ = [
 
 
 def check_objective(name: str, options: dict[str, Any]) -> type[Objective]:
-    """The class of that name; ValueError for an unknown name or option, listing the valid ones."""
+    """The class of that name; ValueError for an unknown name or option, listing the valid ones (model, tokenizer and
+    stream are no options)."""
     if name not in OBJECTIVES:
         raise ValueError(f"unknown objective {name!r}; choose one of {', '.join(sorted(OBJECTIVES))}")
-    known = list(inspect.signature(OBJECTIVES[name]).parameters)[3:]  # after model, tokenizer, stream
-    for option in options:
-        if option not in known:
-            raise ValueError(f"objective {name!r} has no option {option!r}; its options are {', '.join(known)}")
+    known(f"objective {name!r}", options, list(inspect.signature(OBJECTIVES[name]).parameters)[3:])
     return OBJECTIVES[name]
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..models import positions
 from ..streams import ImageRow, Row, Stream, Task
 
 CANDIDATES: tuple[str, ...] = ("own", "all")
@@ -20,7 +21,7 @@ class Objective(ABC):
     """What a model is trained to do, and how well it does it; see the subclasses.
 
     metrics: what `score` can return, each in [0, 1]; a task names the one it wants. own_loss: whether `loss` replaces
-    the one the model returns itself.
+    the one the model returns itself. notes: lines for whoever starts a run, such as that rows are cut.
     running, seen: names of the tasks being trained (joint training has them all), and of those trained so far, these
     included; `slao.train` keeps them.
     """
@@ -28,6 +29,7 @@ class Objective(ABC):
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
     own_loss: ClassVar[bool]
+    notes: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
     seen: tuple[str, ...] = ()
 
@@ -67,6 +69,20 @@ def check_candidates(further: str = "", **chosen: str) -> None:
     for name, value in chosen.items():
         if value not in valid:
             raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(valid)}")
+
+
+def room(objective: Objective, model: nn.Module, max_length: int, least: int) -> int:
+    """How many tokens a row may have: `max_length`, or as many as the model has positions for, which is noted.
+
+    ValueError where that is less than `least`.
+    """
+    if max_length < least:
+        raise ValueError(f"max_length must be at least {least} (marks, and a token of text), not {max_length}")
+    most = positions(model)
+    if most is None or max_length <= most:
+        return max_length
+    objective.notes = (*objective.notes, f"longer rows are cut at {most} tokens: the model has no more positions")
+    return most
 
 
 def check_rows(objective: str, stream: Stream, images: bool) -> None:

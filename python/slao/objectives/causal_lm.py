@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models import positions
 from ..streams import Row, Stream, Task
 from ..streams.base import METRICS
-from .base import Features, Objective, check_candidates, check_rows, evaluating, in_batches
+from .base import Features, Objective, check_candidates, check_rows, evaluating, in_batches, room
 from .text_scores import text_score
 
 IGNORED = -100  # what torch's and transformers' losses leave out
@@ -48,16 +49,25 @@ class CausalLM(Objective):
         check_rows(self.name, stream, images=False)
         for task in stream.tasks:
             text_score(task.metric)  # raises here where its package is missing
-        self.tokenizer, self.max_length, self.max_new_tokens = tokenizer, max_length, max_new_tokens
+        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        self.max_length = room(self, model, max_length, 1)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        # What a prompt leaves free where text is generated: only learned positions end.
+        most = positions(model)
+        self._reserved = 0 if most is None else max(0, self.max_length + max_new_tokens - most)
         self.train_candidates, self.eval_candidates = train_candidates, eval_candidates
         self.labels = stream.labels
         self._eos = tokenizer.eos_token_id
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._eos
         if self._eos is None:
             raise ValueError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+        self._or_shorten = ", or lower max_new_tokens, for which the model's positions must suffice" if most else ""
         for task in stream.tasks:  # what cannot fit is found here, before anything is trained
             self._check_room(task, train_candidates)
             self._check_room(task, eval_candidates)
+            if _generates(task):
+                self._prompt(task, "", self._reserved, eval_candidates)
 
     def features(self, task: Task, rows: Sequence[Row]) -> Features:
         return [self._encode(task, row.prompt, row.answer, self.train_candidates) for row in rows]
@@ -70,9 +80,8 @@ class CausalLM(Objective):
         return loss
 
     def score(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
-        if task.labels and task.metric == "accuracy":
-            return self._score_labels(model, task, rows, batch_size)
-        return self._score_generated(model, task, rows, batch_size)
+        score = self._score_generated if _generates(task) else self._score_labels
+        return score(model, task, rows, batch_size)
 
     def _score_labels(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
         candidates = self._candidates(task, self.eval_candidates)
@@ -91,7 +100,7 @@ class CausalLM(Objective):
         return sum(candidates[guess] == row.answer for guess, row in zip(best, rows, strict=True)) / len(rows)
 
     def _score_generated(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
-        features = [{"input_ids": self._prompt(task, row.prompt, 0, self.eval_candidates)} for row in rows]
+        features = [{"input_ids": self._prompt(task, row.prompt, self._reserved, self.eval_candidates)} for row in rows]
         score, total = text_score(task.metric), 0.0
         with evaluating(model) as device:
             for indices, batch in in_batches(features, batch_size, lambda f: self._pad_batch(f, left=True), device):
@@ -132,13 +141,13 @@ class CausalLM(Objective):
         if self.tokenizer.eos_token_id is not None and head[-1:] == [self._eos]:
             head = head[:-1]  # some tokenizers end every text
         tail = self._ids("\nAnswer:")
-        room = self.max_length - reserved - len(head) - len(tail)
-        if room < 1:
+        left = self.max_length - reserved - len(head) - len(tail)
+        if left < 1:
             raise ValueError(
-                f"task {task.name!r}: instruction, options and answer alone take {self.max_length - room + 1} tokens; "
-                f"max_length is {self.max_length}: raise it"
+                f"task {task.name!r}: instruction, options and answer alone take {self.max_length - left + 1} tokens; "
+                f"max_length is {self.max_length}: raise it{self._or_shorten}"
             )
-        return head + self._ids(text)[:room] + tail
+        return head + self._ids(text)[:left] + tail
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -161,6 +170,11 @@ class CausalLM(Objective):
         if "labels" in features[0]:
             batch["labels"] = stack("labels", IGNORED)
         return batch
+
+
+def _generates(task: Task) -> bool:
+    """Whether scoring it takes a continuation, not the likelihood of its labels."""
+    return not task.labels or task.metric != "accuracy"
 
 
 def _supervised(prompt: list[int], answer: list[int]) -> dict[str, Any]:

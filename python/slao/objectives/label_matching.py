@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..streams import Row, Stream, Task
-from .base import Features, check_rows, evaluating, in_batches
+from .base import Features, check_rows, evaluating, in_batches, room
 from .matching import Matching
 
 
@@ -38,9 +38,13 @@ class LabelMatching(Matching):
     ) -> None:
         super().__init__(stream, temperature, train_candidates, eval_candidates)
         check_rows(self.name, stream, images=False)
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer = tokenizer
+        self.max_length = room(self, model, max_length, tokenizer.num_special_tokens_to_add() + 1)
+        blank = {row.prompt for task in stream.tasks for row in (*task.train, *task.test) if not row.prompt.strip()}
+        self._tokenize(sorted(blank))  # raises where that makes no token at all
         with evaluating(model) as device:
             encoded = self._tokenize(self.labels)
+            _check_distinct(self.labels, encoded)
             table = [torch.empty(0)] * len(self.labels)
             for indices, batch in in_batches(encoded, 64, self.collate, device):
                 for i, row in zip(indices, self._embed(model, batch), strict=True):
@@ -60,6 +64,8 @@ class LabelMatching(Matching):
         return batch | {key: torch.tensor([row[key] for row in features]) for key in extra}
 
     def _tokenize(self, texts: Sequence[str]) -> Features:
+        if not texts:
+            return []
         encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)
         for text, ids in zip(texts, encoded["input_ids"], strict=True):
             if not ids:  # a mean over no token is NaN
@@ -73,3 +79,14 @@ class LabelMatching(Matching):
         hidden = model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state.float()
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
+
+
+def _check_distinct(labels: Sequence[str], encoded: Features) -> None:
+    """ValueError for two labels that are the same tokens: no model tells them apart."""
+    first: dict[tuple[int, ...], str] = {}
+    for label, row in zip(labels, encoded, strict=True):
+        other = first.setdefault(tuple(row["input_ids"]), label)
+        if other != label:
+            raise ValueError(
+                f"the labels {other!r} and {label!r} are the same tokens: raise max_length, or rename one of them"
+            )

@@ -12,6 +12,7 @@ from typing import Any
 # The modules import the standard library only; what is heavy loads when a stream is built.
 from slao.streams import clinc150, digits, jsonl, python_docs, standard_cl, superni
 from slao.streams.base import ImageRow, Row, Stream, Task
+from slao.typed import known
 
 __all__ = ["STREAMS", "ImageRow", "Row", "Stream", "Task", "make_stream"]
 
@@ -36,11 +37,9 @@ def make_stream(name: str, **options: Any) -> Stream:
     if name not in STREAMS:
         raise ValueError(f"no stream {name!r}; the streams are {', '.join(sorted(STREAMS))}")
     builder = STREAMS[name]
-    known = inspect.signature(builder).parameters
-    for option in options:
-        if option not in known:
-            raise ValueError(f"stream {name!r} has no option {option!r}; its options are {', '.join(known)}")
-    for option, parameter in known.items():
+    parameters = inspect.signature(builder).parameters
+    known(f"stream {name!r}", options, parameters)
+    for option, parameter in parameters.items():
         if parameter.default is parameter.empty and option not in options:
             raise ValueError(f"stream {name!r} needs the option {option!r}")
     return builder(**options)

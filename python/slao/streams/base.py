@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from slao.reading import check_text
+
 # What a task can be scored by, each in [0, 1] and averaged over the rows; see slao.objectives.text_scores.
 METRICS = ("accuracy", "exact_match", "rouge_l")
 
@@ -18,11 +20,17 @@ class Row:
 
     prompt: what the model reads. answer: what it should say; for a classification task the text of its label.
     references: further texts that count as right. Training uses the answer alone, scoring the best of all.
+    ValueError for half of a character in any of them.
     """
 
     prompt: str
     answer: str
     references: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_text(self.prompt, "its text")
+        for answer in (self.answer, *self.references):
+            check_text(answer, "its answer")
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class ImageRow(Row):
     shape: tuple[int, int, int] = (1, 0, 0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         channels, height, width = self.shape
         if not self.pixels or channels * height * width != len(self.pixels):
             raise ValueError(f"an image of shape {self.shape} cannot have {len(self.pixels)} pixels")
@@ -65,6 +74,8 @@ class Task:
         for split in ("train", "test"):
             if not getattr(self, split):
                 raise ValueError(f"task {self.name!r} has no {split} rows; add some or leave the task out")
+        check_text(self.name, f"the name of task {self.name!r}")
+        check_text(self.instruction, f"task {self.name!r}: its instruction")
         if not self.labels:
             return
         if len(set(self.labels)) != len(self.labels):

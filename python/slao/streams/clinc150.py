@@ -8,12 +8,12 @@ two of the 15,000 training texts stand in the test split too, and three in the v
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from slao.reading import read_json
 from slao.streams.base import Row, Splits, Stream
 from slao.streams.hub import loader
 
@@ -81,12 +81,15 @@ def clinc150(
 
     tasks = {domain: Splits() for domain in known}
     for split, examples in splits.items():
-        for text, intent in examples:
+        for number, (text, intent) in enumerate(examples, start=1):
             if intent not in domain_of:
                 raise ValueError(
                     f"clinc150, {split}: intent {intent!r} of {text!r} is in no domain; add it to domains.json"
                 )
-            getattr(tasks[domain_of[intent]], split).append(Row(text, _label(intent)))
+            try:
+                getattr(tasks[domain_of[intent]], split).append(Row(text, _label(intent)))
+            except ValueError as error:
+                raise ValueError(f"clinc150, {split}, row {number}: {error}") from None
     if fraction < 1:
         for task in tasks.values():
             task.train = _share(task.train, fraction, seed)
@@ -137,20 +140,19 @@ def _from_folder(folder: Path) -> tuple[Mapping[str, list[str]], Mapping[str, li
             raise ValueError(
                 f"{folder / 'data_full.json'}: {split!r} must be a list of [text, intent]; take the published file"
             )
-    if not isinstance(domains, dict) or not all(isinstance(intents, list) for intents in domains.values()):
+    if not isinstance(domains, dict) or not all(_are_texts(intents) for intents in domains.values()):
         raise ValueError(f"{folder / 'domains.json'}: must map each domain to the list of its intents")
     return domains, {"train": data["train"], "validation": data["val"], "test": data["test"]}
 
 
 def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"no {file}; path must be a folder with data_full.json and domains.json of clinc/oos-eval"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error}); take the published file") from None
+    if not file.exists():
+        raise ValueError(f"no {file}; path must be a folder with data_full.json and domains.json of clinc/oos-eval")
+    return read_json(file)
+
+
+def _are_texts(intents: object) -> bool:
+    return isinstance(intents, list) and all(isinstance(intent, str) for intent in intents)
 
 
 def _are_pairs(rows: object) -> bool:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slao.reading import check_text, parse_json, read_json, read_text
 from slao.streams.base import Row, Splits, Stream, Task, carve_validation
 
 _KEYS = (("prompt", "answer"), ("text", "label"), ("sentence", "label"), ("input", "output"))
@@ -82,8 +83,8 @@ def _task(name: str, folder: Path, validation_fraction: float, seed: int, metric
         validation = Part(held)
     instruction_file = folder / "instruction.txt"
     instruction = train.instruction
-    if instruction_file.is_file():
-        instruction = _text(instruction_file).strip()
+    if instruction_file.exists():
+        instruction = read_text(instruction_file).strip()
     return Splits(train.rows, validation.rows, test.rows).task(name, labels, instruction, metric)
 
 
@@ -107,18 +108,20 @@ def _label_set(folder: Path, train: Part) -> list[str]:
 def read_labels(folder: Path) -> list[str] | None:
     """The list in labels.json; None where there is no such file."""
     file = folder / "labels.json"
-    if not file.is_file():
+    if not file.exists():
         return None
-    labels = _parse(_text(file), file)
+    labels = read_json(file)
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{file}: must be a JSON list of label texts")
+    for label in labels:
+        check_label(label, str(file))
     return labels
 
 
 def read_split(folder: Path, *stems: str) -> Part | None:
     """The rows of the first file of these names that stands in `folder`; None where there is none."""
     files = (folder / f"{stem}{suffix}" for stem in stems for suffix in _SUFFIXES)
-    file = next((file for file in files if file.is_file()), None)
+    file = next((file for file in files if file.exists()), None)
     return None if file is None else read_file(file)
 
 
@@ -135,16 +138,16 @@ def read_file(file: Path) -> Part:
 
 def _items(file: Path, part: Part) -> Iterator[tuple[str, Any]]:
     """(place for messages, object) of each row of a file; sets the part's instruction from a definition."""
-    text = _text(file)
+    text = read_text(file)
     if file.suffix == ".jsonl":
         # Not splitlines(): JSON allows U+2028 and its like inside a string.
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                yield f"{file}, line {number}", _parse(line, file, number)
+                yield f"{file}, line {number}", parse_json(line, str(file), number)
         return
     if not text.strip():
         return
-    content = _parse(text, file)
+    content = parse_json(text, str(file))
     if isinstance(content, dict) and isinstance(content.get("Instances"), list):
         definition = content.get("Definition", "")
         definition = definition[0] if isinstance(definition, list) and definition else definition
@@ -170,18 +173,16 @@ def _row(item: Any, where: str) -> tuple[Row, bool]:
     for key, value in ((keys[0], prompt), *((keys[1], each) for each in answers)):
         if not isinstance(value, str):
             raise ValueError(f"{where}: {key!r} must be a text, not {json.dumps(value)[:60]}")
-    return Row(prompt, answers[0], tuple(answers[1:])), keys[1] == "label"
-
-
-def _text(file: Path) -> str:
+    if labelled := keys[1] == "label":
+        check_label(answers[0], where)
     try:
-        return file.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        return Row(prompt, answers[0], tuple(answers[1:])), labelled
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
-def _parse(text: str, file: Path, line: int | None = None) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {line or error.lineno}: not JSON ({error.msg})") from None
+def check_label(label: str, where: str) -> None:
+    """ValueError for a label that says nothing, or that no tokenizer takes."""
+    if not label.strip():
+        raise ValueError(f"{where}: the label is empty; give it a text, or remove it")
+    check_text(label, f"{where}: the label")

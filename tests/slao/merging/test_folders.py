@@ -112,9 +112,10 @@ def test_the_same_as_pefts_own_merge(method, tiny, three, tmp_path):
             assert (found[1] - B).norm() / B.norm() <= 1e-6
 
 
-def test_slao_is_bitwise_what_training_merges(tiny, tmp_path):
+@pytest.mark.parametrize("schedule", ["inv_sqrt", "adaptive"])
+def test_slao_is_bitwise_what_training_merges(schedule, tiny, tmp_path):
     model = tiny.adapted("bert", target_modules=MODULES[:2])
-    method = SLAO(model)
+    method = SLAO(model, schedule=schedule)
     folders = []
     for task in range(3):
         method.begin_task(f"task {task}")
@@ -126,7 +127,8 @@ def test_slao_is_bitwise_what_training_merges(tiny, tmp_path):
         save_adapter(model, folders[-1])
         method.end_task()
     method.save_pretrained(tmp_path / "trained")
-    merge_adapters(folders, tmp_path / "merged")
+    flags = ["-o", str(tmp_path / "merged"), "--lambda-schedule", schedule]
+    assert main(["merge", *map(str, folders), *flags]) == 0
     found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("merged", "trained"))
     assert tiny.differing(found, expected) == []
     assert read_adapter(tmp_path / "merged").keys() == read_adapter(tmp_path / "trained").keys()

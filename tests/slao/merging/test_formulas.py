@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slao.merging import factors, product
+from slao.schedules import inv_sqrt
 
 # The same sums in another order: 1e-13 and less on these sizes. Twice through an SVD: a little more.
 EXACT = 1e-10
@@ -61,7 +62,7 @@ def test_svd_is_the_dense_one(m, n, ranks, rank):
 def test_slao_is_its_closed_form():
     pairs = adapters(9, 7, [3] * 4)
     lambdas = [1 / math.sqrt(i) for i in range(1, 5)]
-    A, B = factors.slao(pairs, lambdas)
+    A, B = factors.slao(pairs, inv_sqrt)
     weights = [lambdas[j] * math.prod(1 - lam for lam in lambdas[j + 1 :]) for j in range(4)]
     assert weights == pytest.approx([0.062, 0.149, 0.289, 0.5], abs=5e-4)
     assert error(B, sum(w * B for w, (_, B) in zip(weights, pairs, strict=True))) <= 1e-15

@@ -27,7 +27,7 @@ BAD: dict[str, tuple[dict, dict, str, list[str], list[str]]] = {
     "pissa": ({"init_lora_weights": "pissa"}, {}, "", [], ["init_lora_weights='pissa'", "changes the base"]),
     "other tensors": ({}, {}, "more", [], ["holds more than A and B", "pooler.weight"]),
     "shape": ({}, {}, "wide", [], ["query: A and B are ((4, 33), (32, 4)), those of"]),
-    "NaN": ({}, {}, "nan", [], ["B of", "query has NaN or infinite entries", "Nothing was written"]),
+    "NaN": ({}, {}, "nan", [], ["B of", "query has NaN or infinite entries"]),
     "infinity": ({}, {}, "inf", ["--method", "svd"], ["query has NaN or infinite entries"]),
     "int8": ({}, {}, "int8", [], ["is stored as I8, expected F64, F32, BF16 or F16"]),
     "overflow": ({}, {}, "", ["--method", "linear", "--weights", "1e300,1"], ["overflows torch.float32"]),
@@ -68,6 +68,10 @@ def change(folder: Path, how: str) -> None:
         tensors[down] = torch.ones(4, 33)
     elif how == "int8":
         tensors[key] = tensors[key].to(torch.int8)
+    elif how == "scalar":
+        tensors[down] = torch.tensor(1.0)
+    elif how == "empty":
+        tensors[down] = torch.ones(0, 32)
     else:
         tensors[key][0, 0] = float(how)
     save_file(tensors, path)
@@ -121,3 +125,83 @@ def test_no_place_for_the_folder(tiny, tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.startswith("slao: cannot write")
     assert err.count("\n") == 1
+
+
+# name -> (change of the config, or of the tensors; what both commands say)
+FOLDERS: dict[str, tuple[dict, str, str]] = {
+    "alpha is a text": ({"lora_alpha": "much"}, "", "adapter_config.json: lora_alpha must be a number, not 'much'"),
+    "alpha is nothing": ({"lora_alpha": None}, "", "adapter_config.json: lora_alpha must be a number, not None"),
+    "alpha is NaN": ({"lora_alpha": float("nan")}, "", "lora_alpha must be a finite number, not nan"),
+    "a pattern's alpha": ({"alpha_pattern": {"query": "x"}}, "", "alpha_pattern.query must be a number, not 'x'"),
+    "patterns are a list": ({"alpha_pattern": ["query"]}, "", "alpha_pattern must be a section, not ['query']"),
+    "no regular expression": ({"alpha_pattern": {"(": 1}}, "", "alpha_pattern has '(', no regular expression"),
+    "rank 0": ({"r": 0}, "", "a rank of 0; ranks are at least 1"),
+    "rsLoRA": ({"use_rslora": "yes"}, "", "use_rslora must be true or false, not 'yes'"),
+    "base is a number": ({"base_model_name_or_path": 3}, "", "base_model_name_or_path must be a text, not 3"),
+    "another kind": ({"peft_type": "IA3"}, "", "does not describe a LoRA adapter"),
+    "modules_to_save": ({"modules_to_save": ["pooler"]}, "", "modules_to_save"),
+    "pissa": ({"init_lora_weights": "pissa"}, "", "changes the base"),
+    "NaN": ({}, "nan", "query has NaN or infinite entries"),
+    "int8": ({}, "int8", "is stored as I8, expected F64, F32, BF16 or F16"),
+    "other tensors": ({}, "more", "holds more than A and B"),
+    "scalars": ({}, "scalar", "A () and B (32, 4) are not (r, n) and (m, r)"),
+    "no A": ({}, "empty", "A (0, 32) and B (32, 4) are not (r, n) and (m, r)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_merge_and_interference_refuse_a_folder_in_the_same_words(case, tiny, tmp_path, capsys):
+    config, tensors, message = FOLDERS[case]
+    first, second = make(tiny, tmp_path / "a"), make(tiny, tmp_path / "b")
+    path = second / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    (second / "SHA256SUMS").unlink(missing_ok=True)
+    if tensors:
+        change(second, tensors)
+    capsys.readouterr()
+    lines = []
+    for command in (["merge", "-o", str(tmp_path / "out"), "--method", "svd"], ["interference"]):
+        assert main([*command, str(first), str(second)]) == 2
+        lines.append(capsys.readouterr().err)
+    assert message in lines[0]
+    assert str(second) in lines[0]
+    assert lines[0] == lines[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_lead_nowhere_else(tiny, tmp_path, capsys):
+    """A pickle is not read, and no link out of the folder is followed, but the hub's own cache may have links."""
+    a, b = make(tiny, tmp_path / "a"), make(tiny, tmp_path / "b")
+    weights = b / "adapter_model.safetensors"
+    hub = tmp_path / "models--x" / "snapshots" / "1"
+    (hub.parents[1] / "blobs").mkdir(parents=True)
+    hub.mkdir(parents=True)
+    for path in b.iterdir():
+        (hub.parents[1] / "blobs" / path.name).write_bytes(path.read_bytes())
+        (hub / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert main(["interference", str(a), str(hub)]) == 0
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    for link in (tmp_path / "elsewhere.safetensors", Path("..") / "elsewhere.safetensors"):
+        weights.symlink_to(link)
+        capsys.readouterr()
+        assert main(["interference", str(a), str(b)]) == 2
+        assert f"{weights} leads out of its folder" in capsys.readouterr().err
+        weights.unlink()
+    trap = tmp_path / "trap"
+    torch.save({"x": Trap(trap)}, b / "adapter_model.bin")
+    assert main(["interference", str(a), str(b)]) == 2
+    assert "has no adapter_model.safetensors" in capsys.readouterr().err
+    weights.write_bytes((b / "adapter_model.bin").read_bytes())
+    assert main(["merge", str(a), str(b), "-o", str(tmp_path / "out")]) == 2
+    assert f"{weights} cannot be read" in capsys.readouterr().err
+    assert not trap.exists()
+
+
+class Trap:
+    """What makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)

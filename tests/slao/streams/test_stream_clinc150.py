@@ -92,7 +92,7 @@ def test_an_absent_folder_or_file_is_named(tmp_path):
 
 def test_malformed_files_are_named(tmp_path):
     data, domains = small()
-    with pytest.raises(ValueError, match=r"data_full.json: not JSON"):
+    with pytest.raises(ValueError, match=r"data_full.json, line 1: not JSON"):
         clinc150(write(tmp_path, "{", domains))
     with pytest.raises(ValueError, match=r"data_full.json: 'val' must be a list of \[text, intent\]"):
         clinc150(write(tmp_path, {"train": data["train"]}, domains))

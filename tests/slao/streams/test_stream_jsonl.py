@@ -109,6 +109,14 @@ def test_blank_lines_a_byte_order_mark_and_odd_line_ends_inside_strings(root):
         ("[1, 2]", r"line 2: a row must be an object, not \[1, 2\]"),
         ('{"text": "x", "answer": "a"}', r"line 2: a row needs .* this one has \['answer', 'text'\]"),
         ('{"text": "x", "label": 1}', "line 2: 'label' must be a text, not 1"),
+        ('{"text": NaN, "label": "a"}', "line 2: 'text' must be a text, not NaN"),
+        ('{"text": "x", "label": " "}', "line 2: the label is empty"),
+        ('{"text": "x", "text": "y", "label": "a"}', "line 2: the key 'text' stands twice in one object"),
+        ('{"text": "funny \\ud83d", "label": "a"}', r"line 2: its text has half of a character \(\\ud83d, place 6\)"),
+        ('{"text": "x", "label": "\\ude00"}', r"line 2: the label has half of a character \(\\ude00"),
+        ('{"prompt": "x", "answer": "\\ude00"}', "line 2: its answer has half of a character"),
+        ("[" * 100_000, "line 2: nested too deeply"),
+        ('{"n": ' + "1" * 5000 + "}", "line 2: Exceeds the limit"),
     ],
 )
 def test_a_bad_line_is_named(root, line, message):
@@ -157,6 +165,35 @@ def test_a_test_label_that_train_does_not_have(root):
         jsonl(root)
 
 
+def test_files_that_are_none(root):
+    """A folder in the place of a file, in each place where one is read."""
+    for name in ("train.jsonl", "test.jsonl", "dev.jsonl", "labels.json", "instruction.txt"):
+        file = root / "news" / name
+        kept = file.read_bytes() if file.exists() else None
+        file.unlink(missing_ok=True)
+        file.mkdir()
+        with pytest.raises(ValueError, match=rf"{name} is a folder where a file is expected"):
+            jsonl(root)
+        file.rmdir()
+        if kept is not None:
+            file.write_bytes(kept)
+    jsonl(root)
+
+
+def test_other_encodings_name_the_line(root):
+    text = '{"text": "x", "label": "a"}\n{"text": "caf\u00e9", "label": "a"}\n'
+    for encoding, line in (("latin-1", 2), ("utf-16", 1)):
+        (root / "news" / "test.jsonl").write_bytes(text.encode(encoding))
+        with pytest.raises(ValueError, match=rf"test.jsonl, line {line}: not UTF-8 \(byte \d+\); save it as UTF-8"):
+            jsonl(root)
+
+
+def test_half_of_a_character_elsewhere(root):
+    (root / "news" / "labels.json").write_text('["a", "b", "\\ud83d"]')
+    with pytest.raises(ValueError, match=r"labels.json: the label has half of a character"):
+        jsonl(root)
+
+
 @pytest.mark.parametrize("labels", [{"a": 1}, [], [1]])
 def test_labels_must_be_a_list_of_texts(root, labels):
     as_json(root / "news" / "labels.json", labels)
@@ -166,7 +203,7 @@ def test_labels_must_be_a_list_of_texts(root, labels):
 
 def test_a_file_that_is_not_utf_8(root):
     (root / "news" / "test.jsonl").write_bytes(b'{"text": "\xff", "label": "a"}')
-    with pytest.raises(ValueError, match=r"test.jsonl: not UTF-8 \(byte 10\)"):
+    with pytest.raises(ValueError, match=r"test.jsonl, line 1: not UTF-8 \(byte 10\)"):
         jsonl(root)
 
 
