@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 # What must agree for a second `patch(model, config)` to mean the adapter that is there already.
 _IDENTITY = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern")
+# The modules that PEFT trains and saves beside the adapter for a model of that task, where it has them.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")  # what PEFT and transformers set on the model itself
 
 
@@ -38,6 +40,9 @@ def inject(model: nn.Module, config: LoraConfig | None) -> Callable[[], None]:
     if not isinstance(config, LoraConfig):
         raise ValueError(f"config is a {type(config).__name__}, expected a peft.LoraConfig")
     config = copy.deepcopy(config)  # PEFT writes the layers that it found into it
+    heads = _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+    if heads:  # as get_peft_model does
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
     undo = _undo(model)
     try:
         if is_transformers:

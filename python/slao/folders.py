@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from slao_kernels.inventory import more_than_pairs
+
 Triple = tuple[Tensor, Tensor, float]
 FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
@@ -17,32 +19,12 @@ def read_adapter(folder: str | Path) -> dict[str, Triple]:
     """Layer name -> (A, B, scaling) of a folder that PEFT's or this library's save_pretrained wrote, in the file's
     order: A (r, n), B (m, r), a convolution's flattened; scaling as PEFT computes it.
 
-    Raises ValueError when the folder holds no LoRA adapter in safetensors, or one that trains more than A and B.
+    Raises ValueError when the folder holds no LoRA adapter in safetensors, or one that adds more than B A to its base.
     """
-    from safetensors.torch import load_file
+    from .merging.source import Source
 
-    folder = Path(folder)
-    config = read_config(folder)
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True")
-    try:
-        tensors = load_file(path)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    found: dict[str, Triple] = {}
-    for key, A in tensors.items():
-        for down, up in FACTORS:
-            if not key.endswith(f".{down}"):
-                continue
-            name = key[: -len(down) - 1].removeprefix("base_model.model.")
-            B = tensors.get(f"{key[: -len(down)]}{up}")
-            if B is None:
-                raise ValueError(f"{path} holds {key} without its {up}")
-            found[name] = (A.flatten(1), B.flatten(1), scaling(config, name, A.shape[0]))
-    if not found:
-        raise ValueError(f"{path} holds no LoRA layers")
-    return found
+    source = Source(folder)
+    return {name: (*source.read(name), layer.scaling) for name, layer in source.layers.items()}
 
 
 def scaling(config: Mapping[str, Any], name: str, r: int) -> float:
@@ -65,9 +47,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or "lora_alpha" not in config:
         raise ValueError(f"{path} does not describe a LoRA adapter")
-    more = [key for key in ("use_dora", "lora_bias") if config.get(key)]
+    more = more_than_pairs(config)
     if more:
-        raise ValueError(f"{path} has {more[0]}: that adapter trains more than A and B")
+        raise ValueError(f"{path} has {', '.join(more)}: more than A and B, which alone are compared or merged")
     return config
 
 

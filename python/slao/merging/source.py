@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from slao_kernels.inventory import changes_base
 from slao_kernels.ops.checks import Problems
 
 from ..folders import FACTORS, read_config, scaling
@@ -17,12 +18,6 @@ from ..folders import FACTORS, read_config, scaling
 # r = 16 (1.6 GB): at most 0.27 GB at a time, of which 0.11 GB is no file (bench/disk_merge.py), instead of all.
 _MAPPED_BYTES = 16 << 20
 
-# Settings under which the file's A and B are not, or not all of, what the adapter adds to its base.
-_MORE = (
-    "modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config",
-    "use_qalora", "use_bdlora", "velora_config", "monteclora_config", "kasa_config",
-)  # fmt: skip
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _SAME = ("base_model_name_or_path", "revision", "layer_replication", "fan_in_fan_out")
 
 
@@ -51,13 +46,8 @@ class Source:
         self.folder = Path(folder)
         self.config: dict[str, Any] = read_config(self.folder)
         self.path = self.folder / "adapter_model.safetensors"
-        more = [key for key in _MORE if self.config.get(key)]
-        if self.config.get("bias", "none") != "none":
-            more.append("bias")
-        if more:
-            raise ValueError(f"{self.folder} has {', '.join(more)} in its config: more than A and B, which are merged")
-        init = str(self.config.get("init_lora_weights")).lower()
-        if init.startswith(_CHANGES_BASE):
+        init = changes_base(self.config.get("init_lora_weights"))
+        if init is not None:
             raise ValueError(
                 f"{self.folder} was made with init_lora_weights={init!r}, which changes the base: its A and B are no "
                 "difference to the base that others have; save it with path_initial_model_for_weight_conversion"

@@ -51,8 +51,9 @@ class CLoRA(Method):
         b_std: float | None = None,
         adapter: str = "default",
         seed: int = 0,
+        beside: str = "keep",
     ) -> None:
-        super().__init__(model, adapter=adapter)
+        super().__init__(model, adapter=adapter, beside=beside)
         if orthogonality not in ORTHOGONALITIES:
             raise ValueError(f"unknown orthogonality {orthogonality!r}; choose one of {', '.join(ORTHOGONALITIES)}")
         for what, value in (("orthogonality_weight", orthogonality_weight), ("delta_std", delta_std)):

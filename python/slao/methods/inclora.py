@@ -25,8 +25,8 @@ class IncLoRA(Method):
 
     name = "inclora"
 
-    def __init__(self, model: nn.Module, adapter: str = "default", seed: int = 0) -> None:
-        super().__init__(model, adapter=adapter)
+    def __init__(self, model: nn.Module, adapter: str = "default", seed: int = 0, beside: str = "keep") -> None:
+        super().__init__(model, adapter=adapter, beside=beside)
         self.seed = seed
         self.layers: list[ExtendedLoraLinear] = extend_all(self)
 

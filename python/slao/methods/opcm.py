@@ -29,8 +29,10 @@ class OPCM(Method):
 
     name = "opcm"
 
-    def __init__(self, model: nn.Module, alpha: float = 0.5, adapter: str = "default", seed: int = 0) -> None:
-        super().__init__(model, adapter=adapter)
+    def __init__(
+        self, model: nn.Module, alpha: float = 0.5, adapter: str = "default", seed: int = 0, beside: str = "keep"
+    ) -> None:
+        super().__init__(model, adapter=adapter, beside=beside)
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
         wide = [pair.name for pair in self.pairs if any(parameter.dim() != 2 for parameter in pair.parameters)]
