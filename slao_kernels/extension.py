@@ -107,8 +107,9 @@ def _say_once() -> None:
     if not _said:
         _said.add("said")
         logger.warning(
-            "a state dict (so PEFT's own save_pretrained too) holds A and B of an extended layer, but not the core or the "
-            "frozen pairs that its method gave it: the method's save() keeps them, its save_pretrained() exports all"
+            "a state dict (so PEFT's own save_pretrained too) holds A and B of an extended layer, not the core or "
+            "the frozen pairs that its method gave it: the method's save() keeps them,"
+            " its save_pretrained() exports all"
         )
 
 

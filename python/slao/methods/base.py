@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,14 +17,13 @@ from slao_kernels.ops.checks import not_finite
 
 from .. import checkpoint
 from ..export import save_adapter
+from . import showing, stored
 from .beside import Beside
+from .showing import Weights
 
 logger = logging.getLogger("slao")
 
 STATE_FILE = "slao_state.safetensors"
-
-# Per pair A and B; None where the trained one stands for it.
-Weights = list[tuple[Tensor | None, Tensor | None]]
 
 
 class Method:
@@ -34,8 +33,8 @@ class Method:
     processes every rank makes the same calls; an error on one rank is raised on all, and rank 0 alone writes files.
     adapter: the adapter to train and merge; it has to be active from begin_task to end_task, and for merged().
     beside: what becomes of the heads, biases and tokens that it trains beside A and B: "keep" (the last task's),
-    "merge" (averaged as B is; SLAO alone) or "freeze" (trained in the first task alone); see `Beside`. pairs: what a method works on, whole within its own hooks; elsewhere the
-    model's own parameters, which may be shards.
+    "merge" (averaged as B is; SLAO alone) or "freeze" (trained in the first task alone); see `Beside`.
+    pairs: what a method works on, whole within its own hooks; elsewhere the model's own parameters, perhaps shards.
     task: index of the running task, or of the last one, from 1 (0 before the first). names: of all tasks begun.
     lambdas: per finished task the λ it was merged with (a number, or one a layer); 1.0 where nothing is merged.
     cosines: per finished task the cosine, layer by layer in the order of `pairs`, of its task vector B A with that of
@@ -162,42 +161,22 @@ class Method:
         """Within the block the pairs' parameters are what `weights` returns."""
         self._swapped = True
         try:
-            with self._shown(weights) if self._is_plain() else self._shown_in_shards(weights), self.beside.shown():
+            with self._shown(weights), self.beside.shown():
                 yield
         finally:
             self._swapped = False
 
-    def _is_plain(self) -> bool:
-        self.pairs = sharding.live_pairs(self.pairs, self.adapter)
-        return all(sharding.is_plain(parameter) for pair in self.pairs for parameter in pair.parameters)
-
-    @contextmanager
-    def _shown(self, weights: Callable[[], Weights]) -> Iterator[None]:
-        swapped: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        try:
-            for pair, shown in zip(self.pairs, weights(), strict=True):
-                for parameter, weight in zip(pair.parameters, shown, strict=True):
-                    if weight is not None:
-                        swapped.append((parameter, parameter.data, parameter.grad))
-                        # A stack of pairs has another rank, which a matrix takes as it is, and a gradient does not.
-                        parameter.grad = None
-                        parameter.data = weight if parameter.dim() == 2 else weight.view(parameter.shape)
-            yield
-        finally:
-            for parameter, trained, gradient in swapped:
-                parameter.data, parameter.grad = trained, gradient
-
-    @contextmanager
-    def _shown_in_shards(self, weights: Callable[[], Weights]) -> Iterator[None]:
-        """Shards have no whole storage to swap: they are overwritten, and written back from copies."""
+    def _shown(self, weights: Callable[[], Weights]) -> AbstractContextManager[None]:
+        if self._is_plain():
+            return showing.swapped(self.pairs, weights)
         with self._whole(write=False):
             trained = self.pairs
             shown = [pair.with_weights(*two) for pair, two in zip(trained, weights(), strict=True)]
-        sharding.write(self.model, shown, self.adapter)
-        try:
-            yield
-        finally:
-            sharding.write(self.model, trained, self.adapter)
+        return showing.overwritten(self.model, trained, shown, self.adapter)
+
+    def _is_plain(self) -> bool:
+        self.pairs = sharding.live_pairs(self.pairs, self.adapter)
+        return all(sharding.is_plain(parameter) for pair in self.pairs for parameter in pair.parameters)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """The merged adapter as a plain PEFT folder, which loads without this library."""
@@ -218,8 +197,7 @@ class Method:
         beside = self.beside.state()
         with self._whole(write=False):
             tensors = self._live_tensors() | beside
-            meta: dict[str, Any] = {"method": self.name, "options": self._all_options(), "adapter": self.adapter}
-            meta["scalings"] = self._scalings()
+            meta = {**self._identity(), "adapter": self.adapter}
             meta |= {"names": self.names, "lambdas": self.lambdas, "cosines": self.cosines, "extra": extra or {}}
             if sharding.is_first():
                 checkpoint.write_state(Path(folder) / STATE_FILE, tensors | self._state(), meta)
@@ -243,12 +221,14 @@ class Method:
             deepspeed_masters.refuse_unreachable(self.model)
             self.beside.find()
         tensors, meta = sharding.on_first(lambda: checkpoint.read_state(path))
+        here = self.beside.live()
         with sharding.together():
-            beside = self.beside.taken_from(path, tensors)
+            stored.compare(path, meta, self._identity())
+            beside = self.beside.taken_from(path, tensors, here)
         with self._whole():
             live = self._live_tensors()
             with sharding.together():
-                rest = self._compared(path, tensors, meta, live)
+                rest = stored.rest(path, tensors, live, {pair.name for pair in self.pairs})
                 self._load_state(rest)
             with torch.no_grad():
                 for key, value in live.items():
@@ -258,32 +238,6 @@ class Method:
         deepspeed_masters.write_through(part.tensor for part in self.beside.parts)
         self.cosines = list(meta.get("cosines", [None] * len(self.lambdas)))  # absent from older states
         return dict(meta["extra"])
-
-    def _compared(
-        self, path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], live: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """What a saved state holds beside A and B; ValueError where it does not fit this method and model."""
-        for key, mine in (("method", self.name), ("options", self._all_options())):
-            if meta[key] != mine:
-                raise ValueError(f"{path} was saved with {key} {meta[key]!r}, this is {mine!r}")
-        for name, scaling in self._scalings().items():
-            saved_scaling = meta.get("scalings", {}).get(name, scaling)  # absent from older states
-            if saved_scaling != scaling:
-                raise ValueError(
-                    f"{path} was saved with scaling {saved_scaling:g} in {name}, the model has {scaling:g}: what was "
-                    "learned would count otherwise; give the LoraConfig the lora_alpha and use_rslora of then"
-                )
-        for key, value in live.items():
-            saved = tensors.get(key)
-            if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
-                what = "absent" if saved is None else f"{tuple(saved.shape)} {saved.dtype}"
-                raise ValueError(f"{path}: {key} is {what}, the model has {tuple(value.shape)} {value.dtype}")
-        rest = {key: value for key, value in tensors.items() if key not in live}
-        layers = {key.rpartition(".")[0] for key in rest}
-        unknown = sorted(layers - {pair.name for pair in self.pairs})
-        if unknown:
-            raise ValueError(f"{path} holds layers that the model has not: {', '.join(unknown[:8])}")
-        return rest
 
     # What a method defines. `task` counts from 1.
 
@@ -321,13 +275,12 @@ class Method:
         """What a saved state must agree on to be loaded, JSON-able."""
         return {}
 
-    def _all_options(self) -> dict[str, Any]:
-        how = self.beside.how  # the default is left out, as it is in older states
-        return self._options() | ({} if how == "keep" else {"beside": how})
-
-    def _scalings(self) -> dict[str, float]:
+    def _identity(self) -> dict[str, Any]:
+        """What a saved state is of: the method, its options (without the default of `beside`), the scalings."""
+        options = self._options() | ({} if self.beside.how == "keep" else {"beside": self.beside.how})
         scalings: list[Any] = [pair.layer.scaling for pair in self.pairs]
-        return {pair.name: float(by[self.adapter]) for pair, by in zip(self.pairs, scalings, strict=True)}
+        named = {pair.name: float(by[self.adapter]) for pair, by in zip(self.pairs, scalings, strict=True)}
+        return {"method": self.name, "options": options, "scalings": named}
 
     def _state(self) -> dict[str, Tensor]:
         """Further tensors to save, named `<layer>.<key>`: the method's own, no copies."""

@@ -94,30 +94,26 @@ class Beside:
         live = {_LIVE + name: tensor for name, tensor in self.live().items()}
         return live | {_MERGED + name: tensor for name, tensor in self._merged.items()}
 
-    def taken_from(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Remove from `tensors`, a saved state, what is `state`'s, and return it; ValueError where it does not fit.
-
-        `find` comes first, since shapes are compared with `live`.
-        """
+    def taken_from(self, path: Path, tensors: dict[str, Tensor], live: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Remove from `tensors`, a saved state, what is `state`'s, and return it. ValueError: it is not `live`'s."""
         mine = {key: tensors.pop(key) for key in list(tensors) if key.startswith((_LIVE, _MERGED))}
-        shapes = {_LIVE + part.name: part.tensor for part in self.parts}
-        lacking = [key for key in shapes if key not in mine]
+        here = {_LIVE + name: tensor for name, tensor in live.items()}
+        lacking = [key for key in here if key not in mine]
         if lacking:
             raise ValueError(
                 f"{path} holds no {lacking[0].removeprefix(_LIVE)}, which the model trains beside A and B"
                 f"{' (it is of a version that saved A and B only)' if not mine else ''}; begin anew from task 1"
             )
-        foreign = [key for key in mine if key.startswith(_LIVE) and key not in shapes]
+        foreign = [key for key in mine if key.startswith(_LIVE) and key not in here]
         if foreign:
             raise ValueError(
                 f"{path} holds {foreign[0].removeprefix(_LIVE)}, which this model does not train: give its LoraConfig "
                 "the bias, modules_to_save and trainable_token_indices of the saved one"
             )
         for key, saved in mine.items():
-            tensor = shapes.get(key.replace(_MERGED, _LIVE))
-            shape = None if tensor is None else tuple(getattr(tensor, "ds_shape", tensor.shape))
-            if tensor is None or tuple(saved.shape) != shape or saved.dtype != tensor.dtype:
-                what = "absent" if tensor is None else f"{shape} {tensor.dtype}"
+            tensor = here.get(key.replace(_MERGED, _LIVE))
+            if tensor is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                what = "absent" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
                 raise ValueError(f"{path}: {key} is {tuple(saved.shape)} {saved.dtype}, in the model {what}")
         return mine
 

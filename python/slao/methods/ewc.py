@@ -21,7 +21,7 @@ class EWC(Method):
     of the batch's mean loss, taken while training (no further pass over the data). At a task's end F <- decay · F + it:
     decay = 1 sums over all tasks with one anchor θ* (arXiv 1801.10112's online EWC has decay < 1). The gradient of the
     penalty, accumulation's factor and a loss scaler's are taken out of what is squared, so `penalty()` has to be in
-    the loss (`slao.train` sees to it). A backward pass with an infinite gradient or a NaN, for which a loss scaler skips
+    the loss (`slao.train` sees to it). A backward pass with an infinite gradient or NaN, for which a loss scaler skips
     the step, counts for nothing. On several ranks F is the mean of theirs; a task that is resumed in its middle
     has the squares of rank 0 up to there.
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .base import Method, Weights
+from .base import Method
 from .extended import extend_all, fresh
+from .showing import Weights
 
 if TYPE_CHECKING:
     from slao_kernels.extension import ExtendedLoraLinear

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Method, Weights
+from .base import Method
+from .showing import Weights
 
 
 class MagMax(Method):

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Method, Weights
+from .base import Method
 from .extended import fresh, refuse_shards
+from .showing import Weights
 
 # Singular values below this part of the largest are what rounding left of zero: their vectors are arbitrary.
 _ROUNDING = 1e-6

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .base import Weights
 from .extended import refuse_shards
 from .inclora import IncLoRA
+from .showing import Weights
 
 
 class SDLoRA(IncLoRA):

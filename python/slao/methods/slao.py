@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from slao_kernels import orthogonal_init_, scaled_merge_
 
 from ..schedules import MergeStats, Schedule, make_schedule
-from .base import Method, Weights
+from .base import Method
 from .extended import fresh
+from .showing import Weights
 
 logger = logging.getLogger("slao")
 
