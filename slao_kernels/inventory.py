@@ -8,6 +8,7 @@ operation asks `refuse_now` before it reads, writes or runs an adapter; docs/ada
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,20 @@ def changes_base(init: object) -> str | None:
     """The name of an init (`init_lora_weights`) that changes the base weight; None for one that does not."""
     name = str(init).lower()
     return name if name.startswith(_CHANGING_INITS) else None
+
+
+def base_mark(pairs: Iterable[LoraPair], config: Any) -> str | None:
+    """What a saved state must agree on where an init changed the base: its name, and unless PEFT repeats it to the
+    last bit a digest of the pairs' base weights (those that are whole and on a device)."""
+    init = changes_base(getattr(config, "init_lora_weights", None))
+    if init is None or init in _REPEATED_INITS:
+        return init
+    digest = hashlib.sha256()
+    for pair in pairs:
+        weight: Any = getattr(pair.layer.get_base_layer(), "weight", None)  # type: ignore[operator]
+        if type(weight) in (nn.Parameter, Tensor) and weight.device.type != "meta" and not hasattr(weight, "ds_id"):
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return f"{init}, {digest.hexdigest()[:16]}"
 
 
 def check_exportable(config: Any, stacked: int) -> None:

@@ -88,10 +88,10 @@ class Source:
                 found.append(
                     Layer(name, pair, (shapes[0], shapes[1]), dtypes, scaling(self.config, name, shapes[0][0]))
                 )
-        if rest:
-            raise ValueError(f"{self.path} holds more than A and B, which are merged: {', '.join(sorted(rest)[:3])}")
         if not found:
             raise ValueError(f"{self.path} holds no LoRA layers")
+        if rest:
+            raise ValueError(f"{self.path} holds more than A and B, which are merged: {', '.join(sorted(rest)[:3])}")
         return found
 
     def read(self, name: str) -> tuple[Tensor, Tensor]:

@@ -197,7 +197,7 @@ class Method:
         beside = self.beside.state()
         with self._whole(write=False):
             tensors = self._live_tensors() | beside
-            meta = {**self._identity(), "adapter": self.adapter}
+            meta = {**self._identity(), "adapter": self.adapter, "base": self._base_mark()}
             meta |= {"names": self.names, "lambdas": self.lambdas, "cosines": self.cosines, "extra": extra or {}}
             if sharding.is_first():
                 checkpoint.write_state(Path(folder) / STATE_FILE, tensors | self._state(), meta)
@@ -229,6 +229,7 @@ class Method:
             live = self._live_tensors()
             with sharding.together():
                 rest = stored.rest(path, tensors, live, {pair.name for pair in self.pairs})
+                stored.compare_scalings(path, meta, self._identity(), self._base_mark())
                 self._load_state(rest)
             with torch.no_grad():
                 for key, value in live.items():
@@ -281,6 +282,10 @@ class Method:
         scalings: list[Any] = [pair.layer.scaling for pair in self.pairs]
         named = {pair.name: float(by[self.adapter]) for pair, by in zip(self.pairs, scalings, strict=True)}
         return {"method": self.name, "options": options, "scalings": named}
+
+    def _base_mark(self) -> str | None:
+        configs = getattr(sharding.unwrap(self.model), "peft_config", {})
+        return inventory.base_mark(self.pairs, configs.get(self.adapter))
 
     def _state(self) -> dict[str, Tensor]:
         """Further tensors to save, named `<layer>.<key>`: the method's own, no copies."""

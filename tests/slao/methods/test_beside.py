@@ -162,3 +162,22 @@ def test_a_state_without_scalings_loads(tmp_path):
     del meta["scalings"]
     checkpoint.write_state(tmp_path / STATE_FILE, tensors, meta)
     llama(lora_alpha=32).load(tmp_path)
+
+
+def test_a_state_over_a_changed_base_loads_over_no_other(tmp_path):
+    for init, message in (
+        ("pissa", r"\(pissa\), .* \(None\)"),
+        ("pissa_niter_1", r"\(pissa_niter_1, \w+\), .* \(None\)"),
+    ):
+        method = llama(init_lora_weights=init)
+        method.begin_task("a")
+        method.end_task()
+        method.save(tmp_path)
+        llama(init_lora_weights=init).load(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            llama().load(tmp_path)
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa_niter_1")
+    other = SeqLoRA(get_peft_model(tiny_model("llama", attention_bias=True), config))
+    with pytest.raises(ValueError, match="those here are not the same"):
+        other.load(tmp_path)
