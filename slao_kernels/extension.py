@@ -148,9 +148,16 @@ def extend(layer: nn.Module, adapter: str) -> ExtendedLoraLinear:
 
 
 def retract(layer: nn.Module) -> None:
-    """Undo `extend`: the class is as before, core and frozen pairs are gone. Nothing happens to any other layer."""
+    """Undo `extend`: the class is as before, core and frozen pairs are gone. Nothing happens to any other layer.
+
+    ValueError while its adapter is merged into the base: unmerging would take out another product.
+    """
     if not isinstance(layer, ExtendedLoraLinear):
         return
+    if layer.slao_adapter in layer.merged_adapters:
+        raise ValueError(
+            f"adapter {layer.slao_adapter!r} is merged into the base: call unmerge_adapter() before retract()"
+        )
     before = layer.slao_before
     for name in _NAMES:
         layer._buffers.pop(name, None)

@@ -58,23 +58,23 @@ def beside(model: nn.Module, adapter: str = "default") -> list[Part]:
 
     config = getattr(model, "peft_config", {}).get(adapter)
     biases = str(getattr(config, "bias", "none") or "none")
-    parts: list[Part] = []
-    inside: list[str] = []  # prefixes of what PEFT's own layers keep for their adapters
-    for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            parts += _of_wrapper(name, module, adapter)
-            inside.append(f"{name}.")
     layers = {f"{name}." for name, _ in lora_layers(model)}
-    modules = dict(model.named_modules())
-    for name, parameter in model.named_parameters():
-        if name.endswith("_flat_param") or _under(name, inside) or _in_adapter(name, layers):
-            continue
-        owner, _, attribute = name.rpartition(".")
-        is_bias = attribute == "bias" and (
-            biases == "all" or (biases != "none" and owner.endswith("base_layer") and (owner[:-10] or ".") in layers)
-        )
-        if is_bias or parameter.requires_grad:
-            parts.append(Part(plain_name(name), "bias" if is_bias else "other", name, (modules[owner], attribute)))
+    parts: list[Part] = []
+    rest: list[Part] = []
+    inside: list[str] = []  # prefixes of what PEFT's own layers keep for their adapters
+    for owner, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            parts += _of_wrapper(owner, module, adapter)
+            inside.append(f"{owner}.")
+        of_layer = owner.endswith("base_layer") and (owner[:-10] or ".") in layers
+        for attribute, parameter in module._parameters.items():
+            name = f"{owner}.{attribute}" if owner else attribute
+            if parameter is None or attribute == "_flat_param" or _under(name, inside) or _in_adapter(name, layers):
+                continue
+            is_bias = attribute == "bias" and (biases == "all" or (biases != "none" and of_layer))
+            if is_bias or parameter.requires_grad:
+                rest.append(Part(plain_name(name), "bias" if is_bias else "other", name, (module, attribute)))
+    parts += rest  # what is tied to a saved module counts as that
     seen: dict[int, Part] = {}
     for part in parts:
         seen.setdefault(id(part.tensor), part)
@@ -134,7 +134,7 @@ def base_mark(pairs: Iterable[LoraPair], config: Any) -> str | None:
         return init
     digest = hashlib.sha256()
     for pair in pairs:
-        weight: Any = getattr(pair.layer.get_base_layer(), "weight", None)  # type: ignore[operator]
+        weight: Any = getattr(pair.layer.get_base_layer(), "weight", None)
         if type(weight) in (nn.Parameter, Tensor) and weight.device.type != "meta" and not hasattr(weight, "ds_id"):
             digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return f"{init}, {digest.hexdigest()[:16]}"

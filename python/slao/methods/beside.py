@@ -38,7 +38,15 @@ class Beside:
     def find(self) -> None:
         """Look the parts up anew; those that are frozen for now stay what they are."""
         if not self._frozen:
-            self.parts = beside(sharding.unwrap(self.model), self.adapter)
+            found = beside(sharding.unwrap(self.model), self.adapter)
+            names = {part.name for part in found}
+            lost = [part.name for part in self.parts if part.kind != "other" and part.name not in names]
+            if lost:
+                raise ValueError(
+                    f"{lost[0]} trained when the method was made and is no parameter of its module any more (FSDP with "
+                    "use_orig_params=False, or other PEFT modules): it could not be saved"
+                )
+            self.parts = found
         buffers = [part.name for part in self.parts if part.slot[1] in part.slot[0]._buffers]
         if self.how == "freeze" and buffers:
             raise ValueError(f"beside='freeze' cannot hold {buffers[0]}, which a forward changes: use 'keep'")
