@@ -1,12 +1,14 @@
 """What continual methods add to one LoRA layer beside A and B: a routing core, and pairs that no longer train.
 
 With a core an adapter's branch is s · B (core + core_delta) A x, with frozen pairs s · (B A + Σ_k w_k B_k A_k) x; a
-layer has one or the other. They are parameters and buffers of PEFT's layer, under names that PEFT neither trains, saves
-nor loads; the layer's class is swapped as `patch` does, so that forwards, fused or not, and PEFT's merging see them.
+layer has one or the other. They are parameters and buffers of PEFT's layer, but in no state dict: PEFT saves and loads
+whatever of a LoRA layer is in there. The method's own `save` keeps them, its `save_pretrained` exports the whole as a
+plain adapter. The layer's class is swapped as `patch` does, so that forwards, fused or not, and PEFT's merges see them.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ from . import eligibility
 from .layers import FusedLoraLinear, FusedOptions, make_plan, peft_class, run_linear
 from .ops.lora_linear import reference
 from .ops.lora_linear.autograd import linear
+
+logger = logging.getLogger("slao_kernels")
+_said: set[str] = set()
 
 _NAMES = ("slao_core", "slao_core_delta", "slao_frozen_A", "slao_frozen_B", "slao_frozen_scale")
 
@@ -71,6 +76,21 @@ class ExtendedLoraLinear(FusedLoraLinear):
             frozen_B = frozen_B * scale.repeat_interleave(frozen_B.shape[1] // len(scale))
         return torch.cat([A, frozen_A]), torch.cat([B, frozen_B.to(B.dtype)], 1)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        left = [destination.pop(prefix + name, None) for name in _NAMES]
+        if any(tensor is not None for tensor in left):
+            _say_once()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        stores: tuple[dict[str, Any], ...] = (self._parameters, self._buffers)
+        kept = [{name: store.pop(name) for name in _NAMES if name in store} for store in stores]
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            for store, tensors in zip(stores, kept, strict=True):
+                store.update(tensors)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """As PEFT's, for merging: the whole branch as an (m, n) matrix, (n, m) where the base is stored that way."""
         if adapter != self.slao_adapter:
@@ -81,6 +101,16 @@ class ExtendedLoraLinear(FusedLoraLinear):
             B = B @ sum(cores[1:], cores[0])
         delta = B @ A * self.scaling[adapter]
         return delta.T if self.fan_in_fan_out else delta
+
+
+def _say_once() -> None:
+    if not _said:
+        _said.add("said")
+        logger.warning(
+            "a state dict (so PEFT's own save_pretrained too) holds A and B of an extended layer, not the core or "
+            "the frozen pairs that its method gave it: the method's save() keeps them,"
+            " its save_pretrained() exports all"
+        )
 
 
 def why_not(layer: nn.Module, adapter: str) -> str | None:
@@ -118,9 +148,16 @@ def extend(layer: nn.Module, adapter: str) -> ExtendedLoraLinear:
 
 
 def retract(layer: nn.Module) -> None:
-    """Undo `extend`: the class is as before, core and frozen pairs are gone. Nothing happens to any other layer."""
+    """Undo `extend`: the class is as before, core and frozen pairs are gone. Nothing happens to any other layer.
+
+    ValueError while its adapter is merged into the base: unmerging would take out another product.
+    """
     if not isinstance(layer, ExtendedLoraLinear):
         return
+    if layer.slao_adapter in layer.merged_adapters:
+        raise ValueError(
+            f"adapter {layer.slao_adapter!r} is merged into the base: call unmerge_adapter() before retract()"
+        )
     before = layer.slao_before
     for name in _NAMES:
         layer._buffers.pop(name, None)

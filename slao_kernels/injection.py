@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 # What must agree for a second `patch(model, config)` to mean the adapter that is there already.
 _IDENTITY = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern")
+# The modules that PEFT trains and saves beside the adapter for a model of that task, where it has them.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")  # what PEFT and transformers set on the model itself
 
 
@@ -38,6 +40,7 @@ def inject(model: nn.Module, config: LoraConfig | None) -> Callable[[], None]:
     if not isinstance(config, LoraConfig):
         raise ValueError(f"config is a {type(config).__name__}, expected a peft.LoraConfig")
     config = copy.deepcopy(config)  # PEFT writes the layers that it found into it
+    _add_heads(model, config)
     undo = _undo(model)
     try:
         if is_transformers:
@@ -53,6 +56,20 @@ def inject(model: nn.Module, config: LoraConfig | None) -> Callable[[], None]:
             raise ValueError(f"no LoRA adapter could be injected into {type(model).__name__}: {error}") from error
         raise
     return undo
+
+
+def _add_heads(model: nn.Module, config: LoraConfig) -> None:
+    """Name the head of the config's task type in its modules_to_save, as get_peft_model does."""
+    task = str(getattr(config.task_type, "value", config.task_type))
+    named = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    heads = [head for head in _HEADS.get(task, ()) if head in named]
+    if task in _HEADS and not heads and not config.modules_to_save:
+        raise ValueError(
+            f"task_type {task!r} trains the head {' or '.join(_HEADS[task])}, and {type(model).__name__} has none of "
+            "that name: put the name of its head into modules_to_save, or leave task_type out"
+        )
+    if heads:
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
 
 
 def check_same(model: nn.Module, config: LoraConfig) -> None:

@@ -175,11 +175,8 @@ class Shards:
                     found[i] = _full(value) if unit is not None or _is_partition(value) else value
         return found
 
-    def write(self, pairs: Sequence[LoraPair], adapter: str) -> None:
-        """Whole pairs, the same on every rank, into the shards of the layers that they belong to."""
-        both = [slots(pair.layer, adapter) for pair in pairs]
-        places = [slot for two in both if not isinstance(two, str) for slot in two]
-        tensors = [tensor for pair in pairs for tensor in pair.parameters]
+    def scatter(self, places: Sequence[Slot], tensors: Sequence[Tensor]) -> None:
+        """Whole tensors, the same on every rank, into the shards at `places`."""
         with torch.no_grad():
             for unit, indices in self._by_unit(places):
                 with _opened(unit, [getattr(*places[i]) for i in indices], write=True):
@@ -187,6 +184,12 @@ class Shards:
                         value = getattr(*places[i])
                         if value is not tensors[i]:
                             _put(value.detach(), tensors[i])
+
+    def write(self, pairs: Sequence[LoraPair], adapter: str) -> None:
+        """Whole pairs into the shards of the layers that they belong to."""
+        both = [slots(pair.layer, adapter) for pair in pairs]
+        places = [slot for two in both if not isinstance(two, str) for slot in two]
+        self.scatter(places, [tensor for pair in pairs for tensor in pair.parameters])
 
     def _by_unit(self, places: Sequence[Slot]) -> list[tuple[Any, list[int]]]:
         """FSDP1's units one after another, so that no more than one is ever whole; then all that is in none."""

@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slao_kernels import sharding
+from slao_kernels import inventory, sharding
+from slao_kernels.adapters import LoraPair
 
 from . import checkpoint, sums
 
-_MORE = ("modules_to_save", "trainable_token_indices", "bias")  # what a LoraConfig adds to A and B
+_PREFIX = "base_model.model."  # of every key in a file of PEFT's
 
 
 def save_adapter(model: nn.Module, folder: str | Path, adapter: str = "default", *, stacked: int = 1) -> None:
@@ -28,39 +29,52 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str = "default",
     The files are written beside `folder` first and moved in when complete, the weights last. Loads with
     `PeftModel.from_pretrained` where this library is not installed.
     With several processes every rank calls it and rank 0 writes. Of a sharded model A and B are written.
-    Raises ValueError when the model carries no PEFT config of that adapter, or is sharded and has more in it than A
-    and B; an error on one rank is raised on all.
+    Raises ValueError, with nothing written, when the model carries no PEFT config of that adapter, trains what PEFT
+    does not save, has an init whose change of the base PEFT cannot repeat, or is sharded and has more in it than A and
+    B; an error on one rank is raised on all.
     """
     model, outer = sharding.unwrap(model), model
     with sharding.together():
-        _check(model, adapter, outer)
+        _check(model, adapter, outer, stacked)
     whole = _gathered(outer, adapter) if sharding.is_sharded(outer) else None
     with sharding.together():
         if sharding.is_first():
             _write(model, Path(folder), adapter, whole, stacked)
 
 
-def _check(model: nn.Module, adapter: str, outer: nn.Module) -> None:
+def _check(model: nn.Module, adapter: str, outer: nn.Module, stacked: int) -> None:
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     if adapter not in configs:
         raise ValueError(f"the model has no PEFT config for adapter {adapter!r}; it has {sorted(configs)}")
-    more = [name for name in _MORE if getattr(configs[adapter], name, None) not in (None, "none", [])]
-    if more and sharding.is_sharded(outer):
+    inventory.check_exportable(configs[adapter], stacked)
+    parts = inventory.beside(model, adapter)
+    foreign = [part.name for part in parts if part.kind == "other"]
+    if foreign:
         raise ValueError(
-            f"the model is sharded and its adapter has {', '.join(more)}: only A and B can be exported then"
+            f"{foreign[0]} trains too ({len(foreign)} of its kind), and PEFT would not save it with the adapter: name "
+            "its module in modules_to_save, or freeze it"
         )
+    if parts and sharding.is_sharded(outer):
+        names = ", ".join(part.name for part in parts[:4])
+        raise ValueError(f"the model is sharded and its adapter has {names}: only A and B can be exported then")
 
 
 def _gathered(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """A and B by PEFT's names within the bare model."""
-    with sharding.whole(model, adapter, write=False) as (pairs, _):
-        found: dict[str, Tensor] = {}
-        for pair in pairs:
-            kind = "lora_embedding_" if adapter in getattr(pair.layer, "lora_embedding_A", {}) else "lora_"
-            for factor, tensor in zip("AB", pair.parameters, strict=True):
-                name = f"{pair.name}.{kind}{factor}" + ("" if "embedding" in kind else ".weight")
-                found[name] = tensor.detach().cpu()
-    return found
+    with sharding.whole(model, adapter, write=False) as (pairs, left_out):
+        if left_out:
+            name, why = next(iter(left_out.items()))
+            raise ValueError(f"the model is sharded, and of {name} A and B cannot be gathered: {why}")
+        return {
+            key: tensor.detach().cpu()
+            for pair in pairs
+            for key, tensor in zip(_keys(pair, adapter), pair.parameters, strict=True)
+        }
+
+
+def _keys(pair: LoraPair, adapter: str) -> list[str]:
+    embedding = adapter in getattr(pair.layer, "lora_embedding_A", {})
+    return [f"{pair.name}.lora_embedding_{f}" if embedding else f"{pair.name}.lora_{f}.weight" for f in "AB"]
 
 
 def _write(model: nn.Module, target: Path, adapter: str, whole: dict[str, Tensor] | None, stacked: int) -> None:
@@ -78,11 +92,11 @@ def _write(model: nn.Module, target: Path, adapter: str, whole: dict[str, Tensor
                 source = scratch if (scratch / "adapter_config.json").exists() else scratch / adapter
             else:  # injected into a bare model: PEFT's keys are then those of a model inside a PeftModel
                 state = get_peft_model_state_dict(model, adapter_name=adapter) if whole is None else whole
-                prefix = "base_model.model."
-                tensors = {prefix + key.removeprefix(prefix): value.contiguous() for key, value in state.items()}
+                tensors = {_PREFIX + key.removeprefix(_PREFIX): value.contiguous() for key, value in state.items()}
                 save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
                 _save_config(model, configs[adapter], scratch)
                 source = scratch
+        _complete(source / "adapter_model.safetensors", inventory.beside(model, adapter))
         names = sorted(path.name for path in source.iterdir() if path.is_file())
         (target / sums.SUMS).unlink(missing_ok=True)
         for name in sorted(names, key=lambda name: name.startswith("adapter_model")):
@@ -95,6 +109,19 @@ def _write(model: nn.Module, target: Path, adapter: str, whole: dict[str, Tensor
         raise checkpoint.cannot_write(target, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _complete(path: Path, parts: list[inventory.Part]) -> None:
+    """Add to a file what trains beside A and B and is not in it: PEFT 0.20 leaves out the biases of "lora_only"."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    wanted = {_PREFIX + part.key.removeprefix(_PREFIX): part for part in parts}
+    with safe_open(path, framework="pt") as file:
+        missing = sorted(wanted.keys() - set(file.keys()))
+    if missing:
+        tensors = load_file(path) | {key: wanted[key].tensor.detach().cpu().contiguous() for key in missing}
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _save_config(model: nn.Module, config: Any, folder: Path) -> None:

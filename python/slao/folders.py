@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from slao_kernels.inventory import changes_base, more_than_pairs
+from slao_kernels.ops import checks
+
+from . import sums
 from .reading import inside, read_json
 from .typed import typed
 
@@ -27,14 +32,110 @@ _READ: dict[str, Any] = {
 FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
 
+# A file is mapped, and what was read of it stays in memory until it is opened anew. Ten adapters of Llama-3-8B at
+# r = 16 (1.6 GB): at most 0.27 GB at a time, of which 0.11 GB is no file (bench/disk_merge.py), instead of all.
+_MAPPED_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of one adapter. keys: of A and B in the file; shapes: there, a convolution's with its kernel."""
+
+    name: str
+    keys: tuple[str, str]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    dtypes: tuple[str, str]
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.shapes[0][0]
+
+
+class Source:
+    """A folder with an adapter: its config, its layers in the file's order, and their tensors on demand.
+
+    Raises ValueError when the folder holds no adapter in safetensors, or one that adds more than B A to its base.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config: dict[str, Any] = read_config(self.folder)
+        self.path = self.folder / "adapter_model.safetensors"
+        init = changes_base(self.config.get("init_lora_weights"))
+        if init is not None:
+            raise ValueError(
+                f"{self.folder} was made with init_lora_weights={init!r}, which changes the base: its A and B are no "
+                "difference to the base that others have; save it with path_initial_model_for_weight_conversion"
+            )
+        if not inside(self.path, self.folder).is_file():
+            raise ValueError(
+                f"{self.folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True"
+            )
+        sums.check(self.folder, ("adapter_config.json", self.path.name))
+        self._file: Any = None
+        self._read = 0
+        self.layers = {layer.name: layer for layer in self._layers()}
+
+    def _open(self) -> Any:
+        from safetensors import safe_open
+
+        try:
+            return safe_open(self.path, framework="pt")
+        except Exception as error:
+            raise ValueError(f"{self.path} cannot be read: {error}") from error
+
+    def _layers(self) -> list[Layer]:
+        file = self._file = self._open()
+        keys = list(file.keys())
+        rest = set(keys)
+        found = []
+        for key in keys:
+            for down, up in FACTORS:
+                if not key.endswith(f".{down}"):
+                    continue
+                pair = key, key[: -len(down)] + up
+                if pair[1] not in rest:
+                    raise ValueError(f"{self.path} holds {key} without its {up}")
+                rest -= set(pair)
+                slices = [file.get_slice(each) for each in pair]
+                shapes = tuple(tuple(piece.get_shape()) for piece in slices)
+                name = key[: -len(down) - 1].removeprefix("base_model.model.")
+                dtypes = (slices[0].get_dtype(), slices[1].get_dtype())
+                self._check(name, shapes[0], shapes[1], dtypes)
+                found.append(
+                    Layer(name, pair, (shapes[0], shapes[1]), dtypes, scaling(self.config, name, shapes[0][0]))
+                )
+        if not found:
+            raise ValueError(f"{self.path} holds no LoRA layers")
+        if rest:
+            raise ValueError(f"{self.path} holds more than A and B, which are merged: {', '.join(sorted(rest)[:3])}")
+        return found
+
+    def _check(self, name: str, A: tuple[int, ...], B: tuple[int, ...], dtypes: tuple[str, str]) -> None:
+        if len(A) < 2 or len(B) < 2 or B[1] != A[0] or 0 in (*A, *B):
+            raise ValueError(f"{self.path}: {name}: A {A} and B {B} are not (r, n) and (m, r)")
+        strange = [dtype for dtype in dtypes if dtype not in ("F64", "F32", "BF16", "F16")]
+        if strange:
+            raise ValueError(f"{self.path}: {name} is stored as {strange[0]}, expected F64, F32, BF16 or F16")
+
+    def read(self, name: str) -> tuple[Tensor, Tensor]:
+        """A (r, n) and B (m, r) of a layer, a convolution's flattened. Not to be written into. ValueError for NaN."""
+        if self._file is None or self._read > _MAPPED_BYTES:
+            self._file, self._read = self._open(), 0
+        A, B = (self._file.get_tensor(key).flatten(1) for key in self.layers[name].keys)
+        self._read += A.nbytes + B.nbytes
+        for index in checks.not_finite([A, B]):
+            raise ValueError(f"{self.folder}: {'AB'[index]} of {name} has NaN or infinite entries")
+        return A, B
+
+
 def read_adapter(folder: str | Path) -> dict[str, Triple]:
     """Layer name -> (A, B, scaling) of a folder that PEFT's or this library's save_pretrained wrote, in the file's
     order: A (r, n), B (m, r), a convolution's flattened; scaling as PEFT computes it.
 
     Raises ValueError when the folder holds no LoRA adapter in safetensors, or one that adds more than B A to its base.
     """
-    from .merging.source import Source
-
     source = Source(folder)
     return {name: (*source.read(name), layer.scaling) for name, layer in source.layers.items()}
 
@@ -68,9 +169,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     ranks = [config.get("r", 1), *(config.get("rank_pattern") or {}).values()]
     if min(ranks) < 1:
         raise ValueError(f"{path}: a rank of {min(ranks)}; ranks are at least 1")
-    more = [key for key in ("use_dora", "lora_bias") if config.get(key)]
+    more = more_than_pairs(config)
     if more:
-        raise ValueError(f"{path} has {more[0]}: that adapter trains more than A and B")
+        raise ValueError(f"{path} has {', '.join(more)}: more than A and B, which alone are compared or merged")
     return config
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import LoraPair, find_pairs, lora_layers
+from ..inventory import added, beside, why_not_now
 from . import checks
 
 # What one adapter may be given as; see `read`.
@@ -45,7 +46,7 @@ def read(problems: checks.Problems, adapters: Sequence[Adapter], model: nn.Modul
 
     An adapter is (As, Bs, scalings), lists over the layers and one number or one a layer; or a sequence over the layers
     of (A, B), (A, B, scaling) or LoraPair; or a name: then all are, and are looked up in `model`, whose layers are
-    taken in order. A layer that an adapter of `model` leaves out counts with rank 0.
+    taken in order, with what a method has added to them. A layer that an adapter of `model` leaves out has rank 0.
     Raises ValueError when `model` has no adapter of that name.
     """
     if model is not None or any(isinstance(adapter, str) for adapter in adapters):
@@ -77,23 +78,30 @@ def _of_model(problems: checks.Problems, adapters: Sequence[Adapter], model: nn.
         problems.add("adapters", "names need model=, and with model= all adapters are names")
         return []
     before = len(problems.found)
-    found: list[dict[str, LoraPair]] = []
+    found: list[dict[str, tuple[Tensor, Tensor, float]]] = []
     for adapter in names:
         pairs, left_out = find_pairs(model, adapter)
-        found.append({pair.name: pair for pair in pairs})
-        for layer, why in left_out.items():
-            problems.add(f"adapter {adapter!r}, {layer}", why)
+        reasons = {pair.name: why_not_now(pair.layer, adapter, "read") for pair in pairs}
+        for layer, why in (left_out | reasons).items():
+            if why is not None:
+                problems.add(f"adapter {adapter!r}, {layer}", why)
+        for part in beside(model, adapter):
+            if part.kind != "other":
+                problems.add(f"adapter {adapter!r}, {part.name}", "trains beside A and B, which alone are compared")
+        if len(problems.found) == before:
+            found.append({pair.name: (*added(pair, adapter), pair.scaling) for pair in pairs})
+    if len(problems.found) > before:
+        return []
     layers = []
     for name, _ in lora_layers(model):
         own = [pairs.get(name) for pairs in found]
         first = next((pair for pair in own if pair is not None), None)
         if first is None:
             continue
-        As = [first.A[:0] if pair is None else pair.A for pair in own]
-        Bs = [first.B[:, :0] if pair is None else pair.B for pair in own]
-        layers.append(Layer(name, As, Bs, [1.0 if pair is None else pair.scaling for pair in own]))
-    if len(problems.found) == before:
-        _check(problems, layers)
+        empty = first[0][:0], first[1][:, :0], 1.0
+        As, Bs, scalings = zip(*(pair or empty for pair in own), strict=True)
+        layers.append(Layer(name, list(As), list(Bs), list(scalings)))
+    _check(problems, layers)
     return layers
 
 

@@ -32,10 +32,18 @@ class Session:
     """What one process has: a model, a method, and Trainers one after another."""
 
     def __init__(
-        self, tiny: Any, folder: Path, method: Any = SLAO, dropout: float = 0.1, bare: bool = False, **options: Any
+        self,
+        tiny: Any,
+        folder: Path,
+        method: Any = SLAO,
+        dropout: float = 0.1,
+        bare: bool = False,
+        lora: dict[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         self.tiny, self.folder = tiny, folder
         settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": dropout}
+        settings |= lora or {}
         torch.manual_seed(0)
         model = tiny.base("llama")
         self.model: Any = model if bare else get_peft_model(model, LoraConfig(**settings))
@@ -124,6 +132,21 @@ def test_a_resumed_run_is_identical(tiny, tmp_path, method, task, step):
         second.train("second")
     assert tiny.differing(second.state(tmp_path / "a"), whole.state(tmp_path / "b")) == []
     assert second.method.names == whole.method.names
+
+
+def test_a_run_that_trains_heads_and_tokens_is_resumed(tiny, tmp_path):
+    lora = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"], "trainable_token_indices": [4, 5]}
+    whole, first, second = (Session(tiny, tmp_path / n, lora=lora, beside="merge") for n in ("whole", "cut", "cut"))
+    for task in TASKS:
+        whole.train(task)
+    first.train("first")
+    with pytest.raises(Stop):
+        first.train("second", StopAt(5))
+    torch.manual_seed(99)
+    second.train("second", resume=True)
+    state = whole.state(tmp_path / "b")
+    assert {name.split("/")[0] for name in state if "/" in name} == {"beside", "beside_merged"}
+    assert tiny.differing(second.state(tmp_path / "a"), state) == []
 
 
 def test_a_finished_task_is_resumed_from_its_folder(tiny, tmp_path):

@@ -162,8 +162,8 @@ BAD = {
     "no B": "without its lora_B.weight",
     "no layers": "holds no LoRA layers",
     "LOHA": "does not describe a LoRA adapter",
-    "use_dora": "has use_dora: that adapter trains more than A and B",
-    "lora_bias": "has lora_bias: that adapter trains more than A and B",
+    "use_dora": "has use_dora: more than A and B, which alone are compared or merged",
+    "lora_bias": "has lora_bias: more than A and B, which alone are compared or merged",
 }
 
 

@@ -85,6 +85,27 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny, kind, where, tmp_path)
     assert tiny.differing(finished.weights(), whole.weights()) == []
 
 
+@pytest.mark.parametrize("how", ["keep", "merge", "freeze"])
+def test_what_trains_beside_A_and_B_is_resumed_too(tiny, how, tmp_path):
+    def stop(index: int, result: Any) -> None:
+        raise Stop
+
+    def job() -> Any:
+        return tiny.Job("bert", lora={"bias": "lora_only"}, beside=how)
+
+    config = TrainConfig(batch_size=4, max_steps=2, learning_rate=1e-2)
+    whole, start = job(), {name: p.detach().clone() for name, p in job().model.named_parameters()}
+    whole.train(config)
+    with pytest.raises(Stop):
+        job().train(config, state_dir=tmp_path, on_task=stop)
+    resumed = job()
+    resumed.train(config, state_dir=tmp_path)
+    found, expected = (dict(each.model.named_parameters()) for each in (resumed, whole))
+    assert tiny.differing(found, expected) == []
+    moved = [name for name in tiny.differing(expected, start) if name.endswith("base_layer.bias")]
+    assert len(moved) > 2
+
+
 class Draws(SeqLoRA):
     """Draws a number before each task, as a method with a random start would."""
 

@@ -190,6 +190,13 @@ def test_refusals():
         model(x)
     model.set_adapter("other")
     assert model(x).shape == (5, N)
+    model.set_adapter("default")
+    before = model(x)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="is merged into the base: call unmerge_adapter"):
+        extension.retract(layer)
+    model.unmerge_adapter()
+    assert error_ratio(model(x), before) <= 1e-13
     emb = get_peft_model(nn.Sequential(nn.Embedding(5, 6)), LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(ValueError, match="cannot take a core or frozen pairs"):
         extension.extend(emb.base_model.model[0], "default")

@@ -267,3 +267,11 @@ def test_report_text(what):
     assert (report.injected, report.backend) == ("injected" in head, options.get("backend", "auto"))
     assert (len(report.skipped), len(report.fallbacks)) == {"skipped": (1, 0), "fallbacks": (0, 2)}.get(what, (0, 0))
     assert report.notes == ({Q.replace("*", "1"): HOOKED} if what == "notes" else {})
+
+
+def test_a_task_type_whose_head_the_model_has_not():
+    """PEFT would write a folder that it cannot load."""
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="task_type 'SEQ_CLS' trains the head classifier or score, and .* has none"):
+        slao_kernels.patch(model, peft.LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS"))
+    assert not any("lora" in name for name, _ in model.named_modules())

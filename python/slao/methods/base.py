@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from slao_kernels import deepspeed_masters, sharding
+from slao_kernels import deepspeed_masters, inventory, sharding
 from slao_kernels.adapters import LoraPair
 from slao_kernels.ops.checks import not_finite
 
 from .. import checkpoint
 from ..export import save_adapter
+from . import showing, stored
+from .beside import Beside
+from .showing import Weights
+
+logger = logging.getLogger("slao")
 
 STATE_FILE = "slao_state.safetensors"
-
-# Per pair A and B; None where the trained one stands for it.
-Weights = list[tuple[Tensor | None, Tensor | None]]
 
 
 class Method:
@@ -28,8 +31,10 @@ class Method:
 
     model: any module with PEFT LoRA layers (patched or not), sharded or wrapped before or later. With several
     processes every rank makes the same calls; an error on one rank is raised on all, and rank 0 alone writes files.
-    adapter: the adapter to train and merge. pairs: what a method works on, whole within its own hooks; elsewhere the
-    model's own parameters, which may be shards.
+    adapter: the adapter to train and merge; it has to be active from begin_task to end_task, and for merged().
+    beside: what becomes of the heads, biases and tokens that it trains beside A and B: "keep" (the last task's),
+    "merge" (averaged as B is; SLAO alone) or "freeze" (trained in the first task alone); see `Beside`.
+    pairs: what a method works on, whole within its own hooks; elsewhere the model's own parameters, perhaps shards.
     task: index of the running task, or of the last one, from 1 (0 before the first). names: of all tasks begun.
     lambdas: per finished task the λ it was merged with (a number, or one a layer); 1.0 where nothing is merged.
     cosines: per finished task the cosine, layer by layer in the order of `pairs`, of its task vector B A with that of
@@ -42,10 +47,14 @@ class Method:
     # Whether `slao.train` and `SlaoCallback` call `observe` with the task's batches before begin_task and end_task.
     observes: ClassVar[bool] = False
     adds_parameters: ClassVar[bool] = False  # whether begin_task makes some, which an older optimizer leaves out
+    averages: ClassVar[bool] = False  # whether its λ is that of an average, which `beside="merge"` needs
 
-    def __init__(self, model: nn.Module, *, adapter: str = "default") -> None:
+    def __init__(self, model: nn.Module, *, adapter: str = "default", beside: str = "keep") -> None:
         self.model = model
         self.adapter = adapter
+        if beside == "merge" and not self.averages:
+            raise ValueError(f"beside='merge' averages with SLAO's λ, and {self.name} has none: use 'keep' or 'freeze'")
+        self.beside = Beside(model, adapter, beside)
         self.pairs: list[LoraPair] = []
         self.names: list[str] = []
         self.lambdas: list[float | list[float]] = []
@@ -91,8 +100,9 @@ class Method:
                 raise ValueError(
                     f"task {self.names[-1]!r} is still running; call end_task() before begin_task({name!r})"
                 )
-            self._refuse_while_swapped("begin_task")
+            self._ask("run", "begin_task")
             deepspeed_masters.refuse_unreachable(self.model)
+            self.beside.find()
         with self._whole():
             if self.names and sharding.ranks() > 1:
                 # A rank that refuses on its own would leave the others with an adapter that is re-based already.
@@ -101,19 +111,22 @@ class Method:
             self._begin(self.task + 1)
             self._settle()
         self.names.append(str(name))
+        self.beside.begin(self.task)
 
     def end_task(self) -> None:
         """Take what was trained into the method's state. ValueError, with nothing changed, if training diverged."""
         with sharding.together():
             if not self.in_task:
                 raise ValueError("no task is running; call begin_task(name) first")
-            self._refuse_while_swapped("end_task")
+            self._ask("run", "end_task")
+        live = self.beside.live()
         with self._whole(write=False):
             with sharding.together():
-                self._refuse_broken_weights()
+                self._refuse_broken_weights(live)
             lam = self._end(self.task)
             self._settle()
             cosines = self._new_to_merged()
+        self.beside.end(self.task, lam)
         self.lambdas.append(lam)
         self.cosines.append(cosines)
 
@@ -132,56 +145,43 @@ class Method:
         """Within the block the model computes with the merged weights of all finished tasks.
 
         Storages are swapped, nothing is copied; the trained weights are back after any exit. While a task runs, the
-        merge is that of the tasks before it. Do not train inside the block.
+        merge is that of the tasks before it. Do not train inside the block; what is merged into the base there, and
+        not by merge_and_unload, is taken out again at its end.
         """
-        self._refuse_while_swapped("merged")
+        self._ask("run", "merged")
         with self._swapped_in(self._merged_weights):
-            yield self.model
+            try:
+                yield self.model
+            finally:
+                if inventory.unmerge(self.model, self.pairs):
+                    logger.warning("merge_adapter() inside merged(): unmerged at the block's end, where the weights go")
 
     @contextmanager
     def _swapped_in(self, weights: Callable[[], Weights]) -> Iterator[None]:
         """Within the block the pairs' parameters are what `weights` returns."""
         self._swapped = True
         try:
-            with self._shown(weights) if self._is_plain() else self._shown_in_shards(weights):
+            with self._shown(weights), self.beside.shown():
                 yield
         finally:
             self._swapped = False
+
+    def _shown(self, weights: Callable[[], Weights]) -> AbstractContextManager[None]:
+        if self._is_plain():
+            return showing.swapped(self.pairs, weights)
+        with self._whole(write=False):
+            trained = self.pairs
+            shown = [pair.with_weights(*two) for pair, two in zip(trained, weights(), strict=True)]
+        return showing.overwritten(self.model, trained, shown, self.adapter)
 
     def _is_plain(self) -> bool:
         self.pairs = sharding.live_pairs(self.pairs, self.adapter)
         return all(sharding.is_plain(parameter) for pair in self.pairs for parameter in pair.parameters)
 
-    @contextmanager
-    def _shown(self, weights: Callable[[], Weights]) -> Iterator[None]:
-        swapped: list[tuple[Tensor, Tensor]] = []
-        try:
-            for pair, shown in zip(self.pairs, weights(), strict=True):
-                for parameter, weight in zip(pair.parameters, shown, strict=True):
-                    if weight is not None:
-                        swapped.append((parameter, parameter.data))
-                        # A stack of pairs has another rank, which a matrix takes as it is.
-                        parameter.data = weight if parameter.dim() == 2 else weight.view(parameter.shape)
-            yield
-        finally:
-            for parameter, trained in swapped:
-                parameter.data = trained
-
-    @contextmanager
-    def _shown_in_shards(self, weights: Callable[[], Weights]) -> Iterator[None]:
-        """Shards have no whole storage to swap: they are overwritten, and written back from copies."""
-        with self._whole(write=False):
-            trained = self.pairs
-            shown = [pair.with_weights(*two) for pair, two in zip(trained, weights(), strict=True)]
-        sharding.write(self.model, shown, self.adapter)
-        try:
-            yield
-        finally:
-            sharding.write(self.model, trained, self.adapter)
-
     def save_pretrained(self, folder: str | Path) -> None:
         """The merged adapter as a plain PEFT folder, which loads without this library."""
-        self._refuse_while_swapped("save_pretrained")
+        with sharding.together():
+            self._ask("read", "save_pretrained")
         stacked = self._stacked()  # of the shapes before they are swapped
         if stacked != 1 and not self._is_plain():
             raise ValueError(
@@ -193,60 +193,52 @@ class Method:
     def save(self, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
         """The full state (adapter as trained, merge, history) and JSON-able `extra` into `folder`, atomically."""
         with sharding.together():
-            self._refuse_while_swapped("save")
+            self._ask("read", "save")
+        beside = self.beside.state()
         with self._whole(write=False):
-            tensors = self._live_tensors()
-            meta: dict[str, Any] = {"method": self.name, "options": self._options(), "adapter": self.adapter}
+            tensors = self._live_tensors() | beside
+            meta = {**self._identity(), "adapter": self.adapter, "base": self._base_mark()}
             meta |= {"names": self.names, "lambdas": self.lambdas, "cosines": self.cosines, "extra": extra or {}}
             if sharding.is_first():
                 checkpoint.write_state(Path(folder) / STATE_FILE, tensors | self._state(), meta)
 
     def state_bytes(self) -> int:
         """Bytes of what `save` keeps: the adapter as trained and everything the method needs for the next task."""
+        beside = self.beside.state()
         with self._whole(write=False):
-            return sum(tensor.nbytes for tensor in (self._live_tensors() | self._state()).values())
+            return sum(tensor.nbytes for tensor in (self._live_tensors() | self._state() | beside).values())
 
     def load(self, folder: str | Path) -> dict[str, Any]:
         """Continue from `save`: everything is compared first, then written. Returns `extra`.
 
         Rank 0 reads the file for all. Raises ValueError, with nothing changed, when it is absent or damaged, or was
-        saved by another method, with other options, or for other layers, shapes or dtypes.
+        saved by another method, with other options or scalings (lora_alpha, use_rslora), or for other layers, shapes
+        or dtypes, or where one of state and model trains something beside A and B that the other does not.
         """
         path = Path(folder) / STATE_FILE
         with sharding.together():
-            self._refuse_while_swapped("load")
+            self._ask("write", "load")
             deepspeed_masters.refuse_unreachable(self.model)
+            self.beside.find()
         tensors, meta = sharding.on_first(lambda: checkpoint.read_state(path))
+        here = self.beside.live()
+        with sharding.together():
+            stored.compare(path, meta, self._identity())
+            beside = self.beside.taken_from(path, tensors, here)
         with self._whole():
             live = self._live_tensors()
             with sharding.together():
-                rest = self._compared(path, tensors, meta, live)
+                rest = stored.rest(path, tensors, live, {pair.name for pair in self.pairs})
+                stored.compare_scalings(path, meta, self._identity(), self._base_mark())
                 self._load_state(rest)
             with torch.no_grad():
                 for key, value in live.items():
                     value.copy_(tensors[key])
         self.names, self.lambdas = list(meta["names"]), list(meta["lambdas"])
+        self.beside.load(beside, self.task, self.in_task)
+        deepspeed_masters.write_through(part.tensor for part in self.beside.parts)
         self.cosines = list(meta.get("cosines", [None] * len(self.lambdas)))  # absent from older states
         return dict(meta["extra"])
-
-    def _compared(
-        self, path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], live: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """What a saved state holds beside A and B; ValueError where it does not fit this method and model."""
-        for key, mine in (("method", self.name), ("options", self._options())):
-            if meta[key] != mine:
-                raise ValueError(f"{path} was saved with {key} {meta[key]!r}, this is {mine!r}")
-        for key, value in live.items():
-            saved = tensors.get(key)
-            if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
-                what = "absent" if saved is None else f"{tuple(saved.shape)} {saved.dtype}"
-                raise ValueError(f"{path}: {key} is {what}, the model has {tuple(value.shape)} {value.dtype}")
-        rest = {key: value for key, value in tensors.items() if key not in live}
-        layers = {key.rpartition(".")[0] for key in rest}
-        unknown = sorted(layers - {pair.name for pair in self.pairs})
-        if unknown:
-            raise ValueError(f"{path} holds layers that the model has not: {', '.join(unknown[:8])}")
-        return rest
 
     # What a method defines. `task` counts from 1.
 
@@ -284,6 +276,17 @@ class Method:
         """What a saved state must agree on to be loaded, JSON-able."""
         return {}
 
+    def _identity(self) -> dict[str, Any]:
+        """What a saved state is of: the method, its options (without the default of `beside`), the scalings."""
+        options = self._options() | ({} if self.beside.how == "keep" else {"beside": self.beside.how})
+        scalings: list[Any] = [pair.layer.scaling for pair in self.pairs]
+        named = {pair.name: float(by[self.adapter]) for pair, by in zip(self.pairs, scalings, strict=True)}
+        return {"method": self.name, "options": options, "scalings": named}
+
+    def _base_mark(self) -> str | None:
+        configs = getattr(sharding.unwrap(self.model), "peft_config", {})
+        return inventory.base_mark(self.pairs, configs.get(self.adapter))
+
     def _state(self) -> dict[str, Tensor]:
         """Further tensors to save, named `<layer>.<key>`: the method's own, no copies."""
         return {}
@@ -296,12 +299,15 @@ class Method:
         for tensor in self._state().values():
             tensor.data = checkpoint.settled(tensor)
 
-    def _refuse_while_swapped(self, what: str) -> None:
+    def _ask(self, use: str, what: str) -> None:
+        """ValueError where A and B may not be used so now (`inventory.why_not_now`), or stand for the merge."""
         if self._swapped:
             raise ValueError(f"{what}() was called inside merged(); leave the block first")
+        inventory.refuse_now(f"{what}()", self.model, self.pairs, self.adapter, use)
 
-    def _refuse_broken_weights(self) -> None:
+    def _refuse_broken_weights(self, beside: dict[str, Tensor] | None = None) -> None:
         weights = [(tensor, key.rpartition(".")[0]) for key, tensor in self._live_tensors().items()]
+        weights += [(tensor, name) for name, tensor in (beside or {}).items() if tensor.is_floating_point()]
         # The one host sync of a task's end.
         broken = list(dict.fromkeys(weights[index][1] for index in not_finite([tensor for tensor, _ in weights])))
         if broken:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from slao_kernels import sharding
 
-from .base import Method, Weights
+from .base import Method
 from .extended import extend_all, fresh
+from .showing import Weights
 
 if TYPE_CHECKING:
     from slao_kernels.extension import ExtendedLoraLinear
@@ -51,8 +52,9 @@ class CLoRA(Method):
         b_std: float | None = None,
         adapter: str = "default",
         seed: int = 0,
+        beside: str = "keep",
     ) -> None:
-        super().__init__(model, adapter=adapter)
+        super().__init__(model, adapter=adapter, beside=beside)
         if orthogonality not in ORTHOGONALITIES:
             raise ValueError(f"unknown orthogonality {orthogonality!r}; choose one of {', '.join(ORTHOGONALITIES)}")
         for what, value in (("orthogonality_weight", orthogonality_weight), ("delta_std", delta_std)):
@@ -81,6 +83,7 @@ class CLoRA(Method):
         for pair, layer in zip(self.pairs, self.layers, strict=True):
             delta = layer.slao_core_delta
             assert delta is not None
+            delta.requires_grad_(True)  # PEFT 0.20 freezes it where another adapter is added
             with torch.no_grad():
                 if task == 1 and not pair.B.any():
                     r = pair.B.shape[1]

@@ -21,18 +21,26 @@ class EWC(Method):
     of the batch's mean loss, taken while training (no further pass over the data). At a task's end F <- decay · F + it:
     decay = 1 sums over all tasks with one anchor θ* (arXiv 1801.10112's online EWC has decay < 1). The gradient of the
     penalty, accumulation's factor and a loss scaler's are taken out of what is squared, so `penalty()` has to be in
-    the loss (`slao.train` sees to it). On several ranks F is the mean of theirs; a task that is resumed in its middle
+    the loss (`slao.train` sees to it). A backward pass with an infinite gradient or NaN, for which a loss scaler skips
+    the step, counts for nothing. On several ranks F is the mean of theirs; a task that is resumed in its middle
     has the squares of rank 0 up to there.
 
     weight: λ; what is right depends on the loss and the batch size, 100 is a start. State: F and θ*, and while a task
-    runs the sum of its squares: three more A and B a layer, whatever the number of tasks.
+    runs the sum of its squares and those of the last batch: four more A and B a layer, whatever the number of tasks.
     Raises ValueError for a weight that is negative or not finite, or a decay outside [0, 1].
     """
 
     name = "ewc"
 
-    def __init__(self, model: nn.Module, weight: float = 100.0, decay: float = 1.0, adapter: str = "default") -> None:
-        super().__init__(model, adapter=adapter)
+    def __init__(
+        self,
+        model: nn.Module,
+        weight: float = 100.0,
+        decay: float = 1.0,
+        adapter: str = "default",
+        beside: str = "keep",
+    ) -> None:
+        super().__init__(model, adapter=adapter, beside=beside)
         if not 0.0 <= weight < float("inf"):
             raise ValueError(f"weight must be a finite number of at least 0, not {weight}")
         if not 0.0 <= decay <= 1.0:
@@ -47,6 +55,7 @@ class EWC(Method):
         self._anchor = {key: parameter.detach().clone() for key, parameter in self._parameters.items()}
         self._squares: dict[str, Tensor] = {}
         self._batches: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] = {}  # the squares of the last backward pass, until all of them are known
         # Of the running backward pass: the penalty's factor in the loss, and the gradient that it gave each parameter.
         self._factor: Tensor | None = None
         self._pulls: dict[str, Tensor] = {}
@@ -58,12 +67,13 @@ class EWC(Method):
         refuse_shards(self)  # hooks and anchors belong to whole parameters
         for key, parameter in self._parameters.items():
             self._squares[key] = _wide_zeros(parameter)
-            self._batches[key] = torch.zeros((), dtype=torch.int64)
+            self._batches[key] = torch.zeros((), dtype=torch.int64, device=parameter.device)
             if task == 1:
                 self._anchor[key].copy_(parameter.detach())
 
     def penalty(self) -> Tensor | None:
         # From the first task on, when F is zero: its backward pass tells how the step's loss is scaled.
+        self._count_last()
         self._factor, self._pulls = None, {}
         terms = []
         for key, parameter in self._parameters.items():
@@ -86,10 +96,24 @@ class EWC(Method):
         pull = self._pulls.pop(key, None)
         wide = gradient.to(self._squares[key].dtype)
         of_loss = wide if pull is None or self._factor is None else (wide - pull.to(wide.dtype)) / self._factor
-        self._squares[key].add_(of_loss.square())
-        self._batches[key] += 1
+        if key in self._last:  # of a pass without a penalty, after which nobody asked
+            self._count_last()
+        self._last[key] = of_loss.square()
+
+    def _count_last(self) -> None:
+        """Add the last pass to the sums if all of its squares are finite; without waiting for the device."""
+        if not self._last:
+            return
+        device = next(iter(self._last.values())).device
+        finite = torch.stack([square.isfinite().all().to(device) for square in self._last.values()]).all()
+        for key, square in self._last.items():
+            counts = finite.to(square.device)
+            self._squares[key].add_(torch.where(counts, square, 0.0))
+            self._batches[key] += counts
+        self._last = {}
 
     def _end(self, task: int) -> float:
+        self._count_last()
         new = {key: self._squares[key] / max(int(self._batches[key]), 1) for key in self._parameters}
         sharding.add_over_ranks(list(new.values()))
         for key, parameter in self._parameters.items():
@@ -102,6 +126,7 @@ class EWC(Method):
         return {"weight": self.weight, "decay": self.decay}
 
     def _state(self) -> dict[str, Tensor]:
+        self._count_last()
         kinds = {"fisher": self.fisher, "anchor": self._anchor, "squares": self._squares, "batches": self._batches}
         return {f"{key}_{kind}": tensor for kind, tensors in kinds.items() for key, tensor in tensors.items()}
 
@@ -119,7 +144,7 @@ class EWC(Method):
             return {key: t.to(self._parameters[key].device) for key, t in found.items() if t is not None}
 
         self.fisher, self._anchor, self._squares = taken("fisher"), taken("anchor"), taken("squares")
-        self._batches = {key: tensor.cpu() for key, tensor in taken("batches").items()}
+        self._batches, self._last = taken("batches"), {}
 
 
 def _wide_zeros(parameter: Tensor) -> Tensor:

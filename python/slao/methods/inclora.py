@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .base import Method, Weights
+from .base import Method
 from .extended import extend_all, fresh
+from .showing import Weights
 
 if TYPE_CHECKING:
     from slao_kernels.extension import ExtendedLoraLinear
@@ -25,8 +26,8 @@ class IncLoRA(Method):
 
     name = "inclora"
 
-    def __init__(self, model: nn.Module, adapter: str = "default", seed: int = 0) -> None:
-        super().__init__(model, adapter=adapter)
+    def __init__(self, model: nn.Module, adapter: str = "default", seed: int = 0, beside: str = "keep") -> None:
+        super().__init__(model, adapter=adapter, beside=beside)
         self.seed = seed
         self.layers: list[ExtendedLoraLinear] = extend_all(self)
 

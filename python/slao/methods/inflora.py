@@ -41,10 +41,12 @@ class InfLoRA(IncLoRA):
     name = "inflora"
     observes = True
 
-    def __init__(self, model: nn.Module, threshold: float = 0.95, adapter: str = "default") -> None:
+    def __init__(
+        self, model: nn.Module, threshold: float = 0.95, adapter: str = "default", beside: str = "keep"
+    ) -> None:
         if not 0.0 < threshold <= 1.0:
             raise ValueError(f"threshold must lie in (0, 1], not {threshold}")
-        super().__init__(model, adapter=adapter)
+        super().__init__(model, adapter=adapter, beside=beside)
         self.threshold = float(threshold)
         self.bases = [dual_gpm.empty(pair.A.shape[1], pair.A.device) for pair in self.pairs]
         self._grams: list[Tensor] = []

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Method, Weights
+from .base import Method
+from .showing import Weights
 
 
 class MagMax(Method):
@@ -22,8 +23,8 @@ class MagMax(Method):
 
     name = "magmax"
 
-    def __init__(self, model: nn.Module, scale: float = 0.5, adapter: str = "default") -> None:
-        super().__init__(model, adapter=adapter)
+    def __init__(self, model: nn.Module, scale: float = 0.5, adapter: str = "default", beside: str = "keep") -> None:
+        super().__init__(model, adapter=adapter, beside=beside)
         if not 0.0 < scale <= 1.0:
             raise ValueError(f"scale must lie in (0, 1], not {scale}")
         self.scale = float(scale)

@@ -27,11 +27,12 @@ class OLoRA(IncLoRA):
         l2_weight: float = 0.0,
         adapter: str = "default",
         seed: int = 0,
+        beside: str = "keep",
     ) -> None:
         for what, value in (("orthogonality_weight", orthogonality_weight), ("l2_weight", l2_weight)):
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"{what} must be a finite number of at least 0, not {value}")
-        super().__init__(model, adapter=adapter, seed=seed)
+        super().__init__(model, adapter=adapter, beside=beside, seed=seed)
         self.orthogonality_weight, self.l2_weight = float(orthogonality_weight), float(l2_weight)
 
     def penalty(self) -> Tensor | None:

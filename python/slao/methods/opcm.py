@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Method, Weights
+from .base import Method
 from .extended import fresh, refuse_shards
+from .showing import Weights
 
 # Singular values below this part of the largest are what rounding left of zero: their vectors are arbitrary.
 _ROUNDING = 1e-6
@@ -29,8 +30,10 @@ class OPCM(Method):
 
     name = "opcm"
 
-    def __init__(self, model: nn.Module, alpha: float = 0.5, adapter: str = "default", seed: int = 0) -> None:
-        super().__init__(model, adapter=adapter)
+    def __init__(
+        self, model: nn.Module, alpha: float = 0.5, adapter: str = "default", seed: int = 0, beside: str = "keep"
+    ) -> None:
+        super().__init__(model, adapter=adapter, beside=beside)
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
         wide = [pair.name for pair in self.pairs if any(parameter.dim() != 2 for parameter in pair.parameters)]

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .base import Weights
 from .extended import refuse_shards
 from .inclora import IncLoRA
+from .showing import Weights
 
 
 class SDLoRA(IncLoRA):
@@ -25,8 +25,8 @@ class SDLoRA(IncLoRA):
     name = "sdlora"
     adds_parameters = True
 
-    def __init__(self, model: nn.Module, adapter: str = "default", seed: int = 0) -> None:
-        super().__init__(model, adapter=adapter, seed=seed)
+    def __init__(self, model: nn.Module, adapter: str = "default", seed: int = 0, beside: str = "keep") -> None:
+        super().__init__(model, adapter=adapter, beside=beside, seed=seed)
         self._before: list[Tensor] = []  # the α that the running task began with
 
     def _freeze_last(self) -> None:

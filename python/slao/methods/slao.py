@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from slao_kernels import orthogonal_init_, scaled_merge_
 
 from ..schedules import MergeStats, Schedule, make_schedule
-from .base import Method, Weights
+from .base import Method
 from .extended import fresh
+from .showing import Weights
 
 logger = logging.getLogger("slao")
 
@@ -40,6 +41,7 @@ class SLAO(Method):
     """
 
     name = "slao"
+    averages = True
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class SLAO(Method):
         adapter: str = "default",
         seed: int = 0,
         keep_cosines: bool = False,
+        beside: str = "keep",
     ) -> None:
         if init not in INITS:
             raise ValueError(f"unknown init {init!r}; choose one of {', '.join(INITS)}")
@@ -68,7 +71,7 @@ class SLAO(Method):
         # The memory of the copy that a running task needs, kept between tasks: fresh pages cost more than the copy.
         self._spare: dict[str, list[Tensor]] = {}
         self._measured: list[float] | None = None
-        super().__init__(model, adapter=adapter)
+        super().__init__(model, adapter=adapter, beside=beside)
 
     def _check(self) -> None:
         wide = [f"{pair.name} {tuple(pair.A.shape)}" for pair in self.pairs if pair.A.shape[0] > pair.A.shape[1]]

@@ -15,7 +15,7 @@ import pytest
 from slao.checkpoint import read_state
 from slao.cli import main
 from slao.folders import read_adapter
-from slao.merging.source import Source
+from slao.folders import Source
 from slao.report import load
 from slao.run import Run
 from slao.sums import SUMS, is_whole

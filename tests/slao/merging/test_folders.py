@@ -16,10 +16,11 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import slao.folders
 from slao.cli import main
 from slao.export import save_adapter
 from slao.folders import read_adapter
-from slao.merging import METHODS, factors, merge_adapters, source
+from slao.merging import METHODS, factors, merge_adapters
 from slao.methods import SLAO
 
 MODULES = ["query", "value", "word_embeddings"]
@@ -186,7 +187,7 @@ def test_bf16_stays_bf16(three, tmp_path):
 
 def test_a_file_is_opened_anew_as_it_is_read(three, tmp_path, monkeypatch):
     merge_adapters(three, tmp_path / "whole", "linear")
-    monkeypatch.setattr(source, "_MAPPED_BYTES", 0)
+    monkeypatch.setattr(slao.folders, "_MAPPED_BYTES", 0)
     merge_adapters(three, tmp_path / "often", "linear")
     whole, often = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("whole", "often"))
     assert whole == often

@@ -57,6 +57,7 @@ def test_the_penalty_is_its_formula(lab):
     assert float(want) > 0
     got, want = (torch.autograd.grad(value, leaves(method)) for value in (method.penalty(), want))
     assert max(error_ratio(a, b) for a, b in zip(got, want, strict=True)) <= 1e-12
+    method._count_last()
     squares = {key: value / int(method._batches[key]) for key, value in method._squares.items()}
     lab.end(method, 1)
     for key, value in method.fisher.items():
@@ -112,3 +113,22 @@ def test_refusals(lab):
     method = lab.make(EWC)
     with pytest.raises(ValueError, match="the saved fisher of .*q_proj.A does not fit its"):
         method._load_state({})
+
+
+@pytest.mark.parametrize("broken", [float("inf"), float("nan")])
+def test_a_pass_whose_gradients_are_not_finite_counts_for_nothing(lab, broken):
+    """A loss scaler skips that step, and one layer's infinity takes the finite squares of the others with it."""
+    plain, method = lab.make(EWC), lab.make(EWC)
+    for each in (plain, method):
+        each.begin_task("a")
+        for step in range(3):
+            ids = (lab.IDS + step) % 40
+            if each is method:  # a skipped step before each one that counts
+                loss = each.model(ids, labels=ids).loss + each.penalty()
+                (loss + (each.pairs[0].parameters[1] * broken).sum()).backward()
+                each.model.zero_grad()
+            (each.model(ids, labels=ids).loss + each.penalty()).backward()
+            each.model.zero_grad()
+        each.end_task()
+    assert all(torch.equal(method.fisher[key], value) for key, value in plain.fisher.items())
+    assert float(method.penalty()) == 0.0
