@@ -186,6 +186,7 @@ def fisher(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     method = EWC(model)
     method.begin_task("0")
     learn(DistributedDataParallel(model), 0, rank, ranks)
+    method._count_last()  # which waits for the next pass
     mine = {key: method._squares[key] / method._batches[key] for key in method.fisher}
     method.end_task()
     return {"mine": mine, "all": method.fisher}
