@@ -230,7 +230,9 @@ def _command(argv: Sequence[str] | None) -> int:
         line = explain(error)
         if line is None:
             raise
-        print("slao: " + "\n  ".join(getattr(error, "lines", [line])), file=sys.stderr)
+        print(
+            "slao: " + "\n  ".join(" ".join(each.split()) for each in getattr(error, "lines", [line])), file=sys.stderr
+        )
         return 2
 
 
