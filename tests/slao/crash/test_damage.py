@@ -14,8 +14,7 @@ import pytest
 
 from slao.checkpoint import read_state
 from slao.cli import main
-from slao.folders import read_adapter
-from slao.folders import Source
+from slao.folders import Source, read_adapter
 from slao.report import load
 from slao.run import Run
 from slao.sums import SUMS, is_whole
