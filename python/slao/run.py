@@ -103,8 +103,10 @@ class Run:
         if not self._resume or not _occupied(self.folder):
             return
         try:
-            before = read_json(path if path.is_file() else self.folder / "settings.json")
-            before = before if path.is_file() else {"settings": flat(before)}
+            if path.is_file():
+                before = sums.unsealed(read_json(path), path, always=True)
+            else:
+                before = {"settings": flat(read_json(self.folder / "settings.json"))}
             other, versions = differences(before, self.identity)
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{self.folder}: its record is damaged ({error}); --overwrite starts afresh") from None
@@ -152,7 +154,7 @@ class Run:
                     os.replace(path, self.folder / f".{path.name}{checkpoint.TEMPORARY}")
             checkpoint.remove_temporaries(self.folder)
         if not (self.folder / IDENTITY).is_file():
-            checkpoint.write_json(self.folder / IDENTITY, self.identity)
+            checkpoint.write_json(self.folder / IDENTITY, sums.sealed(self.identity))
         checkpoint.write_json(self.folder / "settings.json", self.settings)
 
     def _outcomes(self) -> Iterator[tuple[Job, Outcome]]:

@@ -19,9 +19,14 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, _KEY: _digest(content)}
 
 
-def unsealed(content: Any, path: Path) -> Any:
-    """`content`, read from `path`, without its checksum, if it has one. ValueError where that does not match."""
+def unsealed(content: Any, path: Path, always: bool = False) -> Any:
+    """`content`, read from `path`, without its checksum, if it has one. ValueError where that does not match.
+
+    always: it was never written without one, so that is damage too.
+    """
     if not isinstance(content, dict) or _KEY not in content:
+        if always:
+            raise ValueError(f"{path} is damaged: it has no checksum")
         return content
     rest = {key: value for key, value in content.items() if key != _KEY}
     if _digest(rest) != content[_KEY]:

@@ -73,7 +73,7 @@ BAD = {
     "train: {arguments: {max_grad_norm: 1e999}}": "train.arguments.max_grad_norm must be a finite number, not inf",
     "methods: {ewc: {learning_rate: -1}}": "methods.ewc.learning_rate must be at least 0, not -1",
     "methods: {ewc: {weight: .nan}}": "methods.ewc.weight must be a finite number, not nan",
-    "methods: {ewc: {name: x}}": "method 'ewc' has no option 'name'; its options are weight, decay, method",
+    "methods: {ewc: {name: x}}": "method 'ewc' has no option 'name'; its options are weight, decay, beside, method",
     "methods: {ewc: {adapter: x}}": "method 'ewc' has no option 'adapter'",
     "methods: {ewc: 0}": "setting 'methods.ewc' must be a section, not 0",
     "methods: [slao, slao]": "methods names 'slao' twice",

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from slao import sums
 from slao.checkpoint import read_state
 from slao.cli import main
 from slao.folders import Source, read_adapter
+from slao.places import LOCK
 from slao.report import load
 from slao.run import Run
 from slao.sums import SUMS, is_whole
@@ -96,22 +98,21 @@ def test_results(whole, tmp_path, density):
 
 
 @pytest.mark.parametrize("density", DENSITY)
-def test_settings(whole, tmp_path, density):
-    """Refused, or they say what they said: e for E in a number, or another name for a setting that is null."""
-    path = Path(shutil.copy(whole / "settings.json", tmp_path / "settings.json"))
+def test_identity(whole, tmp_path, density):
+    """What a run is resumed by: every cut and flip is refused."""
+    path = Path(shutil.copy(whole / "identity.json", tmp_path / "identity.json"))
     content = path.read_bytes()
-    settings = json.loads(content)
-    run = SimpleNamespace(folder=tmp_path, settings=settings)
+    identity = sums.unsealed(json.loads(content), path, always=True)
+    (tmp_path / "settings.json").touch()
+    run = SimpleNamespace(folder=tmp_path, identity=identity, _resume=True, notes=[])
 
     def read() -> Any:
         Run._check_same_run(run)
         return json.loads(path.read_text())
 
+    assert read() == sums.sealed(identity)
     assert accepted(path, cuts(content[:-1], density), read) == []
-    others = accepted(path, flips(content, density), read)
-    nulls = [key for key, value in settings.items() if value is None]
-    assert len(others) <= (sum(map(len, nulls)) + content.count(b"e-")) * density[1]
-    assert all({key: other.get(key) for key in settings} == settings for other in others)
+    assert all(sums.unsealed(other, path) == identity for other in accepted(path, flips(content, density), read))
 
 
 def damage(path: Path, how: str) -> None:
@@ -122,14 +123,15 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["empty", pytest.param("half", marks=pytest.mark.exhaustive), "flipped"])
-@pytest.mark.parametrize("name", ["settings.json", *STATES])
+@pytest.mark.parametrize("name", ["identity.json", *STATES])
 def test_a_run_is_not_resumed_from_damage(small, tools, whole, tmp_path, name, how):
     folder = tmp_path / "tiny"
     shutil.copytree(whole, folder)
     damage(folder / name, how)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     line = tools.complaint(small.run(folder, "--resume"))
-    assert ("has other settings" if (name, how) == ("settings.json", "flipped") else str(folder / name)) in line
+    assert str(folder / name) in line
+    before[folder / LOCK] = (folder / LOCK).read_bytes()  # says who was here last
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -141,7 +143,7 @@ def test_what_is_derived_is_written_anew(small, tools, whole, tmp_path, how):
     folder = tmp_path / "tiny"
     shutil.copytree(whole, folder)
     derived = [path for path in folder.rglob("*") if path.is_file() and "state" not in path.parts]
-    derived.remove(folder / "settings.json")
+    derived = [path for path in derived if path.name not in ("identity.json", "settings.json", LOCK)]
     assert {path.parent.name for path in derived} == {"tiny", "report", "slao-0", "seqlora-0"}
     pictures = {path: path.read_bytes() for path in derived if path.suffix == ".png"}
     assert len(pictures) == 7
