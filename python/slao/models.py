@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +83,6 @@ def check_tokens(model: nn.Module, tokenizer: Any, path: str) -> None:
             f"{path!r}: the model has no row for {len(beyond)} tokens of its tokenizer, such as {beyond[0][1]!r} "
             f"({beyond[0][0]}, it has {rows} rows): take the tokenizer that belongs to it, or resize_token_embeddings"
         )
-
-
-def positions(model: nn.Module) -> int | None:
-    """How many tokens the model's learned positions take; None where a row can have any length."""
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and re.search(r"position|\bwpe$", name.rpartition(".")[2]):
-            # OPT leaves the first two out, RoBERTa those up to the padding's.
-            skipped = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
-            found.append(module.num_embeddings - skipped)
-    return min(found, default=None)
 
 
 def _config(path: str) -> Any:

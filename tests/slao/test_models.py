@@ -12,8 +12,9 @@ import torch
 import transformers as hf
 
 from slao.cli import main
-from slao.models import check_tokens, load_model, load_tokenizer, positions
+from slao.models import check_tokens, load_model, load_tokenizer
 from slao.objectives import CausalLM, LabelMatching
+from slao.objectives.base import positions
 from slao.streams import Row, Stream, Task
 
 TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..models import positions
 from ..streams import ImageRow, Row, Stream, Task
 
 CANDIDATES: tuple[str, ...] = ("own", "all")
@@ -114,3 +114,14 @@ def in_batches(
         indices = order[start : start + size]
         batch = collate([features[i] for i in indices])
         yield indices, {key: value.to(device) for key, value in batch.items()}
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many tokens the model's learned positions take; None where a row can have any length."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and re.search(r"position|\bwpe$", name.rpartition(".")[2]):
+            # OPT leaves the first two out, RoBERTa those up to the padding's.
+            skipped = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
+            found.append(module.num_embeddings - skipped)
+    return min(found, default=None)

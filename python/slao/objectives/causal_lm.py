@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models import positions
 from ..streams import Row, Stream, Task
 from ..streams.base import METRICS
-from .base import Features, Objective, check_candidates, check_rows, evaluating, in_batches, room
+from .base import Features, Objective, check_candidates, check_rows, evaluating, in_batches, positions, room
 from .text_scores import text_score
 
 IGNORED = -100  # what torch's and transformers' losses leave out
