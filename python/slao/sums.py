@@ -71,7 +71,7 @@ def _listed(folder: Path) -> dict[str, str]:
     """File name -> checksum. ValueError for what is no such list."""
     text = (folder / SUMS).read_bytes().decode("utf-8", errors="replace")
     found = {}
-    for line in text.splitlines():
+    for line in text.removesuffix("\n").split("\n"):
         digest, two_spaces, name = line[:64], line[64:66], line[66:]
         if two_spaces != "  " or not name or Path(name).name != name:
             raise ValueError(f"{folder / SUMS} is damaged: no checksum and file name in {line!r}; remove it")

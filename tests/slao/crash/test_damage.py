@@ -22,7 +22,7 @@ from slao.run import Run
 from slao.sums import SUMS, is_whole
 
 # Every how many bytes it is cut and flipped; bits that are flipped there, one at a time.
-DENSITY = [pytest.param((5, 1), id="some"), pytest.param((1, 8), id="all", marks=pytest.mark.exhaustive)]
+DENSITY = [pytest.param((5, 1), id="some"), pytest.param((1, 2), id="all", marks=pytest.mark.exhaustive)]
 
 
 def cuts(content: bytes, density: tuple[int, int]) -> list[bytes]:
@@ -87,13 +87,14 @@ def test_adapters(whole, tmp_path, name, density):
 
 @pytest.mark.parametrize("density", DENSITY)
 def test_results(whole, tmp_path, density):
-    """A few flips say the same (1e-05 and 1E-05), and six bytes are the checksum's own name: what is read is the run's
-    results whenever anything is."""
+    """A few flips say the same (1e-05 and 1E-05, a seventeenth digit), and six bytes are the checksum's own name: what
+    is read is the run's results whenever anything is."""
     path = Path(shutil.copy(whole / "results.json", tmp_path / "results.json"))
     content, good = path.read_bytes(), load(tmp_path)
     assert accepted(path, cuts(content[:-1], density), lambda: load(tmp_path)) == []
-    others = accepted(path, flips(content, density), lambda: load(tmp_path))
-    assert len(others) <= len(b"sha256") * density[1] + content.count(b"e-")
+    damaged = flips(content, density)
+    others = accepted(path, damaged, lambda: load(tmp_path))
+    assert len(others) <= len(b"sha256") * density[1] + len(damaged) // 100
     assert all({key: other.get(key) for key in good} == good for other in others)
 
 

@@ -36,7 +36,6 @@ def test_full_at_an_event(small, tools, whole, events, tmp_path, number):
 # The largest file that the system lets it write -> the first one that does not fit. Real writes, cut by the kernel.
 LIMITS = {
     500: "identity.json",
-    1500: "state/seqlora-0/trained/0001.safetensors",
     2000: "state/seqlora-0/slao_state.safetensors",
     2800: "state/slao-0/slao_state.safetensors",
     5000: "results.json",
