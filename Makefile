@@ -6,13 +6,14 @@ BENCH_JSON ?= build/bench.json
 GPU_JSON ?= build/gpu.json
 WORKERS ?= 2
 MARK ?= not exhaustive
+FUZZ ?= 5000
 CONFORMANCE_VENV ?= .venv-conformance
 CONFORMANCE_OUT ?= build/conformance
 BIN = $(VENV)/bin
 DRIVER = $(MAKE) --silent --no-print-directory -j$(shell getconf _NPROCESSORS_ONLN) -f tests/csrc/Makefile
 INSTALL = pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test bench report gpu conformance lint asan aarch64 format clean
+.PHONY: help demo test fuzz bench report gpu conformance lint asan aarch64 format clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -28,6 +29,11 @@ demo:
 ## make test    environment (if there is none), install, tests; MARK= for the exhaustive grids too, WORKERS= processes
 test: $(VENV)/.installed
 	$(BIN)/pytest -n $(WORKERS) -m "$(MARK)" $(ARGS)
+
+## make fuzz    the ops and sequences of calls on FUZZ= random cases a test, new ones every time (minutes)
+fuzz: $(VENV)/.installed
+	SLAO_FUZZ=$(FUZZ) $(BIN)/pytest -n $(WORKERS) tests/slao_kernels/ops/test_fuzz_ops.py tests/slao/test_fuzz_calls.py \
+	  --timeout 0 $(ARGS)
 
 ## make bench   all benches on this machine's device (without a GPU seven minutes on two cores): figures into
 ##              build/bench.json (elsewhere with BENCH_JSON=), tables and plots beside it

@@ -1,6 +1,6 @@
 """Random sequences of calls on a patched model and on a plain PEFT twin: after each the outputs agree, or both raise.
 
-60 sequences a method, the same at every run; SLAO_FUZZ=1000 makes a thousand, others every time (`make fuzz`).
+120 sequences, the same at every run; SLAO_FUZZ=1000 makes three thousand, others every time (`make fuzz`).
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class Twins:
         assert (y.double() - exact.double()).square().mean().sqrt() <= CLOSE[y.dtype] * size
 
 
-# clora and inclora keep a core or frozen pairs in the layers, which the twin has not: their sequences have no begin.
+# clora and inclora keep a core or frozen pairs in the layers, which the twin has not.
 @pytest.mark.parametrize("name", ["slao"])
 def test_any_sequence_of_calls(name, tmp_path):
     done: Counter[str] = Counter()
