@@ -30,9 +30,10 @@ demo:
 test: $(VENV)/.installed
 	$(BIN)/pytest -n $(WORKERS) -m "$(MARK)" $(ARGS)
 
-## make fuzz    the readers of outside data on FUZZ= random cases a test, new ones every time (minutes)
+## make fuzz    readers of outside data, the ops' inputs and sequences of calls, FUZZ= random cases a test, new ones
+##              every time (minutes)
 fuzz: $(VENV)/.installed
-	SLAO_FUZZ=$(FUZZ) $(BIN)/pytest -n $(WORKERS) tests/slao/test_fuzz_readers.py --timeout 0 $(ARGS)
+	SLAO_FUZZ=$(FUZZ) $(BIN)/pytest -n $(WORKERS) -k fuzz tests --timeout 0 $(ARGS)
 
 ## make bench   all benches on this machine's device (without a GPU seven minutes on two cores): figures into
 ##              build/bench.json (elsewhere with BENCH_JSON=), tables and plots beside it

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 # Naming every offender helps; naming 224 of them does not.
 _SHOWN = 8
 _OWN_MEMORY = (Tensor, nn.Parameter)
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Problems:
@@ -46,6 +46,8 @@ def description(tensors: Sequence[Tensor]) -> tuple[list[object], ...] | None:
     Two equal descriptions of one call's lists mean equal verdicts and equal tables, whatever happened in between.
     """
     try:
+        if any(map(Tensor.is_neg, tensors)):
+            return None
         return (
             list(map(Tensor.data_ptr, tensors)),
             [item.shape for item in tensors],
@@ -62,14 +64,14 @@ def tensor(problems: Problems, where: str, item: object, device: torch.device | 
     if not isinstance(item, Tensor):
         problems.add(where, f"is a {type(item).__name__}, expected a tensor")
         return False
-    plain = type(item) in _OWN_MEMORY and item.dtype in _FLOATING and item.layout is torch.strided
-    if plain and item.device == device and item.device.type != "meta":
+    plain = type(item) in _OWN_MEMORY and item.dtype in FLOATING and item.layout is torch.strided
+    if plain and item.device == device and item.device.type != "meta" and not item.is_neg():
         return True  # a model's call has hundreds of these
     before, found = len(problems.found), elsewhere(item)
     if found is not None:
         problems.add(where, found)
         return False
-    if item.dtype not in _FLOATING:
+    if item.dtype not in FLOATING:
         problems.add(where, f"is {item.dtype}, expected fp64, fp32, bf16 or fp16")
     if item.device.type == "meta":
         problems.add(where, "is on the meta device; load the weights first")
@@ -77,7 +79,24 @@ def tensor(problems: Problems, where: str, item: object, device: torch.device | 
         problems.add(where, f"has layout {item.layout}, expected a dense tensor")
     elif device is not None and item.device != device:
         problems.add(where, f"is on {item.device}, the first tensor is on {device}")
+    elif item.is_neg():
+        problems.add(where, "is a view that holds the negative of its memory; pass resolve_neg() of it")
     return len(problems.found) == before
+
+
+def destination(problems: Problems, where: str, item: Tensor) -> None:
+    """That torch lets `item` be written here."""
+    if item.is_inference() and not torch.is_inference_mode_enabled():
+        problems.add(where, "was made in inference mode, and may be written only there; pass a clone")
+
+
+def numbers(op: str, name: str, values: float | Sequence[float], count: int) -> list[float]:
+    """One number for all `count`, or as many as there are, as floats; else ValueError."""
+    try:
+        one = isinstance(values, int | float)
+        return [float(values)] * count if one else [float(value) for value in values]  # type: ignore
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        raise ValueError(f"{op}: {name} is neither a number nor a list of numbers. Nothing was written.") from None
 
 
 def not_finite(tensors: Sequence[Tensor]) -> list[int]:

@@ -128,7 +128,7 @@ def _columns(adapter: Any) -> list[tuple[Any, Any, float]]:
 def _numbers(values: Sequence[Any], otherwise: str) -> list[float]:
     try:
         return [float(value) for value in values]
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
         raise ValueError(otherwise) from None
 
 

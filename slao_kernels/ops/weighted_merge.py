@@ -58,10 +58,10 @@ def weighted_merge(
         problems.add("adapters", "is empty: there is nothing to merge")
     if checks.lengths(problems, adapters=adapters, weights=weights):
         for t, weight in enumerate(weights):
-            if not (isinstance(weight, int | float) and math.isfinite(weight)):
+            if not (isinstance(weight, int | float) and abs(weight) < math.inf):
                 problems.add(f"weights[{t}]", f"is {weight!r}, expected a finite number")
-    if dtype is not None and not dtype.is_floating_point:
-        problems.add("dtype", f"is {dtype}, expected a floating one")
+    if dtype is not None and dtype not in checks.FLOATING:
+        problems.add("dtype", f"is {dtype}, expected a floating one: fp64, fp32, bf16 or fp16")
     layers = several.read(problems, adapters, model)
     if not problems.found:
         several.finite(problems, layers)

@@ -28,8 +28,7 @@ def fold_(
     Source: LoRA, arXiv 2106.09685, section 4.1 (merging for inference).
     """
     weights, As, Bs = list(weights), list(As), list(Bs)
-    one = isinstance(scalings, int | float)
-    factors = [float(scalings)] * len(weights) if one else [float(value) for value in scalings]  # type: ignore
+    factors = checks.numbers("fold_", "scalings", scalings, len(weights))
     more = len(weights), len(As), len(Bs), len(factors), all(map(math.isfinite, factors))
     call = _calls.call(weights + As + Bs, more, lambda: _check(weights, As, Bs, factors))
     if not weights:
@@ -48,6 +47,8 @@ def _check(weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], factors: l
             fine = checks.tensor(problems, f"weights[{index}]", W, device)
             fine &= checks.tensor(problems, f"As[{index}]", A, device)
             fine &= checks.tensor(problems, f"Bs[{index}]", B, device)
+            if fine:
+                checks.destination(problems, f"weights[{index}]", W)
             if fine and not (
                 W.dim() == A.dim() == B.dim() == 2 and W.shape == (B.shape[0], A.shape[1]) and A.shape[0] == B.shape[1]
             ):

@@ -40,12 +40,29 @@ def lora_linear(
     Raises ValueError on shapes, dtypes or devices that do not fit, naming them.
     Source: LoRA (arXiv 2106.09685); this evaluation order: RunLoRA (arXiv 2312.03415), LoRAFusion (EuroSys'26).
     """
+    _check_tensors(x=x, weight=weight, A=A, B=B)
+    _check_tensors(**{k: t for k, t in (("bias", bias), ("core", core), ("core_delta", core_delta)) if t is not None})
+    (factor,) = checks.numbers("lora_linear", "scaling", [scaling], 1)
     _check(x, weight, bias, A, B, core, core_delta, dropout, precision)
     p = dropout if training else 0.0
     layers = weight, bias, A, B
-    call = call_for(x, layers, (float(scaling),), precision, backend, p)
+    call = call_for(x, layers, (factor,), precision, backend, p)
     cores = () if core is core_delta is None else (core, core_delta)
     return linear(call)(call, x, *layers, *cores)
+
+
+def _check_tensors(**tensors: object) -> None:
+    """ValueError that names what no product takes."""
+    problems = []
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            problems.append(f"{name} is a {type(tensor).__name__}, expected a tensor")
+        elif tensor.device.type == "meta":
+            problems.append(f"{name} is on the meta device; load the weights first")
+        elif tensor.layout is not torch.strided:
+            problems.append(f"{name} has layout {tensor.layout}, expected a dense tensor")
+    if problems:
+        raise ValueError("lora_linear: " + "; ".join(problems))
 
 
 def _check(
@@ -80,7 +97,7 @@ def _check(
         found = checks.elsewhere(tensor)
         if found is not None:
             problems.append(f"{name} {found}")
-        if not tensor.is_floating_point():
+        if tensor.dtype not in checks.FLOATING:
             problems.append(f"{name} is {tensor.dtype}, expected a floating dtype")
         if tensor.device != x.device:
             problems.append(f"{name} is on {tensor.device}, x on {x.device}")

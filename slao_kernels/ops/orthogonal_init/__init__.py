@@ -94,11 +94,14 @@ def _check(As: list[Tensor], keep: list[Tensor] | None) -> None:
     for index, A in enumerate(As):
         if not checks.tensor(problems, f"As[{index}]", A, device):
             continue
+        checks.destination(problems, f"As[{index}]", A)
         if A.dim() != 2 or not 0 < A.shape[0] <= A.shape[1]:
             problems.add(f"As[{index}]", f"is {tuple(A.shape)}; it needs the shape (r, n) with 1 <= r <= n")
     if keep is not None and checks.lengths(problems, As=As, keep=keep):
         for index, (A, copy) in enumerate(zip(As, keep, strict=True)):
             fits = isinstance(A, Tensor) and checks.tensor(problems, f"keep[{index}]", copy, device)
+            if fits:
+                checks.destination(problems, f"keep[{index}]", copy)
             if fits and (copy.shape, copy.dtype) != (A.shape, A.dtype):
                 problems.add(f"keep[{index}]", f"is {tuple(copy.shape)} {copy.dtype}, A {tuple(A.shape)} {A.dtype}")
     if not problems.found:

@@ -28,7 +28,7 @@ def scaled_merge_(
     Source: SLAO, arXiv 2512.23017, eq. for B_merge with λ(i) = 1/√i.
     """
     merged, finetuned = list(merged), list(finetuned)
-    weights = [float(lam)] * len(merged) if isinstance(lam, int | float) else [float(value) for value in lam]
+    weights = checks.numbers("scaled_merge_", "lam", lam, len(merged))
     # The weights change from task to task, the tables do not have them.
     more = len(merged), len(finetuned), len(weights), all(0.0 <= weight <= 1.0 for weight in weights)
     call = _calls.call(merged + finetuned, more, lambda: _check(merged, finetuned, weights))
@@ -48,6 +48,8 @@ def _check(merged: list[Tensor], finetuned: list[Tensor], weights: list[float]) 
         for index, (target, source, weight) in enumerate(zip(merged, finetuned, weights, strict=True)):
             fine = checks.tensor(problems, f"merged[{index}]", target, device)
             fine &= checks.tensor(problems, f"finetuned[{index}]", source, device)
+            if fine:
+                checks.destination(problems, f"merged[{index}]", target)
             if fine and target.shape != source.shape:
                 problems.add(f"finetuned[{index}]", f"is {tuple(source.shape)}, merged {tuple(target.shape)}")
             if not 0.0 <= weight <= 1.0:

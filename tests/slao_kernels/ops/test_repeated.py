@@ -147,3 +147,29 @@ def test_where_somebody_looks_on_the_operator_is_called(looked):
         slao_kernels.orthogonal_init_(op.As)
     assert "slao_kernels::orthogonal_init_" in seen.names
     assert looked == ["orthogonal_init"] * 2
+
+
+def test_a_negated_view_is_not_taken_for_its_memory():
+    """conj().imag of the memory, shape and strides of a call before, all of which hold the opposite."""
+    whole = torch.randn(3, dtype=torch.complex64)
+    target = torch.zeros(3)
+    slao_kernels.scaled_merge_([target], [whole.imag], 1.0)
+    with pytest.raises(ValueError, match=r"finetuned\[0\]: is a view that holds the negative of its memory"):
+        slao_kernels.scaled_merge_([target], [whole.conj().imag], 1.0)
+    assert torch.equal(target, whole.imag)
+
+
+def test_what_is_no_number_or_no_tensor_is_said_in_one_line():
+    one = torch.ones(1)
+    for lam in (10**400, None, [torch.ones(2)], "x"):
+        with pytest.raises(ValueError, match="lam is neither a number nor a list of numbers"):
+            slao_kernels.scaled_merge_([one], [one.clone()], lam)
+    for A in (None, 1.5, torch.ones(1, 2, device="meta"), torch.ones(1, 2).to_sparse()):
+        with pytest.raises(ValueError, match="lora_linear: A (is|has)"):
+            slao_kernels.lora_linear(torch.ones(2), torch.ones(3, 2), None, A, torch.ones(3, 1), 1.0)
+    with torch.inference_mode():
+        target = torch.zeros(1)
+    with pytest.raises(ValueError, match="was made in inference mode"):
+        slao_kernels.scaled_merge_([target], [one], 1.0, backend="reference")
+    with pytest.raises(ValueError, match="dtype: is torch.float8_e4m3fn"):
+        slao_kernels.weighted_merge([([torch.ones(1, 2)], [torch.ones(3, 1)], 1.0)], [1.0], dtype=torch.float8_e4m3fn)
