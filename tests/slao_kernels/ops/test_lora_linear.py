@@ -54,7 +54,7 @@ BAD = {
     "dims": ({"weight": torch.zeros(6)}, "needs at least 1 dimension"),
     "integer": ({"A": torch.zeros(4, 8, dtype=torch.int64)}, "A is torch.int64, expected a floating dtype"),
     "dtype": ({"weight": torch.zeros(6, 8, dtype=torch.bfloat16)}, "weight is torch.bfloat16, x is torch.float32"),
-    "device": ({"B": torch.zeros(6, 4, device="meta")}, "B is on meta, x on cpu"),
+    "device": ({"B": torch.zeros(6, 4, device="meta")}, "B is on the meta device; load the weights first"),
     "dropout": ({"dropout": 1.0}, "dropout is 1.0"),
     "precision": ({"precision": "high"}, "unknown precision 'high', choose one of base, adapter"),
     "backend": ({"backend": "cublas"}, "unknown backend 'cublas'; choose one of auto, reference, eager"),
