@@ -30,7 +30,7 @@ demo:
 test: $(VENV)/.installed
 	$(BIN)/pytest -n $(WORKERS) -m "$(MARK)" $(ARGS)
 
-## make fuzz    readers of outside data, the ops' inputs and sequences of calls, FUZZ= random cases a test, new ones
+## make fuzz    the readers of outside data on FUZZ= random cases a test, new ones
 ##              every time (minutes)
 fuzz: $(VENV)/.installed
 	SLAO_FUZZ=$(FUZZ) $(BIN)/pytest -n $(WORKERS) -k fuzz tests --timeout 0 $(ARGS)
