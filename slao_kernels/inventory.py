@@ -72,8 +72,8 @@ def beside(model: nn.Module, adapter: str = "default") -> list[Part]:
             if parameter is None or attribute == "_flat_param" or _under(name, inside) or _in_adapter(name, layers):
                 continue
             is_bias = attribute == "bias" and (biases == "all" or (biases != "none" and of_layer))
-            # What is on the meta device is nothing yet, and cannot train.
-            if (is_bias or parameter.requires_grad) and parameter.device.type != "meta":
+            # On the meta device nothing trains that no config names; what a config names is refused there by its use.
+            if is_bias or (parameter.requires_grad and parameter.device.type != "meta"):
                 rest.append(Part(plain_name(name), "bias" if is_bias else "other", name, (module, attribute)))
     parts += rest  # what is tied to a saved module counts as that
     seen: dict[int, Part] = {}

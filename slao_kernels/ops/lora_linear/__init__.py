@@ -40,8 +40,8 @@ def lora_linear(
     Raises ValueError on shapes, dtypes or devices that do not fit, naming them.
     Source: LoRA (arXiv 2106.09685); this evaluation order: RunLoRA (arXiv 2312.03415), LoRAFusion (EuroSys'26).
     """
-    _check_tensors(x=x, weight=weight, A=A, B=B)
-    _check_tensors(**{k: t for k, t in (("bias", bias), ("core", core), ("core_delta", core_delta)) if t is not None})
+    optional = {"bias": bias, "core": core, "core_delta": core_delta}
+    _check_tensors(x=x, weight=weight, A=A, B=B, **{name: t for name, t in optional.items() if t is not None})
     (factor,) = checks.numbers("lora_linear", "scaling", [scaling], 1)
     _check(x, weight, bias, A, B, core, core_delta, dropout, precision)
     p = dropout if training else 0.0

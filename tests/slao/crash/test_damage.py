@@ -144,7 +144,9 @@ def test_what_is_derived_is_written_anew(small, tools, whole, tmp_path, how):
     folder = tmp_path / "tiny"
     shutil.copytree(whole, folder)
     derived = [path for path in folder.rglob("*") if path.is_file() and "state" not in path.parts]
-    derived = [path for path in derived if path.name not in ("identity.json", "settings.json", LOCK)]
+    # Without settings a folder is no run's; what they say is in the run's record.
+    kept = ("identity.json", LOCK, *(["settings.json"] if how == "absent" else []))
+    derived = [path for path in derived if path.name not in kept]
     assert {path.parent.name for path in derived} == {"tiny", "report", "slao-0", "seqlora-0"}
     pictures = {path: path.read_bytes() for path in derived if path.suffix == ".png"}
     assert len(pictures) == 7
@@ -154,7 +156,8 @@ def test_what_is_derived_is_written_anew(small, tools, whole, tmp_path, how):
     assert answer["code"] == 0, answer["err"]
     assert tools.changed(folder, whole) == []
     assert {path: path.read_bytes() for path in pictures} == pictures
-    assert (folder / "report.html").read_bytes() == (whole / "report.html").read_bytes()
+    for name in ("report.html", "settings.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize("command", ["report", "report --markdown", "interference", "merge"])

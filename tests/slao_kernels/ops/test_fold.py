@@ -103,8 +103,9 @@ def test_any_shape_and_layout(ops, sizes, layouts, weight, adapter, seed):
     exact = [W.double() + s * B.double() @ A.double() for W, A, B, s in zip(Ws, As, Bs, scalings, strict=True)]
     outside = [whole.double().sum() - W.double().sum() for whole, W in zip(wholes, Ws, strict=True)]
     ops.fold(Ws, As, Bs, scalings)
-    for W, e, whole, rest in zip(Ws, exact, wholes, outside, strict=True):
-        torch.testing.assert_close(W.double(), e, rtol=torch.finfo(weight).eps, atol=2e-5)
+    for W, e, whole, rest, A in zip(Ws, exact, wholes, outside, As, strict=True):
+        atol = 1e-5 * max(1.0, len(A) / 9) ** 0.5  # an fp32 sum of r products
+        torch.testing.assert_close(W.double(), e, rtol=torch.finfo(weight).eps, atol=atol)
         if layouts[0] != "plain":
             torch.testing.assert_close(whole.double().sum() - W.double().sum(), rest, rtol=1e-9, atol=1e-9)
 

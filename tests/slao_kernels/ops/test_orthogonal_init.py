@@ -47,8 +47,8 @@ def test_is_the_unique_qr(shape, dtype, ops):
     Q, R = exact_qr(A)
     states, (found,) = ops.init([A], triangles=True)
     assert (states, A.dtype) == ([FINE], dtype)
-    # Square Gaussians have κ up to 1e3, where rows of Q move by κ·eps.
-    slack = 100 if shape[0] == shape[1] else 1
+    # A square Gaussian of this size has κ up to 1e3, where rows of Q move by κ·eps.
+    slack = 100 if shape == (256, 256) else 1
     assert (A.double() - Q).abs().max() <= (1e-5 if dtype != fp64 else 1e-12 * slack) + torch.finfo(dtype).eps
     assert orthogonality(A) <= STORAGE[dtype] * math.sqrt(shape[0])
     assert found.dtype == (fp64 if dtype == fp64 else fp32)
