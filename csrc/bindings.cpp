@@ -13,7 +13,7 @@ using slao::Isa;
 
 namespace {
 
-constexpr const char* kNames[] = {"base", "avx2", "avx512"};  // of Isa's values
+constexpr const char* kNames[] = {"base", "avx2", "avx512", "avx512bf16", "amx"};  // of Isa's values
 
 Isa isa_of(const std::string& name) {
   const Isa best = slao::best_isa();
@@ -22,6 +22,9 @@ Isa isa_of(const std::string& name) {
   if (name != "auto") throw std::invalid_argument("this processor has no " + name);
   return best;
 }
+
+// The tests' way to the other instruction sets.
+void use_lora_isa(const std::string& isa) { slao::lora = slao::lora_products(isa_of(isa)); }
 
 void scaled_merge(const py::buffer& table, const py::buffer& lam, int threads, const std::string& isa) {
   const auto records = slao::records_of<slao::MergeRecord, 0, 1>(table, lam);
@@ -60,6 +63,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("fold", &fold);
   module.def("orthogonal_init", &orthogonal_init);
   slao::define_lora(module);
+  module.def("use_lora_isa", &use_lora_isa);
 #ifdef SLAO_CUDA
   module.attr("cuda") = true;
   slao::define_cuda(module);

@@ -12,19 +12,7 @@
 namespace slao {
 namespace {
 
-const LoraProducts* lora = lora_products(best_lora_isa());
-
-// The tests' way to the other instruction sets; "auto" is the processor's best.
-void use_lora_isa(const std::string& name) {
-  const LoraIsa best = best_lora_isa();
-  const LoraIsa wish = name == "auto"         ? best
-                       : name == "amx"        ? LoraIsa::amx
-                       : name == "avx512bf16" ? LoraIsa::avx512bf16
-                                              : LoraIsa::none;
-  if (wish > best || (wish == LoraIsa::none && name != "auto"))
-    throw std::invalid_argument("lora_linear has no code for " + name + " on this processor");
-  lora = lora_products(wish);
-}
+const LoraProducts* lora = lora_products(best_isa());
 
 const LoraProducts& products(int64_t other) {
   if (!lora || (other != int64_t(Dtype::bf16) && other != int64_t(Dtype::f32)))
@@ -75,7 +63,6 @@ void lora_backward(uintptr_t dy, int64_t ldy, uintptr_t t, uintptr_t x, uintptr_
 // lora_rank: the largest; 0 where the processor has no code.
 inline void define_lora(pybind11::module_& module) {
   module.attr("lora_rank") = lora ? kLoraRank : 0;
-  module.def("use_lora_isa", &use_lora_isa);
   module.def("lora_rows", &lora_rows);
   module.def("lora_outer", &lora_outer);
   module.def("lora_backward", &lora_backward);

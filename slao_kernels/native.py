@@ -84,7 +84,7 @@ def core() -> ModuleType:
 
 
 def instruction_set() -> str:
-    """What the CPU kernels use here: "avx512", "avx2" or "base"; "" without the extension."""
+    """The best that the CPU kernels use here: "amx", "avx512bf16", "avx512", "avx2", "base"; "" without the core."""
     loaded = _load()
     return "" if isinstance(loaded, str) else str(loaded.best_isa())
 

@@ -65,22 +65,9 @@ namespace amx {
 extern const LoraProducts lora_products;
 }
 
-enum class Isa { base, avx2, avx512 };
-
-inline Isa best_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq"))
-    return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    return Isa::avx2;
-#endif
-  return Isa::base;
-}
-
-// lora_linear has code for processors with bf16 dot products or tiles, where the compiler has flags for them.
-enum class LoraIsa { none, avx512bf16, amx };
+// In rising order. lora_linear has code for the last two, where the compiler has flags for them; all else of theirs is
+// avx512's.
+enum class Isa { base, avx2, avx512, avx512bf16, amx };
 
 #if defined(SLAO_HAS_AMX)
 // Tiles are a large register state: Linux hands it out to a process that asks, where processor and kernel have it.
@@ -97,25 +84,34 @@ inline bool tiles_granted() {
 }
 #endif
 
-inline LoraIsa best_lora_isa() {
+inline Isa best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq")) {
 #if defined(SLAO_HAS_AVX512BF16)
-  if (best_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) {
+    if (__builtin_cpu_supports("avx512bf16")) {
 #if defined(SLAO_HAS_AMX)
-    if (tiles_granted()) return LoraIsa::amx;
+      if (tiles_granted()) return Isa::amx;
 #endif
-    return LoraIsa::avx512bf16;
+      return Isa::avx512bf16;
+    }
+#endif
+    return Isa::avx512;
   }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    return Isa::avx2;
 #endif
-  return LoraIsa::none;
+  return Isa::base;
 }
 
-// Null for `none`.
-inline const LoraProducts* lora_products(LoraIsa isa) {
+// Null where there are none for `isa`.
+inline const LoraProducts* lora_products(Isa isa) {
 #if defined(SLAO_HAS_AVX512BF16)
-  if (isa == LoraIsa::avx512bf16) return &avx512bf16::lora_products;
+  if (isa == Isa::avx512bf16) return &avx512bf16::lora_products;
 #endif
 #if defined(SLAO_HAS_AMX)
-  if (isa == LoraIsa::amx) return &amx::lora_products;
+  if (isa == Isa::amx) return &amx::lora_products;
 #endif
   (void)isa;
   return nullptr;
@@ -126,7 +122,7 @@ inline const LoraProducts* lora_products(LoraIsa isa) {
 // Calls `call` in the namespace of `isa`.
 #if defined(__x86_64__)
 #define SLAO_CALL(isa, call)                                  \
-  ((isa) == ::slao::Isa::avx512 ? ::slao::avx512::call        \
+  ((isa) >= ::slao::Isa::avx512 ? ::slao::avx512::call        \
    : (isa) == ::slao::Isa::avx2 ? ::slao::avx2::call          \
                                 : ::slao::base::call)
 #else

@@ -243,10 +243,10 @@ int main() {
   check_all("avx2", best_isa() >= Isa::avx2, avx2::scaled_merge, avx2::fold, avx2::orthogonal_init);
   check_all("avx512", best_isa() >= Isa::avx512, avx512::scaled_merge, avx512::fold, avx512::orthogonal_init);
 #endif
-  check_lora("avx512bf16", best_lora_isa() >= LoraIsa::avx512bf16 ? lora_products(LoraIsa::avx512bf16) : nullptr);
-  check_lora("amx", best_lora_isa() >= LoraIsa::amx ? lora_products(LoraIsa::amx) : nullptr);
+  check_lora("avx512bf16", best_isa() >= Isa::avx512bf16 ? lora_products(Isa::avx512bf16) : nullptr);
+  check_lora("amx", best_isa() >= Isa::amx ? lora_products(Isa::amx) : nullptr);
 #if defined(SLAO_HAS_AMX)
-  check_lora("amx_emulated", best_lora_isa() >= LoraIsa::avx512bf16 ? &amx_emulated::lora_products : nullptr);
+  check_lora("amx_emulated", best_isa() >= Isa::avx512bf16 ? &amx_emulated::lora_products : nullptr);
 #endif
   std::printf(failures ? "%d checks FAILED\n" : "every check passed\n", failures);
   return failures ? 1 : 0;

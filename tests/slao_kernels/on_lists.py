@@ -81,7 +81,7 @@ class Public:
 class Core:
     """The compiled core with one instruction set, on one thread; what it leaves to Householder stays as it is."""
 
-    SETS = ("base", "avx2", "avx512")
+    SETS = ("base", "avx2", "avx512")  # and more for lora_linear alone
     FLAGGED = 3
 
     def __init__(self, isa: str) -> None:
@@ -95,7 +95,7 @@ class Core:
         if missing is not None:
             return f"no compiled core: {missing}"
         best = native.instruction_set()
-        known = self.isa == "auto" or self.SETS.index(self.isa) <= self.SETS.index(best)
+        known = self.isa == "auto" or best not in self.SETS or self.SETS.index(self.isa) <= self.SETS.index(best)
         return None if known else f"this processor has {best}, not {self.isa}"
 
     def init(self, As: Sequence[Tensor], triangles: bool = False) -> tuple[list[int], list[Tensor]]:
