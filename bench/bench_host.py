@@ -1,7 +1,8 @@
 """What a patched layer costs the host: tiny layers, whose arithmetic is next to nothing, in every mode that users run.
 
 On a GPU this is the time in which Python keeps the queue from filling; below some thousand tokens it is all that
-counts. Each row has the frozen layer (or block of seven layers) as the floor, PEFT, PEFT with each block compiled
+counts. "layer, 512x1024" is a layer whose arithmetic is what counts, in the same modes, on the device that is
+asked for. Each row has the frozen layer (or block of seven layers) as the floor, PEFT, PEFT with each block compiled
 (--compile), ours with the backend "auto", and with "eager": torch's own GEMMs, the path that a GPU takes.
 `ours / PEFT` and `eager / PEFT` are what must stay below 1 in every row.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,8 +26,6 @@ from torch.utils.checkpoint import checkpoint
 import slao_kernels
 from slao_kernels.testing import TOLERANCE, error_ratio
 
-WIDTH, TOKENS = 16, 16
-
 
 class Called(nn.Linear):
     """A linear layer that only it itself can compute, as far as anybody knows: a subclass."""
@@ -35,10 +34,10 @@ class Called(nn.Linear):
 class Block(nn.Module):
     """The seven projections of a decoder's block, in their order, with as little between them as there can be."""
 
-    def __init__(self, kind: type[nn.Linear], dtype: torch.dtype) -> None:
+    def __init__(self, kind: type[nn.Linear], width: int, dtype: torch.dtype) -> None:
         super().__init__()
         for name in ("q", "k", "v", "o", "gate", "up", "down"):
-            self.add_module(name, kind(WIDTH, WIDTH, bias=False, dtype=dtype))
+            self.add_module(name, kind(width, width, bias=False, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.o(self.q(x) + self.k(x) + self.v(x))
@@ -48,9 +47,9 @@ class Block(nn.Module):
 class Layer(nn.Module):
     """One projection."""
 
-    def __init__(self, kind: type[nn.Linear], dtype: torch.dtype) -> None:
+    def __init__(self, kind: type[nn.Linear], width: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.q = kind(WIDTH, WIDTH, bias=False, dtype=dtype)
+        self.q = kind(width, width, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.q(x)
@@ -66,6 +65,7 @@ class Mode:
     called: bool = False
     dora: bool = False
     adapters: int = 1
+    rank: int = 4
     reentrant: bool | None = None  # None: no checkpointing
     training: bool = True
 
@@ -82,18 +82,39 @@ MODES = {
     "bf16 called base": Mode(BF16, called=True),
     "DoRA": Mode(dora=True),
     "two adapters": Mode(adapters=2),
+    "r = 256": Mode(rank=256),
     "checkpointing, reentrant": Mode(reentrant=True),
     "checkpointing": Mode(reentrant=False),
 }
-SUBJECTS = {"layer": Layer, "block": Block}
 
 
-def adapted(subject: type[nn.Module], mode: Mode) -> nn.Module:
+@dataclass(frozen=True)
+class Subject:
+    """What is timed, and how often."""
+
+    module: type[nn.Module]
+    iterations: int
+    rounds: int = 41
+    tokens: int = 16
+    width: int = 16
+
+    def build(self, mode: Mode) -> nn.Module:
+        return self.module(Called if mode.called else nn.Linear, self.width, mode.base)
+
+
+SUBJECTS = {
+    "layer": Subject(Layer, 100),
+    "block": Subject(Block, 20),
+    "layer, 512x1024": Subject(Layer, 1, 21, 512, 1024),
+}
+
+
+def adapted(subject: Subject, mode: Mode) -> nn.Module:
     """The subject with PEFT's LoRA; the same weights for every contestant."""
     torch.manual_seed(0)
-    config = partial(LoraConfig, r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    config = partial(LoraConfig, r=mode.rank, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     options = {"lora_dropout": mode.dropout, "use_dora": mode.dora}
-    model = get_peft_model(subject(Called if mode.called else nn.Linear, mode.base), config(**options))
+    model = get_peft_model(subject.build(mode), config(**options))
     for index in range(1, mode.adapters):
         model.add_adapter(f"other{index}", config(**options))
     if mode.adapters > 1:
@@ -105,7 +126,7 @@ def adapted(subject: type[nn.Module], mode: Mode) -> nn.Module:
 def passes(model: nn.Module, mode: Mode, x: Tensor, backward: bool) -> Callable[[], Any]:
     """One forward pass (with a graph, as in training), or forward and backward to x and the adapters."""
     wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
-    dy = torch.randn(TOKENS, WIDTH).to(mode.base)
+    dy = torch.randn_like(x)
 
     def forward() -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16) if mode.autocast else nullcontext():
@@ -130,31 +151,32 @@ def passes(model: nn.Module, mode: Mode, x: Tensor, backward: bool) -> Callable[
 def test_host(
     subject: str, mode: str, direction: str, benchmark: Any, device: str, request: pytest.FixtureRequest
 ) -> None:
-    if device != "cpu":
+    if device != "cpu" and SUBJECTS[subject].width == 16:
         pytest.skip("the host's time is measured where nothing is launched: --device cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run(SUBJECTS[subject], MODES[mode], direction != "forward", benchmark, request.config)
+        run(SUBJECTS[subject], MODES[mode], direction != "forward", benchmark, device, request.config)
     finally:
         torch.set_num_threads(threads)
 
 
-def run(subject: type[nn.Module], mode: Mode, backward: bool, benchmark: Any, options: pytest.Config) -> None:
-    x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).to(mode.base).requires_grad_()
+def run(subject: Subject, mode: Mode, backward: bool, benchmark: Any, device: str, options: pytest.Config) -> None:
     torch.manual_seed(0)
-    models = {"frozen": subject(nn.Linear, mode.base).requires_grad_(False), "PEFT": adapted(subject, mode)}
+    x = torch.randn(subject.tokens, subject.width).to(device, mode.base).requires_grad_()
+    frozen = subject.build(replace(mode, called=False)).to(device).requires_grad_(False)
+    models = {"frozen": frozen, "PEFT": adapted(subject, mode).to(device)}
     if options.getoption("--compile"):
         torch.compiler.reset()
-        models["PEFT, compiled"] = torch.compile(adapted(subject, mode))
+        models["PEFT, compiled"] = torch.compile(adapted(subject, mode).to(device))
     for name, backend in (("ours", "auto"), ("ours, eager", "eager")):
-        models[name] = adapted(subject, mode)
+        models[name] = adapted(subject, mode).to(device)
         slao_kernels.patch(models[name], backend=backend, strict=True)
     calls = {name: passes(model, mode, x, backward) for name, model in models.items()}
     agree(models, mode, x)
-    iterations = 20 if subject is Block else 100
-    races = interleave(benchmark, calls, "cpu", 41, iterations, options.getoption("--best-of"))
-    record(benchmark, races, "frozen", "cpu")
+    repeats = options.getoption("--best-of")
+    races = interleave(benchmark, calls, device, subject.rounds, subject.iterations, repeats)
+    record(benchmark, races, "frozen", device)
     for name in ("ours", "ours, eager"):
         ratio = best(races, lambda race, name=name: race[name] / race["PEFT"])
         benchmark.extra_info[f"{name} / PEFT"] = ratio
