@@ -122,12 +122,12 @@ def make_plan(layer: Any, x: Any, args: Any, kwargs: dict[str, Any]) -> LayerPla
     return plan
 
 
-def _call(layer: Any, plan: LayerPlan, x: Tensor, layers: list[Any], made: torch.dtype | None = None) -> Call:
+def _call(layer: Any, plan: LayerPlan, x: Tensor, tensors: list[Any], made: torch.dtype | None = None) -> Call:
     options, name = layer.slao_options, plan.adapters[0]
-    scalings = (1.0 if plan.scaled else float(layer.scaling[name]),)
+    scaling = 1.0 if plan.scaled else float(layer.scaling[name])
     # Several adapters with dropout have been ruled out: each would see a mask of its own.
     p = eligibility.active_dropout(layer, name)
-    return call_for(x, layers, scalings, options.precision, options.backend, p, made)
+    return call_for(x, tensors, scaling, options.precision, options.backend, p, made)
 
 
 def run_peft(plan: LayerPlan, layer: Any, x: Tensor, tensors: list[Any], args: Any, kwargs: dict[str, Any]) -> Tensor:

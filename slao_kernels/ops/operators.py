@@ -10,30 +10,16 @@ back empty.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
 
-Tensors = Sequence[Tensor]
 LIBRARY = torch.library.Library("slao_kernels", "DEF")
-
-
-class Layers(NamedTuple):
-    """Linear layers of one x with their adapters: weights (N, K), biases (N), As (r, K), Bs (N, r), the scalings.
-
-    The As share one dtype with the Bs. A backward pass has no biases.
-    """
-
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor | None]
-    As: Sequence[Tensor]
-    Bs: Sequence[Tensor]
-    scalings: Sequence[float]
 
 
 def products_of(backend: str, drawn: Tensor | None = None, p: float = 0.0) -> Any:
@@ -53,91 +39,83 @@ def _outside(run: Callable[..., Any], device: str, *args: Any) -> Any:
         return run(*args)
 
 
-def batched(dys: Sequence[Tensor]) -> bool:
-    """Whether these are many gradients in one (is_grads_batched, vectorize=True), in no memory that a kernel reads."""
-    return torch._C._are_functorch_transforms_active() or any(map(torch._C._functorch.is_legacy_batchedtensor, dys))
+def batched(dy: Tensor) -> bool:
+    """Whether this is many gradients in one (is_grads_batched, vectorize=True), in no memory that a kernel reads."""
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
-# One or more layers of one x: ys[i] = x Wᵢᵀ + biasᵢ + scalingᵢ tᵢ Bᵢᵀ, shaped (*x.shape[:-1], Nᵢ); t = source Aᵀ
-# (M, Σr), the Aᵢ one below the other, source = x, or x after dropout by torch (then drawn is of no interest).
-# A and B share one dtype: x's; or a wider one, in which the branch is then computed and t kept (wide, for
-# precision="adapter"), or which the backend rounds itself while it reads them ("native").
+# y = x Wᵀ + bias + scaling t Bᵀ, shaped (*x.shape[:-1], N); t = source Aᵀ (M, r), source = x, or x after dropout by
+# torch (then drawn is of no interest). A and B share one dtype: x's; or a wider one, in which the branch is then
+# computed and t kept (wide, for precision="adapter"), or which the backend rounds while it reads them ("native").
 # drawn, of a dropout of probability p: torch's mask (bool, x's shape), or a seed (one int64 on x's device) from which
 # the backend draws it itself, forward and backward; source is then x.
 LIBRARY.define(
-    "lora_linear(Tensor x, Tensor? source, Tensor[] weights, Tensor?[] biases, Tensor[] As, Tensor[] Bs, "
-    "float[] scalings, bool wide, str backend, Tensor? drawn=None, float p=0.) -> (Tensor[] ys, Tensor t)"
+    "lora_linear(Tensor x, Tensor? source, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scaling, bool wide, "
+    "str backend, Tensor? drawn=None, float p=0.) -> (Tensor y, Tensor t)"
 )
-# With gᵢ = scalingᵢ dyᵢ Bᵢ side by side in g (M, Σr): dx = Σ dyᵢ Wᵢ + g A, what is drawn applied to g A as to x in
-# forward; dAᵢ = gᵢᵀ source, dBᵢ = scalingᵢ dyᵢᵀ tᵢ.
+# With g = scaling dy B (M, r): dx = dy W + g A, what is drawn applied to g A as to x in forward; dA = gᵀ source,
+# dB = scaling dyᵀ t.
 LIBRARY.define(
-    "lora_linear_backward(Tensor[] dys, Tensor source, Tensor[] weights, Tensor t, Tensor[] As, Tensor[] Bs, "
-    "float[] scalings, bool wide, bool need_x, bool[] need_As, bool[] need_Bs, str backend, Tensor? drawn=None, "
-    "float p=0.) -> (Tensor dx, Tensor[] dAs, Tensor[] dBs, Tensor g)"
+    "lora_linear_backward(Tensor dy, Tensor source, Tensor weight, Tensor t, Tensor A, Tensor B, float scaling, "
+    "bool wide, bool need_x, bool need_A, bool need_B, str backend, Tensor? drawn=None, float p=0.) "
+    "-> (Tensor dx, Tensor dA, Tensor dB, Tensor g)"
 )
 
 
 def _lora_linear(
     x: Tensor,
     source: Tensor | None,
-    weights: Tensors,
-    biases: Sequence[Tensor | None],
-    As: Tensors,
-    Bs: Tensors,
-    scalings: Sequence[float],
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
     wide: bool,
     backend: str,
     drawn: Tensor | None = None,
     p: float = 0.0,
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[Tensor, Tensor]:
     products = products_of(backend, drawn, p)
     run = products.wide_forward if wide else products.forward
-    return outside_autocast(run, x.device.type)(x, source, Layers(weights, biases, As, Bs, scalings))
+    return outside_autocast(run, x.device.type)(x, source, weight, bias, A, B, scaling)
 
 
 def _lora_linear_fake(
-    x: Tensor, source: Any, weights: Tensors, biases: Any, As: Tensors, Bs: Any, scalings: Any, wide: bool, *_: Any
-) -> tuple[list[Tensor], Tensor]:
+    x: Tensor, source: Any, weight: Tensor, bias: Any, A: Tensor, B: Any, scaling: float, wide: bool, *_: Any
+) -> tuple[Tensor, Tensor]:
     tokens = x.shape[:-1]
-    t = (As[0] if wide else x).new_empty((tokens.numel(), sum(A.shape[0] for A in As)))
-    return [x.new_empty((*tokens, weight.shape[0])) for weight in weights], t
+    return x.new_empty((*tokens, weight.shape[0])), (A if wide else x).new_empty((tokens.numel(), A.shape[0]))
 
 
 def _lora_linear_backward(
-    dys: Tensors,
+    dy: Tensor,
     source: Tensor,
-    weights: Tensors,
+    weight: Tensor,
     t: Tensor,
-    As: Tensors,
-    Bs: Tensors,
-    scalings: Sequence[float],
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
     wide: bool,
     need_x: bool,
-    need_As: Sequence[bool],
-    need_Bs: Sequence[bool],
+    need_A: bool,
+    need_B: bool,
     backend: str,
     drawn: Tensor | None = None,
     p: float = 0.0,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+) -> tuple[Tensor, ...]:
     products = products_of(backend, drawn, p)
     run = products.wide_backward if wide else products.backward
-    layers, needs = Layers(weights, [None] * len(As), As, Bs, scalings), (need_x, need_As, need_Bs)
-    dx, dAs, dBs, g = outside_autocast(run, source.device.type)(source, dys, layers, t, needs)
-
-    def found(tensor: Tensor | None) -> Tensor:
-        return source.new_empty(0) if tensor is None else tensor
-
-    return found(dx), list(map(found, dAs)), list(map(found, dBs)), found(g)
+    tensors, needs = (dy, source, weight, t, A, B), (need_x, need_A, need_B)
+    grads = outside_autocast(run, source.device.type)(*tensors, scaling, needs)
+    return tuple(source.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _lora_linear_backward_fake(
-    dys: Tensors, source: Tensor, weights: Any, t: Tensor, As: Tensors, Bs: Tensors, scalings: Any, *rest: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    (_, need_x, need_As, need_Bs, *_), nothing = rest, source.new_empty
-    dAs = [torch.empty_like(A) if need else nothing(0) for A, need in zip(As, need_As, strict=True)]
-    dBs = [torch.empty_like(B) if need else nothing(0) for B, need in zip(Bs, need_Bs, strict=True)]
-    g = torch.empty_like(t) if need_x or any(need_As) else nothing(0)
-    return nothing(source.shape if need_x else 0), dAs, dBs, g
+    dy: Any, source: Tensor, weight: Any, t: Tensor, A: Tensor, B: Tensor, scaling: float, wide: bool, *rest: Any
+) -> tuple[Tensor, ...]:
+    need_x, need_A, need_B = rest[:3]
+    of = (source, need_x), (A, need_A), (B, need_B), (t, need_x or need_A)
+    return tuple(torch.empty_like(tensor) if need else source.new_empty(0) for tensor, need in of)
 
 
 # A branch on what a base layer, called, returned: out = y + scaling (x Aᵀ) Bᵀ in y's dtype and shape (..., N), a fresh

@@ -36,8 +36,8 @@ SHAPES = [
     ((), 32, 24, 4),
 ]
 NAMES = ("x", "weight", "bias", "A", "B")
-SCALINGS = (0.7, 1.3, 0.4)
-WIDE = {"A", "B", "A1", "B1", "A2", "B2", "own", "core", "core_delta", "magnitude"}  # of the adapters' dtype
+SCALING = 0.7
+WIDE = {"A", "B", "own", "core", "core_delta", "magnitude"}  # of the adapters' dtype
 
 # Where the ops run: a backend and a device. Under TRITON_INTERPRET=1 Triton's alone, for on_triton.interpreted.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -75,12 +75,8 @@ def make(
     seed: int = 0,
     device: str = "cpu",
 ) -> Tensors:
-    """What any op reads, of the size that training has: unit tokens, unit base output, a delta of a third of it.
-
-    Layers 1 and 2 have ranks and widths of their own, layer 1 no bias; dy is as wide as all three.
-    """
+    """What any op reads, of the size that training has: unit tokens, unit base output, a delta of a third of it."""
     draw, own = draws(dtype, seed), adapter or dtype
-    r1, r2, n1, n2 = max(1, r // 2), r + 3, n + 5, max(1, n - 3)
     found = {
         "x": draw(*shape, k),
         "weight": draw(n, k, scale=k**-0.5),
@@ -89,17 +85,10 @@ def make(
         "B": draw(n, r, scale=r**-0.5 / 3, dtype=own),
         "core": draw(r, r, scale=r**-0.5, dtype=own),
         "core_delta": draw(r, r, scale=r**-0.5, dtype=own),
-        "dy": draw(*shape, n + n1 + n2),
+        "dy": draw(*shape, n),
         "y": draw(*shape, n),
         "own": draw(n, scale=1 / 3, dtype=own),
         "magnitude": (1 + draw(n, scale=0.2, dtype=torch.float64)).to(own),
-        "weight1": draw(n1, k, scale=k**-0.5),
-        "A1": draw(r1, k, scale=k**-0.5, dtype=own),
-        "B1": draw(n1, r1, scale=r1**-0.5 / 3, dtype=own),
-        "weight2": draw(n2, k, scale=k**-0.5),
-        "bias2": draw(n2),
-        "A2": draw(r2, k, scale=k**-0.5, dtype=own),
-        "B2": draw(n2, r2, scale=r2**-0.5 / 3, dtype=own),
     }
     return {name: value.to(device) for name, value in found.items()}
 
@@ -115,19 +104,6 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor[:1].expand(tensor.shape) if layout == "expanded" and len(tensor) else tensor
 
 
-# The calls that layers.py makes
-
-
-def layers_of_one_x(
-    x: Tensor, layers: list[Any], precision: str = "base", backend: str = "auto", dropout: float = 0.0
-) -> tuple[Tensor, ...]:
-    """The node with weight, bias, A and B of each layer."""
-    scalings = SCALINGS[: len(layers) // 4]
-    call = autograd.call_for(x, layers, scalings, precision, backend, dropout)
-    ys = autograd.linear(call)(call, x, *layers)
-    return ys if isinstance(ys, tuple) else (ys,)
-
-
 def lora_add(
     y: Tensor,
     x: Tensor,
@@ -137,10 +113,10 @@ def lora_add(
     backend: str = "auto",
     dropout: float = 0.0,
     in_place: bool = False,
-    s: float = SCALINGS[0],
+    s: float = SCALING,
 ) -> Tensor:
-    """The node that adds a branch to what a called base returned."""
-    call = autograd.call_for(x, (None, None, A, B), (s,), precision, backend, dropout, y.dtype)
+    """The node that adds a branch to what a called base returned, as layers.py calls it."""
+    call = autograd.call_for(x, (None, None, A, B), s, precision, backend, dropout, y.dtype)
     return autograd.add(call)(call, y, x, A, B, in_place)
 
 
@@ -153,9 +129,9 @@ def lora_dora(
     B: Tensor,
     precision: str = "base",
     backend: str = "auto",
-    s: float = SCALINGS[0],
+    s: float = SCALING,
 ) -> Tensor:
-    call = autograd.call_for(x, (weight, bias, A, B), (s,), precision, backend)
+    call = autograd.call_for(x, (weight, bias, A, B), s, precision, backend)
     return dora_op.run(call, x, weight, bias, magnitude, A, B)
 
 
@@ -177,36 +153,17 @@ def _linear(*more: str, bias: bool = True) -> Op:
     def ours(t: Tensors, **options: Any) -> Tensor:
         cores = {name: t[name] for name in more}
         return slao_kernels.lora_linear(
-            t["x"], t["weight"], t["bias"] if bias else None, t["A"], t["B"], SCALINGS[0], **cores, **options
+            t["x"], t["weight"], t["bias"] if bias else None, t["A"], t["B"], SCALING, **cores, **options
         )
 
     def exact(t: Tensors) -> Tensor:
         cores = t["core"] if "core" in more else None, t["core_delta"] if "core_delta" in more else None
         dropped = t["x"] * t["mask"] if "mask" in t else None
         base = t["x"], dropped, t["weight"], t["bias"] if bias else None
-        return reference.lora_linear(*base, t["A"], t["B"], SCALINGS[0], *cores)
+        return reference.lora_linear(*base, t["A"], t["B"], SCALING, *cores)
 
     # With a core one product more in the chain (B R, R A), rounded once more.
     return Op(names, ours, exact, 1.5 if more else 1.0)
-
-
-def _several(count: int) -> Op:
-    parts = [part + suffix for suffix in ("", "1", "2")[:count] for part in NAMES[1:]]
-
-    def ours(t: Tensors, **options: Any) -> Tensor:
-        layers = [None if part == "bias1" else t[part] for part in parts]
-        return torch.cat(layers_of_one_x(t["x"], layers, **options), -1)
-
-    def exact(t: Tensors) -> Tensor:
-        dropped, ys = t["x"] * t["mask"] if "mask" in t else None, []
-        for s, i in zip(SCALINGS[:count], ("", "1", "2"), strict=False):
-            ys.append(
-                reference.lora_linear(t["x"], dropped, t[f"weight{i}"], t.get(f"bias{i}"), t[f"A{i}"], t[f"B{i}"], s)
-            )
-        return torch.cat(ys, -1)
-
-    # dx is rounded after each layer's product.
-    return Op(("x", *(part for part in parts if part != "bias1")), ours, exact, 1.5)
 
 
 def _add(in_place: bool = False, bias: bool = False) -> Op:
@@ -219,7 +176,7 @@ def _add(in_place: bool = False, bias: bool = False) -> Op:
         return lora_add(y, t["x"], t["A"], whole(t), in_place=in_place, **options)
 
     def exact(t: Tensors) -> Tensor:
-        return reference.lora_add(t["y"], t["x"] * t.get("mask", 1), t["A"], whole(t), SCALINGS[0])
+        return reference.lora_add(t["y"], t["x"] * t.get("mask", 1), t["A"], whole(t), SCALING)
 
     return Op(("y", "x", "A", "B", *(["own"] if bias else [])), ours, exact)
 
@@ -232,7 +189,7 @@ def _dora(bias: bool = True) -> Op:
 
     def exact(t: Tensors) -> Tensor:
         part = t["x"], t["weight"], t["bias"] if bias else None, t["magnitude"], t["A"], t["B"]
-        return dora_reference.dora(*part, SCALINGS[0])
+        return dora_reference.dora(*part, SCALING)
 
     # One rounding more: of z, or of c dy.
     return Op(names, ours, exact, 1.5)
@@ -244,8 +201,6 @@ OPS = {
     "core and delta": _linear("core", "core_delta"),
     "delta alone": _linear("core_delta"),
     "core alone": _linear("core"),
-    "two layers": _several(2),
-    "three layers": _several(3),
     "add": _add(),
     "add in place": _add(in_place=True),
     "add with a bias": _add(bias=True),
@@ -253,19 +208,20 @@ OPS = {
     "DoRA": _dora(),
     "DoRA, no bias": _dora(bias=False),
 }
-MAIN = ("linear", "core and delta", "three layers", "add in place", "add with a bias", "DoRA")  # one of each code path
-DROPPING = ("linear", "core and delta", "three layers", "add", "add with a bias")
+MAIN = ("linear", "core and delta", "add in place", "add with a bias", "DoRA")  # one of each code path
+DROPPING = ("linear", "core and delta", "add", "add with a bias")
 
 
 def run(function: Callable[[Tensors], Tensor], inputs: Tensors, names: tuple[str, ...]) -> Tensors:
     """y ("out") and the gradient of every tensor in `names`, 0 where the output does not reach it."""
     leaves = {**inputs, **{name: inputs[name].detach().clone().requires_grad_() for name in names}}
     y = function(leaves)
-    dy = inputs["dy"]
-    if dy.shape != y.shape:
-        dy = dy[..., : y.shape[-1]].clone(memory_format=torch.contiguous_format)
     reached = y.requires_grad  # not by a core alone
-    grads = torch.autograd.grad(y, [leaves[n] for n in names], dy.to(y.dtype), allow_unused=True) if reached else names
+    grads = (
+        torch.autograd.grad(y, [leaves[n] for n in names], inputs["dy"].to(y.dtype), allow_unused=True)
+        if reached
+        else names
+    )
     found = {n: g if isinstance(g, Tensor) else torch.zeros_like(inputs[n]) for n, g in zip(names, grads, strict=True)}
     return {"out": y.detach(), **found}
 

@@ -140,7 +140,7 @@ def test_which_results_are_overwritten(kind, grad):
 
 def overwritten(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """The branch written into y, whoever else has it."""
-    call = call_for(x, [None, None, A, B], (0.5,), made=y.dtype)
+    call = call_for(x, [None, None, A, B], 0.5, made=y.dtype)
     return add(call)(call, y, x, A, B, True)
 
 

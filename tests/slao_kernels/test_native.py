@@ -108,18 +108,17 @@ def test_too_little_memory_is_an_error():
 import resource, torch, slao_kernels
 from slao_kernels import native
 from slao_kernels.ops.lora_linear import cpu
-from slao_kernels.ops.operators import Layers
 torch.set_num_threads(2)
 As = [torch.randn(2000, 2000) for _ in range(2)]
 before = [A.clone() for A in As]
 x, A, W = (torch.randn(rows, 1 << 20).bfloat16() for rows in (64, 64, 4))
-layers = Layers([W], [None], [A], [torch.randn(4, 64).bfloat16()], [1.0])
+B = torch.randn(4, 64).bfloat16()
 slao_kernels.orthogonal_init_([torch.randn(16, 900) for _ in range(4)], backend="native")  # threads have their stacks
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20),) * 2)
 calls = [lambda: slao_kernels.orthogonal_init_(As, backend="native")]
 if native.core().lora_rank:
-    calls.append(lambda: cpu.products().forward(x, None, layers))
+    calls.append(lambda: cpu.products().forward(x, None, W, None, A, B, 1.0))
 for call in calls:
     try:
         call()

@@ -44,7 +44,7 @@ def _scale_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     z, c = ctx.saved_tensors
     need_z, need_c, need_bias = ctx.needs_input_grad
     z = dy if z is None else z  # of the same shape and dtype, and not read
-    if dispatch.direct() and operators.batched((dy,)):
+    if dispatch.direct() and operators.batched(dy):
         dz, dc = (dy * c).to(z.dtype), (dy * z.to(c.dtype)).reshape(-1, c.shape[0]).sum(0)
     else:
         dz, dc = _run("scale_backward", dy, z, c, need_z, need_c)
@@ -68,9 +68,8 @@ def run(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, magnitude: T
     """
     wide = torch.promote_types(torch.float32, torch.promote_types(A.dtype, B.dtype))
     wide = torch.promote_types(wide, torch.promote_types(weight.dtype, magnitude.dtype))
-    (scaling,) = call.scalings
     with torch.no_grad():
-        norms = _run("norm", weight, A.to(wide), B.to(wide), scaling)
+        norms = _run("norm", weight, A.to(wide), B.to(wide), call.scaling)
     c = magnitude.to(wide) / norms
     scale = _Scale.apply if torch.is_grad_enabled() else partial(_run, "scale")
     inside = None

@@ -45,10 +45,11 @@ def lora_linear(
     (factor,) = checks.numbers("lora_linear", "scaling", [scaling], 1)
     _check(x, weight, bias, A, B, core, core_delta, dropout, precision)
     p = dropout if training else 0.0
-    layers = weight, bias, A, B
-    call = call_for(x, layers, (factor,), precision, backend, p)
+    layer = weight, bias, A, B
+    call = call_for(x, layer, factor, precision, backend, p)
     cores = () if core is core_delta is None else (core, core_delta)
-    return linear(call)(call, x, *layers, *cores)
+    y: Tensor = linear(call)(call, x, *layer, *cores)
+    return y
 
 
 def _check_tensors(**tensors: object) -> None:

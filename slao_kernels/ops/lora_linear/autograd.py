@@ -1,4 +1,4 @@
-"""The nodes of the autograd graph: a LoRA layer, or several of one x; and a branch on a called base layer's result.
+"""The nodes of the autograd graph: a LoRA layer, and a branch on a called base layer's result.
 
 Both are given tensors as they are stored and cast them inside, so autocast and adapters of another dtype are no other
 path. Neither writes into a saved tensor or an input that is not marked; both are differentiable once.
@@ -33,7 +33,7 @@ class Call(NamedTuple):
     nothing at all is cast. dropout: the probability that applies now; draws: whether the backend draws it itself.
     """
 
-    scalings: tuple[float, ...]
+    scaling: float
     device: str
     dtype: torch.dtype
     factor: torch.dtype | None
@@ -46,18 +46,18 @@ class Call(NamedTuple):
 
 def call_for(
     x: Tensor,
-    layers: Sequence[Tensor | None],
-    scalings: tuple[float, ...],
+    layer: Sequence[Tensor | None],
+    scaling: float,
     precision: str = "base",
     backend: str = "auto",
     dropout: float = 0.0,
     made: torch.dtype | None = None,
 ) -> Call:
-    """The call of x (..., K) through `layers`: weight, bias, A and B of each, as they are stored.
+    """The call of x (..., K) through `layer`: its weight, bias, A and B, as they are stored.
 
     made: the dtype of what a called base made of x; None where the base product is computed here, in x's dtype.
     """
-    device, adapters = x.device.type, [M.dtype for M in (*layers[2::4], *layers[3::4]) if M is not None]
+    device, adapters = x.device.type, [M.dtype for M in layer[2:] if M is not None]
     if torch.is_autocast_enabled(device):
         # What autocast asks of every linear layer, PEFT's included.
         dtype = torch.get_autocast_dtype(device)
@@ -66,7 +66,7 @@ def call_for(
         dtype = branch = x.dtype if made is None else torch.promote_types(x.dtype, made)
         if precision == "adapter":
             branch = reduce(torch.promote_types, adapters, branch)
-    wide, uniform = branch is not dtype, all(p is None or p.dtype is x.dtype is branch for p in layers)
+    wide, uniform = branch is not dtype, all(p is None or p.dtype is x.dtype is branch for p in layer)
     backend = dispatch.choose("lora_linear", device, backend)
     if backend == "native" and torch.bfloat16 not in (dtype, x.dtype):
         backend = "eager"  # cpu.py has nothing else
@@ -75,8 +75,8 @@ def call_for(
     # Not on an x that is read in another dtype than the branch's.
     reads = not wide if made is None else x.dtype is branch or not _holds(branch, x.dtype)
     draws = backend == "triton" and 0.0 < dropout < 1.0 and reads and branch in _SEEDED_DTYPES
-    draws = draws and sum(A.shape[0] for A in layers[2::4] if A is not None) <= _SEEDED_RANK
-    return Call(scalings, device, dtype, None if rounds else branch, wide, uniform, backend, dropout, draws)
+    draws = draws and layer[2] is not None and layer[2].shape[0] <= _SEEDED_RANK
+    return Call(scaling, device, dtype, None if rounds else branch, wide, uniform, backend, dropout, draws)
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
@@ -92,97 +92,75 @@ def drop(call: Call, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class LoraLinear(torch.autograd.Function):
-    """yᵢ = x Wᵢᵀ + bᵢ + sᵢ · dropout(x) Aᵢᵀ (core + core_delta)ᵀ Bᵢᵀ.
+    """y = x Wᵀ + bias + scaling · dropout(x) Aᵀ (core + core_delta)ᵀ Bᵀ: x (..., K), y (..., N).
 
-    tensors: weight (N, K), bias (N) or None, A (r, K) and B (N, r) of each layer; with one layer also core and
-    core_delta (r, r), either None. Returns y (..., N), or a tuple of them. Saves what the branch read, t (M, Σr) and
-    tensors of the adapters' size, nothing (M, N); with torch's dropout also the mask, and x where a weight trains.
+    weight (N, K), bias (N) or None, A (r, K), B (N, r); cores: none, or core and core_delta (r, r), either None. Saves
+    what the branch read, t (M, r) and tensors of the adapters' size, nothing (M, N); with torch's dropout also the
+    mask, and x where the weight trains.
 
     C-LoRA's routing R = core + core_delta costs only r×r products: the kernels see B R in the forward pass and R A in
     the backward one, and what they return is multiplied by core_deltaᵀ afterwards.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x: Tensor, *tensors: Any) -> Any:
-        stored, end = x, 4 * len(call.scalings)
-        weights: Sequence[Any] = tensors[0:end:4]
-        biases, As, Bs = tensors[1:end:4], tensors[2:end:4], tensors[3:end:4]
+    def forward(
+        ctx: Any, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *cores: Any
+    ) -> Tensor:
+        ctx.call = call
         if not call.uniform:
-            x = x if x.dtype is call.dtype else x.to(call.dtype)
-            weights, biases = cast(weights, call.dtype), cast(biases, call.dtype)
+            tensors = x, weight, bias, A, B, *cores
+            ctx.dtypes = [None, *(None if p is None else p.dtype for p in tensors)]
+            x, weight, bias = cast((x, weight, bias), call.dtype)
             if call.factor is not None:
-                As, Bs = cast(As, call.factor), cast(Bs, call.factor)
+                A, B = cast((A, B), call.factor)
         read, drawn = drop(call, x) if call.dropout else (x, None)
         source = None if read is x else read
-        values = Bs
-        if len(tensors) > end:
-            B = tensors[3]
-            values = cast((B @ routing(tensors).to(B.dtype),), Bs[0].dtype)
+        routed = (B @ routing(cores).to(B.dtype)) if cores else B
         if dispatch.direct():
             products = operators.products_of(call.backend, drawn, call.dropout)
             run = products.wide_forward if call.wide else products.forward
-            ys, t = run(x, source, operators.Layers(weights, biases, As, values, call.scalings))
+            y, t = run(x, source, weight, bias, A, routed, call.scaling)
         else:
-            op, args = torch.ops.slao_kernels.lora_linear, (x, source, weights, biases, As, values, call.scalings)
-            ys, t = op(*args, call.wide, call.backend, drawn, call.dropout)
-        more: tuple[Any, ...] = ()
-        if call.dropout or len(tensors) > end:
-            trains = any(weight.requires_grad for weight in tensors[:end:4])
-            more = (x if trains else None, drawn, *tensors[end:])
-        ctx.save_for_backward(read, t, *weights, *As, *Bs, *more)
-        ctx.call = call
-        if not call.uniform:
-            ctx.dtypes = [None, *(None if p is None else p.dtype for p in (stored, *tensors))]
-        return ys[0] if len(ys) == 1 else tuple(ys)
+            op, tensors = torch.ops.slao_kernels.lora_linear, (x, source, weight, bias, A, routed)
+            y, t = op(*tensors, call.scaling, call.wide, call.backend, drawn, call.dropout)
+        for_weight = x if weight.requires_grad and source is not None else None
+        ctx.save_for_backward(read, t, weight, A, B, drawn, for_weight, *cores)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        return once(_linear_grads, ctx, *dys) if torch.is_grad_enabled() else _linear_grads(ctx, *dys)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return once(_linear_grads, ctx, dy) if torch.is_grad_enabled() else _linear_grads(ctx, dy)
 
 
-def _linear_grads(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-    call, saved, wanted, n = ctx.call, ctx.saved_tensors, ctx.needs_input_grad, len(dys)
-    need_x, end = wanted[1], 2 + 4 * n
-    need_As, need_Bs = wanted[4:end:4], wanted[5:end:4]
-    read, t, weights, As, Bs = saved[0], saved[1], *(saved[i * n + 2 : i * n + n + 2] for i in range(3))
-    x, drawn, *cores = saved[2 + 3 * n :] or (read, None)
-    if cores:
-        need_As, As = [need_As[0] or wanted[7]], [routing(cores).to(As[0].dtype) @ As[0]]
-    needs, direct = (need_x, need_As, need_Bs), dispatch.direct()
-    layers = operators.Layers(weights, (None,) * n, As, Bs, call.scalings)
+def _linear_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    call, (read, t, weight, A, B, drawn, x, *cores) = ctx.call, ctx.saved_tensors
+    _, need_x, need_weight, need_bias, need_A, need_B, *need_cores = ctx.needs_input_grad
+    direct, needs = dispatch.direct(), (need_x, need_A or True in need_cores, need_B)
+    tensors = dy, read, weight, t, routing(cores).to(A.dtype) @ A if cores else A, B
     if not direct:
         op, rest = torch.ops.slao_kernels.lora_linear_backward, (call.backend, drawn, call.dropout)
-        dx, dAs, dBs, g = op(dys, read, weights, t, As, Bs, call.scalings, call.wide, *needs, *rest)
-    elif operators.batched(dys):
-        run, kept = operators.outside_autocast(reference.grads, call.device), _kept(call, drawn)
-        dx, dAs, dBs, g = run(read, dys, layers, t, kept)
+        dx, dA, dB, g = op(*tensors, call.scaling, call.wide, *needs, *rest)
+    elif operators.batched(dy):
+        run = operators.outside_autocast(reference.grads, call.device)
+        dx, dA, dB, g = run(*tensors, call.scaling, _kept(call, drawn))
     else:
         products = operators.products_of(call.backend, drawn, call.dropout)
         run = operators.outside_autocast(products.wide_backward if call.wide else products.backward, call.device)
-        dx, dAs, dBs, g = run(read, dys, layers, t, needs)
-    grads: list[Any] = [None, dx]
-    for dA, dB in zip(dAs, dBs, strict=True):
-        grads += None, None, dA, dB
-    if True in wanted[2:end:4] or True in wanted[3:end:4]:
-        _add_base_grads(grads, ctx, dys, x)
-    if cores:
-        grads[4:] = _through_cores(cores[1], g, t, dAs[0], dBs[0], wanted[4:])
+        dx, dA, dB, g = run(*tensors, call.scaling, needs)
+    dW = d_bias = None
+    if need_weight:
+        dW = dy.reshape(-1, dy.shape[-1]).t() @ (read if x is None else x).reshape(-1, read.shape[-1])
+    if need_bias:
+        dtype = dy.dtype if call.uniform else ctx.dtypes[3]
+        d_bias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=dtype)
+    routed = _through_cores(cores[1], g, t, dA, dB, (need_A, need_B, *need_cores)) if cores else (dA, dB)
+    grads: Any = (None, dx, dW, d_bias, *routed)
     if not call.uniform:
         grads = [None if one is None else one.to(dtype) for one, dtype in zip(grads, ctx.dtypes, strict=True)]
     if direct:
         return tuple(grads)
     # An operator gives something for everything.
-    return tuple(grad if need else None for grad, need in zip(grads, wanted, strict=True))
-
-
-def _add_base_grads(grads: list[Any], ctx: Any, dys: Sequence[Tensor], x: Any) -> None:
-    """dW, and db in its bias's dtype, of the base layers that train."""
-    for place, dy in enumerate(dys):
-        wanted, at, dy2 = ctx.needs_input_grad, 2 + 4 * place, dy.reshape(-1, dy.shape[-1])
-        if wanted[at]:
-            grads[at] = dy2.t() @ x.reshape(-1, x.shape[-1])
-        if wanted[at + 1]:
-            grads[at + 1] = dy2.sum(0, dtype=dy.dtype if ctx.call.uniform else ctx.dtypes[at + 1])
+    return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))
 
 
 def _through_cores(
@@ -217,14 +195,14 @@ class LoraAdd(torch.autograd.Function):
             A, B = cast((A, B), call.factor)
         x, drawn = drop(call, x) if call.dropout else (x, None)
         if dispatch.direct():
-            out = y if in_place else torch.empty(y.shape, dtype=y.dtype, device=y.device)
+            out = y if in_place else torch.empty_like(y, memory_format=torch.contiguous_format)
             # The branch may be wider than what autocast would make of it: a called base returns what it likes.
             run = operators.outside_autocast(operators.products_of(call.backend, drawn, call.dropout).add, call.device)
-            t = run(x, y, A, B, call.scalings[0], out)
+            t = run(x, y, A, B, call.scaling, out)
             if in_place:
                 ctx.mark_dirty(y)
         else:
-            out, t = torch.ops.slao_kernels.lora_add(y, x, A, B, call.scalings[0], call.backend, drawn, call.dropout)
+            out, t = torch.ops.slao_kernels.lora_add(y, x, A, B, call.scaling, call.backend, drawn, call.dropout)
         ctx.save_for_backward(x, t, A, B, drawn)
         return out
 
@@ -236,10 +214,10 @@ class LoraAdd(torch.autograd.Function):
 def _add_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     call, (x, t, A, B, drawn) = ctx.call, ctx.saved_tensors
     _, need_y, *needs, _ = ctx.needs_input_grad
-    direct, args, grads = dispatch.direct(), (t, A, B, call.scalings[0]), None
+    direct, args, grads = dispatch.direct(), (t, A, B, call.scaling), None
     if not direct:
         grads = torch.ops.slao_kernels.lora_add_backward(dy, x, *args, *needs, call.backend, drawn, call.dropout)
-    elif operators.batched((dy,)):
+    elif operators.batched(dy):
         grads = operators.outside_autocast(reference.add_grads, call.device)(x, dy, *args, _kept(call, drawn))
     else:
         run = operators.products_of(call.backend, drawn, call.dropout).add_backward
@@ -290,21 +268,17 @@ class _NoGraph:
 _linear_without_graph, _add_without_graph = partial(LoraLinear.forward, _NoGraph), partial(LoraAdd.forward, _NoGraph)
 
 
-def _linear_by_reference(call: Call, x: Tensor, *tensors: Any) -> Any:
-    (x,), end = cast((x,), call.dtype), 4 * len(call.scalings)
+def _linear_by_reference(call: Call, x: Tensor, weight: Any, bias: Any, A: Any, B: Any, *cores: Any) -> Tensor:
+    x, weight, bias = cast((x, weight, bias), call.dtype)
+    A, B, *parts = cast((A, B, *cores), call.factor)
     dropped = F.dropout(x, call.dropout) if call.dropout else None
-    cores, ys = cast(tensors[end:], call.factor), []
-    for i, scaling in enumerate(call.scalings):
-        weight, bias = cast(tensors[4 * i : 4 * i + 2], call.dtype)
-        A, B = cast(tensors[4 * i + 2 : 4 * i + 4], call.factor)
-        ys.append(reference.lora_linear(x, dropped, weight, bias, A, B, scaling, *cores))
-    return ys[0] if len(ys) == 1 else tuple(ys)
+    return reference.lora_linear(x, dropped, weight, bias, A, B, call.scaling, *parts)
 
 
 def _add_by_reference(call: Call, y: Tensor, x: Tensor, A: Tensor, B: Tensor, in_place: bool) -> Tensor:
     x = F.dropout(x, call.dropout) if call.dropout else x
     A, B = cast((A, B), call.factor)
-    return reference.lora_add(y, x, A, B, call.scalings[0])
+    return reference.lora_add(y, x, A, B, call.scaling)
 
 
 def cast(tensors: Sequence[Any], dtype: torch.dtype | None) -> Any:
@@ -312,17 +286,17 @@ def cast(tensors: Sequence[Any], dtype: torch.dtype | None) -> Any:
     return [tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype) for tensor in tensors]
 
 
-def routing(tensors: Sequence[Any]) -> Tensor:
-    """core + core_delta, the last two of them, either of which may be None."""
-    core, core_delta = tensors[-2:]
+def routing(cores: Sequence[Any]) -> Tensor:
+    """core + core_delta, either of which may be None."""
+    core, core_delta = cores
     if core is None or core_delta is None:
         return core_delta if core is None else core
     return core + core_delta
 
 
-def once(grads: Callable[..., Any], ctx: Any, *dys: Tensor) -> Any:
+def once(grads: Callable[..., Any], ctx: Any, dy: Tensor) -> Any:
     """The gradients, which refuse to be differentiated. Only where somebody may: it costs microseconds."""
-    return once_differentiable(grads)(ctx, *dys)
+    return once_differentiable(grads)(ctx, dy)
 
 
 def _kept(call: Call, drawn: Tensor | None) -> Tensor | float:

@@ -7,7 +7,6 @@ gradients are not. csrc/README.md says how the products work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ..operators import Layers
-from .precise import Grads, Needs, outer_split, rows_of, splits
+from .precise import Grads, outer_split, rows_of, splits
 from .products import TorchProducts
 
 _FP32, _BF16 = 1, 2  # csrc/tensor_table.h
@@ -39,43 +37,60 @@ class CpuProducts(TorchProducts):
     AVX-512 cores with bf16 products; commit 2ac43cb last had them).
     """
 
-    def forward(self, x: Tensor, source: Tensor | None, layers: Layers) -> tuple[list[Tensor], Tensor]:
-        """As TorchProducts'; one layer of bf16 in one call: t, and y while t is in the cache."""
-        (weights, biases, As, Bs, scalings), read = layers, x if source is None else source
-        A, B, bias = As[0], Bs[0], biases[0]
-        one = len(As) == 1 and (bias is None or (bias.is_contiguous() and bias.dtype is torch.bfloat16))
-        if not (one and read.is_contiguous() and x.is_contiguous() and _serves(read, A, B)):
-            return super().forward(x, source, _rounded(layers, x.dtype))
+    def forward(
+        self,
+        x: Tensor,
+        source: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor]:
+        """As TorchProducts'; in bf16 in one call: t, and y while t is in the cache."""
+        read = x if source is None else source
+        plain = bias is None or (bias.is_contiguous() and bias.dtype is torch.bfloat16)
+        if not (plain and read.is_contiguous() and x.is_contiguous() and _serves(read, A, B)):
+            return super().forward(x, source, weight, bias, A.to(x.dtype), B.to(x.dtype), scaling)
         core, (n, r), k = _core()[0], B.shape, x.shape[-1]
         x2 = rows_of(x)
         m = x2.shape[0]
         y, t = x.new_empty((*x.shape[:-1], n)), x.new_empty((m, r))
         of_t = read.data_ptr(), k, A.data_ptr(), 1, k, t.data_ptr(), r
         of_y = B.data_ptr(), 1, r, 0 if bias is None else bias.data_ptr(), y.data_ptr(), n
-        core.lora_rows(*of_t, *of_y, m, k, n, r, 1.0, scalings[0], _code(A), torch.get_num_threads())
-        rows_of(y).addmm_(x2, weights[0].t())
-        return [y], t
+        core.lora_rows(*of_t, *of_y, m, k, n, r, 1.0, scaling, _code(A), torch.get_num_threads())
+        rows_of(y).addmm_(x2, weight.t())
+        return y, t
 
-    def backward(self, source: Tensor, dys: Sequence[Tensor], layers: Layers, t: Tensor, needs: Needs) -> Grads:
-        """As TorchProducts'; one layer of bf16 in one call: g, dx's part, dA and dB while dy is in the cache."""
-        need_x, need_As, need_Bs = needs
-        weights, _, As, Bs, scalings = layers
-        A, B, dy = As[0], Bs[0], rows_of(dys[0])
-        one = len(As) == 1 and self.mask is None and t.is_contiguous()
-        if not (one and source.is_contiguous() and dy.stride(1) == 1 and _serves(source, A, B)):
-            dx, dAs, dBs, g = super().backward(source, dys, _rounded(layers, t.dtype), t, needs)
-            return dx, _as_wide(dAs, As), _as_wide(dBs, Bs), g
+    def backward(
+        self,
+        dy: Tensor,
+        source: Tensor,
+        weight: Tensor,
+        t: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        needs: tuple[bool, bool, bool],
+    ) -> Grads:
+        """As TorchProducts'; in bf16 in one call: g, dx's part, dA and dB while dy is in the cache."""
+        dy2, (need_x, need_A, need_B) = rows_of(dy), needs
+        plain = self.mask is None and t.is_contiguous() and source.is_contiguous() and dy2.stride(1) == 1
+        if not (plain and _serves(source, A, B)):
+            rounded = A.to(t.dtype), B.to(t.dtype)
+            dx, dA, dB, g = super().backward(dy, source, weight, t, *rounded, scaling, needs)
+            return dx, None if dA is None else dA.to(A.dtype), None if dB is None else dB.to(B.dtype), g
         (n, r), k = B.shape, source.shape[-1]
         dx = torch.empty_like(source) if need_x else None
-        g = torch.empty_like(t) if need_x or need_As[0] else None
-        dA, dB = torch.empty_like(A) if need_As[0] else None, torch.empty_like(B) if need_Bs[0] else None
+        g = torch.empty_like(t) if need_x or need_A else None
+        dA, dB = torch.empty_like(A) if need_A else None, torch.empty_like(B) if need_B else None
         g_at, dx_at, dA_at, dB_at = (0 if part is None else part.data_ptr() for part in (g, dx, dA, dB))
-        read = dy.data_ptr(), dy.stride(0), t.data_ptr(), source.data_ptr(), A.data_ptr(), B.data_ptr()
-        sizes = dy.shape[0], k, n, r, scalings[0], _code(A), torch.get_num_threads()
+        read = dy2.data_ptr(), dy2.stride(0), t.data_ptr(), source.data_ptr(), A.data_ptr(), B.data_ptr()
+        sizes = dy2.shape[0], k, n, r, scaling, _code(A), torch.get_num_threads()
         _core()[0].lora_backward(*read, g_at, dx_at, dA_at, dB_at, *sizes)
         if dx is not None:
-            rows_of(dx).addmm_(dy, weights[0])
-        return dx, [dA], [dB], g
+            rows_of(dx).addmm_(dy2, weight)
+        return dx, dA, dB, g
 
     def outer_wide(self, t: Tensor, x: Tensor, scaling: float) -> Tensor:
         """As torch's, by a product of the core whose sums stay fp32, where it pays."""
@@ -94,15 +109,6 @@ def _serves(x: Tensor, A: Tensor, B: Tensor) -> bool:
 
 def _code(factor: Tensor) -> int:
     return _FP32 if factor.dtype is torch.float32 else _BF16
-
-
-def _rounded(layers: Layers, dtype: torch.dtype) -> Layers:
-    """What torch's products need: all of one dtype."""
-    return layers._replace(As=[A.to(dtype) for A in layers.As], Bs=[B.to(dtype) for B in layers.Bs])
-
-
-def _as_wide(grads: list[Tensor | None], factors: Sequence[Tensor]) -> list[Tensor | None]:
-    return [grad if grad is None else grad.to(factor.dtype) for grad, factor in zip(grads, factors, strict=True)]
 
 
 def _outer(g: Tensor, x: Tensor) -> Tensor:

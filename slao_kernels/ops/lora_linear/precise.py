@@ -19,12 +19,10 @@ less only while the branch is the smaller of the two, and here it may have any s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-
-from ..operators import Layers
 
 # (M, K) and (K, n) of one 16-bit dtype -> their product in fp32, (M, n).
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -39,10 +37,8 @@ _SMALLEST = 2.0**-112
 # took up to 1.6 times as long with a quarter million (2 threads, 2 MiB of L2 each). A GPU wants fewer, larger launches.
 _BLOCK = {"cpu": 1 << 19}
 _BLOCK_ELSEWHERE = 1 << 24
-# Which gradients are wanted: of x, of each A and of each B.
-Needs = tuple[bool, Sequence[bool], Sequence[bool]]
-# None where not needed: (dx, dAs, dBs, g).
-Grads = tuple["Tensor | None", "list[Tensor | None]", "list[Tensor | None]", "Tensor | None"]
+# (dx, dA, dB, g), None where not needed.
+Grads = tuple["Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 
 
 class WideProducts:
@@ -85,41 +81,46 @@ class WideProducts:
         self.add_wide_(rows_of(dx), g, A.t(), self.scale)
         return dx if self.mask is None else dx.mul_(self.mask)
 
-    def wide_forward(self, x: Tensor, source: Tensor | None, layers: Layers) -> tuple[list[Tensor], Tensor]:
-        """(ys, t) of the operator `lora_linear` with t in the adapters' dtype; see operators.py."""
-        ys, ts = [], []
-        read = rows_of(x if source is None else source)
-        for weight, bias, A, B, scaling in zip(*layers, strict=True):
-            ys.append(torch.nn.functional.linear(x, weight, bias))
-            ts.append(self.shrink_wide(read, A, 1.0))
-            self.add_wide_(ys[-1].view(-1, weight.shape[0]), ts[-1], B, scaling)
-        return ys, ts[0] if len(ts) == 1 else torch.cat(ts, 1)
+    def wide_forward(
+        self,
+        x: Tensor,
+        source: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor]:
+        """(y, t) of the operator `lora_linear` with t in the adapters' dtype; see operators.py."""
+        y = torch.nn.functional.linear(x, weight, bias)
+        t = self.shrink_wide(rows_of(x if source is None else source), A, 1.0)
+        self.add_wide_(y.view(-1, weight.shape[0]), t, B, scaling)
+        return y, t
 
-    def wide_backward(self, source: Tensor, dys: Sequence[Tensor], layers: Layers, t: Tensor, needs: Needs) -> Grads:
+    def wide_backward(
+        self,
+        dy: Tensor,
+        source: Tensor,
+        weight: Tensor,
+        t: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        needs: tuple[bool, bool, bool],
+    ) -> Grads:
         """What the operator `lora_linear_backward` computes, gradients of A and B and g in the adapters' dtype."""
-        (need_x, need_As, need_Bs), (weights, _, As, Bs, scalings) = needs, layers
-        need_g, read, gs = need_x or any(need_As), rows_of(source), []
-        dx = source.new_empty(source.shape) if need_x else None
-        dAs: list[Tensor | None] = []
-        dBs: list[Tensor | None] = []
-        ts = t.split([A.shape[0] for A in As], 1)
-        for i, (dy, weight, B, scaling) in enumerate(zip(dys, weights, Bs, scalings, strict=True)):
-            dy2 = rows_of(dy)
-            if dx is not None:
-                dx2 = rows_of(dx)
-                torch.addmm(dx2, dy2, weight, beta=1 if i else 0, out=dx2)
-            dBs.append(self.outer_wide(ts[i], dy2, scaling).t().contiguous() if need_Bs[i] else None)
-            if need_g:
-                gs.append(self.shrink_wide(dy2, B.t(), scaling))
-            dAs.append(self.outer_wide(gs[-1], read, 1.0) if need_As[i] else None)
-        if dx is not None:
-            # After the last base product, which is rounded before the branch joins.
-            for g, A in zip(gs, As, strict=True):
-                if self.mask is None:
-                    self.add_wide_(rows_of(dx), g, A.t(), 1.0)
-                else:
-                    dx += self.grad_source_wide(source, g, A)
-        return dx, dAs, dBs, (torch.cat(gs, 1) if len(gs) > 1 else gs[0]) if gs else None
+        (need_x, need_A, need_B), dy2, dx = needs, rows_of(dy), None
+        g = self.shrink_wide(dy2, B.t(), scaling) if need_x or need_A else None
+        dA = self.outer_wide(g, rows_of(source), 1.0) if g is not None and need_A else None
+        dB = self.outer_wide(t, dy2, scaling).t().contiguous() if need_B else None
+        if g is not None and need_x:
+            # The base product first, which is rounded before the branch joins.
+            dx = torch.mm(dy2, weight).view(source.shape)
+            if self.mask is None:
+                self.add_wide_(rows_of(dx), g, A.t(), 1.0)
+            else:
+                dx += self.grad_source_wide(source, g, A)
+        return dx, dA, dB, g
 
 
 def rows_of(x: Tensor) -> Tensor:

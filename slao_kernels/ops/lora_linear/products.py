@@ -5,19 +5,16 @@ product is rounded before the larger base product joins it in the accumulator, w
 rounded M×N tensors. `scaling` is the GEMM's alpha, so no scaled copy of B is made.
 
 Each product reads or writes one large matrix and costs next to no arithmetic. Other backends are subclasses with
-other products (cpu.py, triton.py); the base GEMM stays torch's. M = tokens, K and N = features, r = rank, of several
-layers of one x side by side. Gradients are fresh tensors; y alone is given, since it has x's leading sizes.
+other products (cpu.py, triton.py); the base GEMM stays torch's. M = tokens, K and N = features, r = rank. Gradients are
+fresh tensors; y alone is given, since it has x's leading sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ..operators import Layers
-from .precise import Grads, Needs, WideProducts, rows_of
+from .precise import Grads, WideProducts, rows_of
 
 
 class TorchProducts(WideProducts):
@@ -66,38 +63,43 @@ class TorchProducts(WideProducts):
         """dy W + g A (M, K): dy (M, N), W (N, K), g (M, r), A (r, K)."""
         return self.grad_source(g, A).addmm_(dy, W)
 
-    def forward(self, x: Tensor, source: Tensor | None, layers: Layers) -> tuple[list[Tensor], Tensor]:
-        """(ys, t) of the operator `lora_linear`; see operators.py."""
-        x2, tokens, ys, As = rows_of(x), x.shape[:-1], [], layers.As
-        t = self.shrink(x2 if source is None else rows_of(source), As[0] if len(As) == 1 else torch.cat(tuple(As)))
-        owns = by_layer(t, layers.Bs)
-        for W, bias, _, B, scaling, own in zip(*layers, owns, strict=True):
-            # N-D from the start: a view of a 2-D result would refuse the caller's in-place operations.
-            y = x.new_empty((*tokens, W.shape[0]))
-            self.linear_(rows_of(y), x2, W, own, B, scaling, bias)
-            ys.append(y)
-        return ys, t
+    def forward(
+        self,
+        x: Tensor,
+        source: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+    ) -> tuple[Tensor, Tensor]:
+        """(y, t) of the operator `lora_linear`; see operators.py."""
+        x2 = rows_of(x)
+        t = self.shrink(x2 if source is None else rows_of(source), A)
+        # N-D from the start: a view of a 2-D result would refuse the caller's in-place operations.
+        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        self.linear_(rows_of(y), x2, weight, t, B, scaling, bias)
+        return y, t
 
-    def backward(self, source: Tensor, dys: Sequence[Tensor], layers: Layers, t: Tensor, needs: Needs) -> Grads:
+    def backward(
+        self,
+        dy: Tensor,
+        source: Tensor,
+        weight: Tensor,
+        t: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        needs: tuple[bool, bool, bool],
+    ) -> Grads:
         """What the operator `lora_linear_backward` computes; see operators.py."""
-        (need_x, need_As, need_Bs), (weights, _, As, Bs, scalings) = needs, layers
-        need_A, dx = True in need_As, None
-        need_g, rows, source2 = need_x or need_A, [rows_of(dy) for dy in dys], rows_of(source)
-        if len(rows) == 1:
-            g, dB = self.grad_t(rows[0], t, Bs[0], scalings[0], need_g, need_Bs[0])
-            A, dBs = As[0], [dB]
-        else:
-            parts = zip(rows, by_layer(t, Bs), Bs, scalings, need_Bs, strict=True)
-            gs, dBs = zip(*(self.grad_t(dy, own, B, s, need_g, need_B) for dy, own, B, s, need_B in parts), strict=True)
-            g, A = torch.cat(gs, 1) if need_g else None, torch.cat(tuple(As))
-        # By one product: what the branch read is large, and read once.
+        (need_x, need_A, need_B), dy2, source2, dx = needs, rows_of(dy), rows_of(source), None
+        g, dB = self.grad_t(dy2, t, B, scaling, need_x or need_A, need_B)
         dA = self.grad_A(g, source2) if need_A else None
         if need_x:
-            dx = self.grad_x(rows[0], weights[0], g, A)
-            for dy, weight in zip(rows[1:], weights[1:], strict=True):
-                dx.addmm_(dy, weight)
+            dx = self.grad_x(dy2, weight, g, A)
             dx = dx if source2 is source else dx.view(source.shape)
-        return dx, split_as(dA, As, need_As), dBs, g
+        return dx, dA, dB, g
 
     def add(self, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float, out: Tensor) -> Tensor:
         """Writes y + scaling x Aᵀ Bᵀ into `out` (contiguous; y itself, or as large) and returns t; see `lora_add`."""
@@ -144,19 +146,6 @@ class TorchProducts(WideProducts):
             if need_x:
                 dx = self.grad_source_wide(x, g, A)
         return dx, dA, dB
-
-
-def by_layer(t: Tensor, Bs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The columns of t (M, Σr) that belong to each layer."""
-    return (t,) if len(Bs) == 1 else t.split([B.shape[1] for B in Bs], 1)
-
-
-def split_as(dA: Tensor | None, As: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
-    """The rows of dA (Σr, K) that belong to each layer, in memory of their own; None where not needed."""
-    if dA is None or len(As) == 1:
-        return [dA] * len(As)
-    parts = dA.split([A.shape[0] for A in As])
-    return [part.clone() if need else None for part, need in zip(parts, needed, strict=True)]
 
 
 _TORCH = TorchProducts()

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from ..operators import Layers
 
 
 def lora_linear(
@@ -59,22 +53,16 @@ def lora_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tens
     return (y.to(A.dtype) + scaling * branch).to(y.dtype)
 
 
-def grads(source: Tensor, dys: Sequence[Tensor], layers: Layers, t: Tensor, kept: Tensor | float) -> tuple[Any, ...]:
-    """The backward pass of several layers in functions that torch can batch: (dx, dAs, dBs, g) as of
+def grads(
+    dy: Tensor, source: Tensor, weight: Tensor, t: Tensor, A: Tensor, B: Tensor, scaling: float, kept: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backward pass of `lora_linear` in functions that torch can batch: (dx, dA, dB, g) as of
     `TorchProducts.backward`, needed or not. kept: the factor of each x (..., K) in what the branch read."""
-    dtype, rows = t.dtype, source.reshape(-1, source.shape[-1]).to(t.dtype)
-    flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-    weights, _, As, Bs, scalings = layers
-    gs = [s * (dy.to(dtype) @ B) for s, dy, B in zip(scalings, flat, Bs, strict=True)]
-    ts = t.split([B.shape[1] for B in Bs], 1)
-    dx = sum(dy @ weight for dy, weight in zip(flat, weights, strict=True)).to(dtype).reshape(source.shape)
-    branch = sum(g @ A for g, A in zip(gs, As, strict=True)).reshape(source.shape) * kept
-    return (
-        (dx + branch).to(source.dtype),
-        [g.transpose(0, 1) @ rows for g in gs],
-        [s * (dy.to(dtype).transpose(0, 1) @ own) for s, dy, own in zip(scalings, flat, ts, strict=True)],
-        torch.cat(gs, 1),
-    )
+    rows, flat = source.reshape(-1, source.shape[-1]).to(t.dtype), dy.reshape(-1, dy.shape[-1])
+    wide = flat.to(t.dtype)
+    g = scaling * (wide @ B)
+    dx = (flat @ weight).to(t.dtype).reshape(source.shape) + (g @ A).reshape(source.shape) * kept
+    return dx.to(source.dtype), g.transpose(0, 1) @ rows, scaling * (wide.transpose(0, 1) @ t), g
 
 
 def add_grads(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import slao_kernels
 from slao_kernels.testing import TOLERANCE
 
-test_under_the_interpreter = interpreted(__file__, few=60, rest=100)
+test_under_the_interpreter = interpreted(__file__, few=55, rest=80)
 every_op = pytest.mark.parametrize("op", MAIN)
 every_place = pytest.mark.parametrize("place", PLACES)
 fp64, fp32, bf16 = torch.float64, torch.float32, torch.bfloat16
@@ -43,7 +43,7 @@ def test_inputs_stay_as_they_were_and_backward_runs_twice(op, place):
     before = {name: value.clone() for name, value in inputs.items()}
     leaves = leaves_of(op, inputs)
     y = OPS[op].ours(inputs, backend=place[0])
-    dy = inputs["dy"][..., : y.shape[-1]].contiguous()
+    dy = inputs["dy"]
     kept = dy.clone()
     passes = [torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True) for _ in range(2)]
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*passes, strict=True))
@@ -87,7 +87,7 @@ def test_many_gradients_at_once(op, place, dtypes):
     names = tuple(name for name in OPS[op].names if name != "core")  # which has none
     leaves = {name: inputs[name].clone().requires_grad_() for name in names}
     y = OPS[op].ours({**inputs, **leaves}, precision=precision, backend=place[0])
-    dys = torch.stack([inputs["dy"][..., : y.shape[-1]], 0.3 * inputs["dy"][..., : y.shape[-1]].flip(0)])
+    dys = torch.stack([inputs["dy"], 0.3 * inputs["dy"].flip(0)])
     grads = torch.autograd.grad(y, list(leaves.values()), dys, is_grads_batched=True)
     for i, dy in enumerate(dys):
         found = {"out": y, **{name: grad[i] for name, grad in zip(names, grads, strict=True)}}
@@ -102,11 +102,10 @@ def saved_by(call, inputs: Tensors, wanted: tuple[str, ...]) -> list[Tensor]:
     return saved
 
 
-# (M, K, N, r) = (64, 24, 40, 3); the other layers have N 45 and 37, r 1 and 6.
+# (M, K, N, r) = (64, 24, 40, 3).
 SAVED = {
     "linear": [(64, 24), (64, 3), (40, 24), (3, 24), (40, 3)],
     "core and delta": [(64, 24), (64, 3), (40, 24), (3, 24), (40, 3), (3, 3), (3, 3)],
-    "three layers": [(64, 24), (64, 10), *[(n, 24) for n in (40, 45, 37, 3, 1, 6)], (40, 3), (45, 1), (37, 6)],
     "add": [(64, 24), (64, 3), (3, 24), (40, 3)],
     "add in place": [(64, 24), (64, 3), (3, 24), (40, 3)],
     "add with a bias": [(64, 24), (64, 4), (3, 24), (40, 4)],
@@ -131,12 +130,11 @@ def test_saved_are_x_and_t_and_what_is_as_small_as_an_adapter(op, place, dtypes)
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "a weight trains"])
-@pytest.mark.parametrize("op", ["linear", "three layers"])
 @pytest.mark.skipif(INTERPRETED, reason="Triton's kernels draw their own dropout")
-def test_of_torchs_dropout_the_mask_is_saved_and_x_itself_only_for_a_weight(op, trains):
+def test_of_torchs_dropout_the_mask_is_saved_and_x_itself_only_for_a_weight(trains):
     inputs = make((64,), 24, 40, 3, fp32)
     wanted = ("A", "B", *(["weight"] if trains else []))
-    saved = saved_by(lambda t: OPS[op].ours(t, dropout=0.4, backend="eager"), inputs, wanted)
+    saved = saved_by(lambda t: OPS["linear"].ours(t, dropout=0.4, backend="eager"), inputs, wanted)
     as_x = [t for t in saved if t.shape == (64, 24)]
     assert sorted(str(t.dtype) for t in as_x) == ["torch.bool", *["torch.float32"] * (2 if trains else 1)]
     assert any(t.data_ptr() == inputs["x"].data_ptr() for t in as_x) is trains
@@ -153,7 +151,6 @@ def test_dora_saves_one_tensor_of_the_outputs_size_for_the_magnitude(trains):
 @every_place
 def test_same_layer_twice_in_one_graph(place):
     inputs = make((9,), 24, 24, 4, fp64, device=place[1])
-    inputs["dy"] = inputs["dy"][:, :24].contiguous()
 
     def twice(function):
         return lambda t: function({**t, "x": function(t)})
@@ -175,7 +172,7 @@ def test_autocast_computes_in_its_dtype(op, precision, inside, base, adapter):
     backend = "triton" if INTERPRETED else "auto"
     with torch.autocast("cpu", bf16):
         y = OPS[op].ours(leaves, precision=precision, backend=backend)
-        dy = inputs["dy"][:, : y.shape[1]].to(y.dtype)
+        dy = inputs["dy"].to(y.dtype)
         if inside:
             grads = torch.autograd.grad(y, [leaves[name] for name in names], dy)
     if not inside:
@@ -248,31 +245,27 @@ def some_or_all(parts: int):
 
 @pytest.mark.parametrize("dropout", ["none", "torch", "kernels"])
 @pytest.mark.parametrize("wide", [False, True], ids=["base", "adapter"])
-@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("place", NODES)
-def test_lora_linear_operators(place, count, wide, dropout):
+def test_lora_linear_operators(place, wide, dropout):
     backend, device = place
     if dropout == "kernels" and (backend != "triton" or wide):
         pytest.skip("only Triton's kernels draw dropout, and not with wide adapters")
     t = make((2, 3), 16, 24, 4, bf16 if wide else fp32, fp32, device=device)
-    lists = [[t.get(part + i) for i in ("", "1", "2")[:count]] for part in ("weight", "bias", "A", "B")]
-    weights, _, As, Bs = lists
     source, drawn = None, (None, 0.0)
     if dropout == "torch":
         source, mask = torch.native_dropout(t["x"], 0.3, True)
         drawn = mask, 0.3
     elif dropout == "kernels":
         drawn = torch.tensor([7], device=device), 0.3
-    scalings = [0.5, 1.0, 2.0][:count]
-    check_operator("lora_linear", t["x"], source, *lists, scalings, wide, backend, *drawn)
-    ys, saved = torch.ops.slao_kernels.lora_linear(t["x"], source, *lists, scalings, wide, backend, *drawn)
+    arguments = t["x"], source, t["weight"], t["bias"], t["A"], t["B"], 0.5, wide, backend, *drawn
+    check_operator("lora_linear", *arguments)
+    y, saved = torch.ops.slao_kernels.lora_linear(*arguments)
     read = t["x"] if source is None else source
-    for needs in some_or_all(1 + 2 * count):
-        split = needs[0], list(needs[1 : 1 + count]), list(needs[1 + count :])
-        arguments = [0.1 * y for y in ys], read, weights, saved, As, Bs, scalings, wide, *split, backend, *drawn
+    for needs in some_or_all(3):
+        arguments = 0.1 * y, read, t["weight"], saved, t["A"], t["B"], 0.5, wide, *needs, backend, *drawn
         check_operator("lora_linear_backward", *arguments)
-        dx, dAs, dBs, _ = torch.ops.slao_kernels.lora_linear_backward(*arguments)
-        assert [part.numel() > 0 for part in (dx, *dAs, *dBs)] == list(needs)
+        *found, _ = torch.ops.slao_kernels.lora_linear_backward(*arguments)
+        assert [part.numel() > 0 for part in found] == list(needs)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

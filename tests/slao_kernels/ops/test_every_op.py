@@ -20,14 +20,13 @@ from oracle import (
     check,
     exact,
     laid_out,
-    layers_of_one_x,
     make,
     ours,
 )
 
 from slao_kernels.testing import TOLERANCE, error_ratio
 
-test_under_the_interpreter = interpreted(__file__, few=22, rest=95)
+test_under_the_interpreter = interpreted(__file__, few=13, rest=85)
 
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
 # dtypes of base and adapters, and the precision
@@ -85,8 +84,6 @@ def test_any_shape_layout_and_subset_of_gradients(op, rows, k, n, r, seed, layou
     base, adapter, precision = dtypes
     inputs = make((rows,), k, n, r, base, adapter, seed)
     names = tuple(name for i, name in enumerate(OPS[op].names) if i in wanted) or OPS[op].names[:1]
-    width = {"two layers": 2 * n + 5, "three layers": 2 * n + 5 + max(1, n - 3)}.get(op, n)
-    inputs["dy"] = inputs["dy"][:, :width].clone()
     of_tokens, of_weights, of_adapters = layouts
     if of_tokens == "expanded" and rows:
         inputs |= {name: inputs[name][:1].repeat(rows, 1) for name in ("x", "y", "dy")}
@@ -127,36 +124,3 @@ def test_dropout_is_torchs_own_mask(op, place, dtypes):
     expected = exact(op, inputs)
     del inputs["mask"]
     check(op, found, expected, inputs, precision)
-
-
-@pytest.mark.parametrize(
-    "wanted", [("A2",), ("B1",), ("A", "B2"), ("x",), ("weight1", "bias"), ("bias2", "A1")], ids=str
-)
-@pytest.mark.parametrize("place", PLACES)
-def test_layers_that_need_no_gradient(place, wanted):
-    """Of layers of one x some train: what is returned is theirs alone, and right."""
-    inputs = make((33,), 40, 24, 6, fp32, device=place[1])
-    found = ours("three layers", inputs, wanted, backend=place[0])
-    check("three layers", found, exact("three layers", inputs, wanted), inputs)
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_an_output_that_nobody_reads(place):
-    """Its gradient is zero, and those of the others are as if it were not there."""
-    inputs = make((33,), 40, 24, 6, fp32, device=place[1])
-    names = ("x", "A", "B", "A1", "B1")
-    leaves = {name: value.clone().requires_grad_(name in names) for name, value in inputs.items()}
-    parts = [leaves[part] for part in ("weight", "bias", "A", "B")] + [
-        leaves["weight1"],
-        None,
-        leaves["A1"],
-        leaves["B1"],
-    ]
-    y, _ = layers_of_one_x(leaves["x"], parts, backend=place[0])
-    dy = inputs["dy"][:, :24].contiguous()
-    grads = torch.autograd.grad(y, [leaves[name] for name in names], dy, allow_unused=True)
-    found = dict(zip(names, grads, strict=True))
-    assert all(found[name] is None or not found[name].any() for name in ("A1", "B1"))
-    expected = exact("linear", inputs, names[:3])
-    del expected["out"]
-    check("linear", found, expected, inputs)

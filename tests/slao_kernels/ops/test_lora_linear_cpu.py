@@ -67,7 +67,7 @@ def strided(rows: int, columns: int, dtype: torch.dtype, g: torch.Generator) -> 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_call_for_a_layer(isa, shape, adapter, torchs_products, poisoned):
     """Forward and backward of one layer, whatever is wanted of it; A and B may be fp32, and so are dA and dB then."""
-    inputs = make(*shape, bf16, adapter)
+    inputs = make(*shape, bf16, adapter, seed=1)  # one token and rank 1: a g that does not cancel
     expected = exact("linear", inputs)
     for names in (("x", "A", "B"), ("A",), ("B",), ("x",)):
         found = ours("linear", inputs, names, backend="native")
@@ -86,21 +86,18 @@ def test_the_answer_does_not_depend_on_the_threads(isa):
         assert all(torch.equal(results[0][name], other[name]) for name in results[0])
 
 
-@pytest.mark.parametrize(
-    "why", ["rank", "fp64", "fp32", "fp16", "column stride", "empty", "mixed dtypes", "three layers"]
-)
+@pytest.mark.parametrize("why", ["rank", "fp64", "fp32", "fp16", "column stride", "empty", "mixed dtypes"])
 def test_what_the_core_cannot_do_is_torchs(why):
     """The same answer as the eager backend, bit for bit."""
     dtype = {"fp64": torch.float64, "fp16": torch.float16, "fp32": fp32}.get(why, bf16)
-    op = "three layers" if why == "three layers" else "linear"
-    inputs = make((0 if why == "empty" else 6,), 32, 24, 80 if why == "rank" or op != "linear" else 4, dtype)
+    inputs = make((0 if why == "empty" else 6,), 32, 24, 80 if why == "rank" else 4, dtype)
     options = {}
     if why == "column stride":
         inputs["x"] = inputs["x"].t().contiguous().t()
     if why == "mixed dtypes":
         inputs |= {name: inputs[name].float() for name in ("A", "B")}
         options["precision"] = "adapter"
-    found, torchs = (ours(op, inputs, backend=name, **options) for name in ("native", "eager"))
+    found, torchs = (ours("linear", inputs, backend=name, **options) for name in ("native", "eager"))
     assert all(torch.equal(found[name], torchs[name]) for name in torchs)
 
 

@@ -11,7 +11,7 @@ import json
 import pytest
 import torch
 from on_triton import DEVICE, close, draw, empty, interpreted, mask_of_the_next_call, on_device
-from oracle import NAMES, OPS, check, compare, equal, exact, layers_of_one_x, ours, run
+from oracle import NAMES, OPS, check, compare, equal, exact, ours, run
 from oracle import make as make_inputs
 from torch import Tensor
 
@@ -182,24 +182,6 @@ def test_else_torchs(dtype, shape, gemm_runs):
         found = ours("linear", inputs, backend="triton")
     assert gemm_runs == ([] if dtype == torch.float32 or shape == (0,) else ["nk", "kn"])
     check("linear", found, exact("linear", inputs), inputs)
-
-
-@on_device
-@pytest.mark.parametrize("how", TILES)
-@pytest.mark.parametrize("r", [8, 12])
-def test_several_layers_of_one_x(r, how, gemm_runs):
-    """Every output that can; in backward the stacked ranks with the first layer's product, the others on top."""
-    inputs, widths = make((2, 35), 48, 24, r), (24, 29, 21)  # rows of the last two are not at multiples of 16 bytes
-    names = OPS["three layers"].names
-    leaves = {name: inputs[name].clone().requires_grad_() for name in names}
-    layers = [leaves.get(part + i) for i in ("", "1", "2") for part in NAMES[1:]]
-    with gemm.tiles.force("gemm", TILES[how]):
-        ys = layers_of_one_x(leaves["x"], layers, backend="triton")
-        dys = [dy.contiguous() for dy in inputs["dy"].split(widths, -1)]
-        grads = torch.autograd.grad(ys, list(leaves.values()), dys)
-    assert gemm_runs == ["nk", "kn"]
-    found = {"out": torch.cat(ys, -1), **dict(zip(names, grads, strict=True))}
-    check("three layers", found, exact("three layers", inputs), inputs)
 
 
 @on_device

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slao_kernels.ops.lora_linear import precise, products
-from slao_kernels.ops.operators import Layers
 from slao_kernels.testing import TOLERANCE, error_ratio
 
 NARROW = [torch.bfloat16, torch.float16]
@@ -142,7 +141,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("op", ["linear", "three layers", "add a bias in place"])
+@pytest.mark.parametrize("op", ["linear", "add a bias in place"])
 @pytest.mark.parametrize("narrow", NARROW, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradients(shape, narrow, op, way):
@@ -167,7 +166,6 @@ def test_fp64_adapters(narrow, way):
 @pytest.mark.parametrize("narrow", NARROW, ids=str)
 def test_layouts(narrow, layout, way):
     inputs = make((33,), 40, 24, 6, narrow, torch.float32)
-    inputs["dy"] = inputs["dy"][:, :24].clone()
     for name in ("A", "B") if layout == "adapters" else ("x", "dy"):
         inputs[name] = laid_out(inputs[name], "transposed" if layout == "adapters" else layout)
     check("linear", ours("linear", inputs, precision="adapter"), exact("linear", inputs), inputs, "adapter")
@@ -189,10 +187,10 @@ class Largest(TorchDispatchMode):
 def test_no_wide_copy_of_x_or_y(way):
     """The largest fp32 tensor that a pass makes is a block of rows, or of the rank's size."""
     t = make((400,), 64, 64, 2, torch.bfloat16, torch.float32)
-    torchs, x, layers = products.products(), t["x"], Layers([t["weight"]], [None], [t["A"]], [t["B"]], [0.7])
+    torchs = products.products()
     with Largest() as largest:
-        (y,), saved = torchs.wide_forward(x, None, layers)
-        torchs.wide_backward(x, [t["y"]], layers, saved, (True, [True], [True]))
+        y, saved = torchs.wide_forward(t["x"], None, t["weight"], None, t["A"], t["B"], 0.7)
+        torchs.wide_backward(t["y"], t["x"], t["weight"], saved, t["A"], t["B"], 0.7, (True, True, True))
     assert y.dtype == torch.bfloat16
     # x has 400 × 64. A block has at least 16 rows; the split's terms are padded to rank 16.
     assert 0 < largest.numel <= (16 * 64 if way == "blocks" else 400 * 16)
