@@ -106,7 +106,7 @@ class LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *cores: Any
     ) -> Tensor:
-        ctx.call = call
+        ctx.call, trains = call, weight.requires_grad
         if not call.uniform:
             tensors = x, weight, bias, A, B, *cores
             ctx.dtypes = [None, *(None if p is None else p.dtype for p in tensors)]
@@ -123,7 +123,7 @@ class LoraLinear(torch.autograd.Function):
         else:
             op, tensors = torch.ops.slao_kernels.lora_linear, (x, source, weight, bias, A, routed)
             y, t = op(*tensors, call.scaling, call.wide, call.backend, drawn, call.dropout)
-        for_weight = x if weight.requires_grad and source is not None else None
+        for_weight = x if trains and source is not None else None
         ctx.save_for_backward(read, t, weight, A, B, drawn, for_weight, *cores)
         return y
 
