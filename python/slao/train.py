@@ -173,6 +173,7 @@ def train(
         result = Result(**method.load(state_dir)["result"])
         if similarity is not None and recorded is not None:
             similarity.take(recorded)
+    from .logits import labelled_only
     from .trainer import make_trainer, own_forward
     from .watching import Watch
 
@@ -197,7 +198,7 @@ def train(
         trainer = make_trainer(model, method, objective, config, features, seed * 10_007 + index, callbacks)
         trainer.add_callback(Watch(method))
         started = time.perf_counter()
-        with own_forward(model):
+        with own_forward(model), labelled_only(model):
             trainer.train()
         if trainer.state.global_step < trainer.state.max_steps:
             stopping.check()  # the task begins anew when the run is resumed

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..logits import IGNORED
 from ..streams import Row, Stream, Task
 from ..streams.base import METRICS
 from .base import Features, Objective, check_candidates, check_rows, evaluating, in_batches, positions, room
+from .likelihood import log_likelihoods
 from .text_scores import text_score
-
-IGNORED = -100  # what torch's and transformers' losses leave out
 
 
 class CausalLM(Objective):
@@ -26,6 +25,7 @@ class CausalLM(Objective):
     log-likelihood among the candidates, and for a free-form task how often the greedy continuation equals the answer
     (white space and case aside). "exact_match" and "rouge_l" compare the greedy continuation, whether there are
     labels or not. Of a row with several references the best one counts.
+    max_new_tokens: the length of a continuation; None for as many as the longest right answer of its task takes.
     train_candidates, eval_candidates: whose labels the Option line (and the scoring) lists: "own" or "all".
     """
 
@@ -42,19 +42,24 @@ class CausalLM(Objective):
         train_candidates: str = "own",
         eval_candidates: str = "own",
         max_length: int = 512,
-        max_new_tokens: int = 50,
+        max_new_tokens: int | None = None,
     ) -> None:
         check_candidates(train_candidates=train_candidates, eval_candidates=eval_candidates)
         check_rows(self.name, stream, images=False)
         for task in stream.tasks:
             text_score(task.metric)  # raises here where its package is missing
-        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
-        self.max_length = room(self, model, max_length, 1)
-        if max_new_tokens < 1:
+        self.tokenizer, self.max_length = tokenizer, room(self, model, max_length, 1)
+        if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        self._new_tokens = {
+            task.name: self._longest_answer(task) if max_new_tokens is None else max_new_tokens
+            for task in stream.tasks
+            if _generates(task)
+        }
         # What a prompt leaves free where text is generated: only learned positions end.
         most = positions(model)
-        self._reserved = 0 if most is None else max(0, self.max_length + max_new_tokens - most)
+        longest = max(self._new_tokens.values(), default=0)
+        self._reserved = 0 if most is None else max(0, self.max_length + longest - most)
         self.train_candidates, self.eval_candidates = train_candidates, eval_candidates
         self.labels = stream.labels
         self._eos = tokenizer.eos_token_id
@@ -87,15 +92,7 @@ class CausalLM(Objective):
         answers = [self._answer(label) for label in candidates]
         longest = max(map(len, answers))  # so that all candidates of a row follow the very same prompt
         prompts = [self._prompt(task, row.prompt, longest, self.eval_candidates) for row in rows]
-        features = [_supervised(prompt, answer) for prompt in prompts for answer in answers]
-        likelihood = torch.empty(len(features))
-        with evaluating(model) as device:
-            for indices, batch in in_batches(features, batch_size, self.collate, device):
-                labels = batch.pop("labels")[:, 1:]
-                logits = model(**batch).logits[:, :-1].float()
-                losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-                likelihood[indices] = -losses.sum(1).cpu()
-        best = likelihood.view(len(rows), len(candidates)).argmax(1).tolist()
+        best = log_likelihoods(model, prompts, answers, batch_size, self._pad).argmax(1).tolist()
         return sum(candidates[guess] == row.answer for guess, row in zip(best, rows, strict=True)) / len(rows)
 
     def _score_generated(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
@@ -105,7 +102,7 @@ class CausalLM(Objective):
             for indices, batch in in_batches(features, batch_size, lambda f: self._pad_batch(f, left=True), device):
                 generated = model.generate(
                     **batch,
-                    max_new_tokens=self.max_new_tokens,
+                    max_new_tokens=self._new_tokens[task.name],
                     do_sample=False,
                     pad_token_id=self._pad,
                     eos_token_id=self._eos,
@@ -121,6 +118,17 @@ class CausalLM(Objective):
 
     def _answer(self, text: str) -> list[int]:
         return [*self._ids(" " + text), self._eos]
+
+    def _longest_answer(self, task: Task) -> int:
+        """In tokens, with the end's, of those that count as right."""
+        texts = {text for row in (*task.validation, *task.test) for text in (row.answer, *row.references)}
+        return (
+            max(
+                len(ids)
+                for ids in self.tokenizer([" " + text for text in texts], add_special_tokens=False)["input_ids"]
+            )
+            + 1
+        )
 
     def _candidates(self, task: Task, whose: str) -> tuple[str, ...]:
         """A free-form task has none, whatever the others have."""
