@@ -13,6 +13,7 @@ Loss and gradients are those of the whole, but for the order of sums.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,10 +52,8 @@ def why_whole(model: nn.Module) -> str | None:
     except ValueError as error:
         return str(error)
     forward = inspect.getmodule(type(causal).forward)
-    if forward is None or not forward.__name__.startswith(("transformers.", __name__)):
+    if forward is None or not forward.__name__.startswith("transformers."):
         return f"{type(causal).__name__} has a forward pass from {getattr(forward, '__name__', 'elsewhere')}"
-    if not getattr(causal.config, "return_dict", True):
-        return f"{type(causal).__name__} is set to return tuples"
     if causal.loss_function is not ForCausalLMLoss:
         return f"{type(causal).__name__} has a loss of its own"
     if "forward" in vars(causal):
@@ -87,10 +86,12 @@ def _labelled(before: Any) -> Any:
     """The model's class with this forward pass: on a class, so that a replica or a copy runs on parts of its own."""
     whole = before.forward
 
+    @functools.wraps(whole)  # whoever asks for its arguments (the Trainer does) gets the model's
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = type(self) is labelled and self.training and not args and not torch.compiler.is_compiling()
+        plain = self.training and type(self) is labelled and not args and not torch.compiler.is_compiling()
         labels = kwargs.get("labels")
-        if not plain or labels is None or any(_is_given(kwargs.get(name)) for name in _OTHERS):
+        plain = plain and kwargs.get("return_dict") is not False
+        if labels is None or not plain or any(_is_given(kwargs.get(name)) for name in _OTHERS):
             return whole(self, *args, **kwargs)
         found = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # before the decoder: a GPU is not waited for later
         return _forward(self, whole, found, kwargs) if len(found[0]) else whole(self, **kwargs)

@@ -1,0 +1,59 @@
+"""How likely each of a set of answers is: as if every prompt were run with every answer, alone."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from causal_models import CONFIGS, WINDOWED, WORDS, causal
+from torch import Tensor
+
+from slao import logits
+from slao.objectives.likelihood import log_likelihoods
+
+# One begins another, two begin alike, one stands twice, one is a single token.
+ANSWERS = [[7, 8, 9, 2], [7, 8, 2], [7, 2], [11, 2], [12, 13, 14, 15, 2], [11, 20, 2], [2], [7, 8, 9, 2]]
+CLOSE = 1e-5  # of a log-probability of five tokens, each some 4.6: sums of fp32
+
+
+def prompts() -> list[list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(5, WORDS) for _ in range(draw.randrange(1, 20))] for _ in range(7)]
+
+
+def one_by_one(model: Any, lines: list[list[int]], answers: list[list[int]]) -> Tensor:
+    found = torch.zeros(len(lines), len(answers))
+    with torch.no_grad():
+        for i, line in enumerate(lines):
+            for j, answer in enumerate(answers):
+                logp = model(input_ids=torch.tensor([line + answer])).logits[0].float().log_softmax(-1)
+                found[i, j] = sum(logp[len(line) - 1 + k, token] for k, token in enumerate(answer))
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+@pytest.mark.parametrize("kind", [*CONFIGS, *WINDOWED])
+def test_as_one_by_one(kind, size, monkeypatch):
+    model = causal(kind)
+    monkeypatch.setattr(logits, "_CHUNK", (5 if size == 3 else 1000) * WORDS)
+    found = log_likelihoods(model, prompts(), ANSWERS, size, 0)
+    assert model.training
+    assert (found - one_by_one(model.eval(), prompts(), ANSWERS)).abs().max() <= CLOSE
+
+
+def test_answers_of_one_token():
+    model, answers = causal("llama").eval(), [[3], [4], [5]]
+    found = log_likelihoods(model, prompts(), answers, 8, 0)
+    assert (found - one_by_one(model, prompts(), answers)).abs().max() <= CLOSE
+
+
+def test_a_prompt_is_run_once_and_what_answers_share_once():
+    model, seen = causal("llama"), []
+    model.model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"].shape), with_kwargs=True
+    )
+    log_likelihoods(model, [[5] * 20, [6] * 20], ANSWERS, 64, 0)
+    # [7, 8, 9], [12, 13, 14, 15] and [11, 20] after each of two prompts, padded to four.
+    assert [tuple(shape) for shape in seen] == [(2, 20), (6, 4)]
