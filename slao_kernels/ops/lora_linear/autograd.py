@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from ... import dispatch
 from .. import operators
 from . import reference
+from .precise import rows_of
 
 PRECISIONS = ("base", "adapter")
 # Where triton.py draws dropout itself.
@@ -178,9 +179,9 @@ def _linear_grads(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
 def _add_base_grads(grads: list[Any], ctx: Any, dys: Sequence[Tensor], x: Any) -> None:
     """dW, and db in its bias's dtype, of the base layers that train."""
     for place, dy in enumerate(dys):
-        wanted, at, dy2 = ctx.needs_input_grad, 2 + 4 * place, dy.reshape(-1, dy.shape[-1])
+        wanted, at, dy2 = ctx.needs_input_grad, 2 + 4 * place, rows_of(dy)
         if wanted[at]:
-            grads[at] = dy2.t() @ x.reshape(-1, x.shape[-1])
+            grads[at] = dy2.t() @ rows_of(x)
         if wanted[at + 1]:
             grads[at + 1] = dy2.sum(0, dtype=dy.dtype if ctx.call.uniform else ctx.dtypes[at + 1])
 

@@ -92,7 +92,7 @@ class WideProducts:
         for weight, bias, A, B, scaling in zip(*layers, strict=True):
             ys.append(torch.nn.functional.linear(x, weight, bias))
             ts.append(self.shrink_wide(read, A, 1.0))
-            self.add_wide_(ys[-1].view(-1, weight.shape[0]), ts[-1], B, scaling)
+            self.add_wide_(rows_of(ys[-1]), ts[-1], B, scaling)
         return ys, ts[0] if len(ts) == 1 else torch.cat(ts, 1)
 
     def wide_backward(self, source: Tensor, dys: Sequence[Tensor], layers: Layers, t: Tensor, needs: Needs) -> Grads:
@@ -124,7 +124,9 @@ class WideProducts:
 
 def rows_of(x: Tensor) -> Tensor:
     """(..., K) as (M, K), a view where there is one."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if x.dim() == 2:
+        return x
+    return x.flatten(0, -2) if x.dim() > 2 else x[None]  # reshape(-1, K) does not know M where K is 0
 
 
 def splits(narrow: Tensor, wide: Tensor) -> bool:
