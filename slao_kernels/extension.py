@@ -96,10 +96,13 @@ class ExtendedLoraLinear(FusedLoraLinear):
         if adapter != self.slao_adapter:
             return super().get_delta_weight(adapter)
         A, B = (factor.detach() for factor in self.slao_factors())
-        cores = [core.detach() for core in (self.slao_core, self.slao_core_delta) if core is not None]
+        # As PEFT does for 16 bits: rounded once.
+        wide = torch.promote_types(B.dtype, torch.float32)
+        cores = [core.detach().to(wide) for core in (self.slao_core, self.slao_core_delta) if core is not None]
+        left = B.to(wide)
         if cores:
-            B = B @ sum(cores[1:], cores[0])
-        delta = B @ A * self.scaling[adapter]
+            left = left @ sum(cores[1:], cores[0])
+        delta = (left @ A.to(wide) * self.scaling[adapter]).to(B.dtype)
         return delta.T if self.fan_in_fan_out else delta
 
 

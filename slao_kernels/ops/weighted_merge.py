@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -58,7 +58,7 @@ def weighted_merge(
         problems.add("adapters", "is empty: there is nothing to merge")
     if checks.lengths(problems, adapters=adapters, weights=weights):
         for t, weight in enumerate(weights):
-            if not (isinstance(weight, int | float) and abs(weight) < math.inf):
+            if not (isinstance(weight, int | float) and abs(weight) <= sys.float_info.max):
                 problems.add(f"weights[{t}]", f"is {weight!r}, expected a finite number")
     if dtype is not None and dtype not in checks.FLOATING:
         problems.add("dtype", f"is {dtype}, expected a floating one: fp64, fp32, bf16 or fp16")

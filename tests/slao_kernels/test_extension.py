@@ -123,6 +123,13 @@ def test_merging_copies_and_pickles_keep_the_function(kind):
     assert error_ratio(merged(x), before) <= 1e-13
 
 
+@pytest.mark.parametrize("kind", ["core", "frozen"])
+def test_a_merge_in_16_bits_is_rounded_once_as_pefts_is(kind):
+    _, layer, _ = make(kind=kind, dtype=torch.bfloat16)
+    wide = copy.deepcopy(layer).double()
+    assert torch.equal(layer.get_delta_weight("default"), wide.get_delta_weight("default").bfloat16())
+
+
 def test_16_bit_autocast_and_dropout():
     model, layer, _ = make(kind="core", dtype=torch.float32, lora_dropout=0.5)
     x = torch.randn(64, K)

@@ -25,6 +25,8 @@ def swapped(pairs: Sequence[LoraPair], weights: Callable[[], Weights]) -> Iterat
                     trained.append((parameter, parameter.data, parameter.grad))
                     # A stack of pairs has another rank, which a matrix takes as it is, and a gradient does not.
                     parameter.grad = None
+                    # The model may have got another dtype since (half()), and PEFT's forward wants one for A and B.
+                    weight = weight.to(parameter.dtype)
                     parameter.data = weight if parameter.dim() == 2 else weight.view(parameter.shape)
         yield
     finally:

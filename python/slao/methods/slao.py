@@ -204,7 +204,8 @@ class SLAO(Method):
                 loaded[factor] = None
                 continue
             for pair, tensor, now in zip(self.pairs, found, live, strict=True):
-                if tensor is None or tensor.shape != now.shape or tensor.dtype != now.dtype:
+                # Its dtype is the model's of when it was merged; half() since then leaves it as exact as it was.
+                if tensor is None or tensor.shape != now.shape or not tensor.is_floating_point():
                     raise ValueError(f"the saved merge of {pair.name} does not fit its {factor} {tuple(now.shape)}")
             loaded[factor] = [
                 tensor.to(now.device) for tensor, now in zip(found, live, strict=True) if tensor is not None

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from ... import dispatch
 from .. import operators
 from . import reference
+from .precise import rows_of
 
 PRECISIONS = ("base", "adapter")
 # Where triton.py draws dropout itself.
@@ -149,10 +150,10 @@ def _linear_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, dA, dB, g = run(*tensors, call.scaling, needs)
     dW = d_bias = None
     if need_weight:
-        dW = dy.reshape(-1, dy.shape[-1]).t() @ (read if x is None else x).reshape(-1, read.shape[-1])
+        dW = rows_of(dy).t() @ rows_of(read if x is None else x)
     if need_bias:
         dtype = dy.dtype if call.uniform else ctx.dtypes[3]
-        d_bias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=dtype)
+        d_bias = rows_of(dy).sum(0, dtype=dtype)
     routed = _through_cores(cores[1], g, t, dA, dB, (need_A, need_B, *need_cores)) if cores else (dA, dB)
     grads: Any = (None, dx, dW, d_bias, *routed)
     if not call.uniform:

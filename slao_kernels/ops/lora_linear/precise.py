@@ -94,7 +94,7 @@ class WideProducts:
         """(y, t) of the operator `lora_linear` with t in the adapters' dtype; see operators.py."""
         y = torch.nn.functional.linear(x, weight, bias)
         t = self.shrink_wide(rows_of(x if source is None else source), A, 1.0)
-        self.add_wide_(y.view(-1, weight.shape[0]), t, B, scaling)
+        self.add_wide_(rows_of(y), t, B, scaling)
         return y, t
 
     def wide_backward(
@@ -125,7 +125,9 @@ class WideProducts:
 
 def rows_of(x: Tensor) -> Tensor:
     """(..., K) as (M, K), a view where there is one."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if x.dim() == 2:
+        return x
+    return x.flatten(0, -2) if x.dim() > 2 else x[None]  # reshape(-1, K) does not know M where K is 0
 
 
 def splits(narrow: Tensor, wide: Tensor) -> bool:

@@ -113,6 +113,24 @@ def test_a_state_goes_on_bit_identically_wherever_it_lies(lab, tmp_path, name, c
             assert all(torch.equal(mine[key], value) for key, value in theirs.items())
 
 
+@pytest.mark.parametrize("name", ["slao", "clora", "inclora"])
+def test_a_model_that_was_cast_since_shows_its_merge_and_takes_its_own_state(lab, tmp_path, name):
+    """What a method keeps has the dtype of when it was merged; PEFT's forward wants one for A and B. fp32 rounds."""
+    method = lab.make(METHODS[name], torch.float32, patched=False)
+    lab.task(method, 0)
+    lab.task(method, 1)
+    with method.merged():
+        expected = lab.logits(method)
+    method.model.double()
+    with method.merged():
+        found = lab.logits(method)
+    assert error_ratio(found, expected) <= 3e-6
+    method.save(tmp_path)
+    method.load(tmp_path)
+    with method.merged():
+        assert torch.equal(lab.logits(method), found)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_state_of_another_rank_is_refused_and_nothing_changes(lab, tmp_path, name):
     method, other = (lab.make(METHODS[name], torch.float32, lora={"r": r}) for r in (4, 2))

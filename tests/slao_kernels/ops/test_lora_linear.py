@@ -28,6 +28,20 @@ def test_routing_gradients_equal_the_written_formula():
     compare(exact("core and delta", t), expected, 1e-14)
 
 
+@pytest.mark.parametrize("precision", ["base", "adapter"])
+@pytest.mark.parametrize(("n", "k", "r"), [(4, 0, 2), (0, 4, 2), (4, 3, 0), (0, 0, 0)])
+def test_layers_without_inputs_outputs_or_rank(n, k, r, precision):
+    """As F.linear: no features in leave the bias, none out an empty result, and every gradient has its shape."""
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, k), (n, k), (n,)))
+    A, B = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((r, k), (n, r)))
+    y = slao_kernels.lora_linear(x, weight, bias, A, B, 0.5, precision=precision)
+    expected = torch.nn.functional.linear(x, weight + 0.5 * (B @ A).float(), bias)
+    torch.testing.assert_close(y, expected)
+    grads = torch.autograd.grad(y, [x, weight, bias], torch.ones_like(y))
+    for grad, right in zip(grads, torch.autograd.grad(expected, [x, weight, bias], torch.ones_like(y)), strict=True):
+        torch.testing.assert_close(grad, right)
+
+
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
 def test_adapter_precision_keeps_a_large_delta_exact(narrow):
     """A delta far larger than the base output: rounded adapters lose it, precision="adapter" does not."""

@@ -232,6 +232,7 @@ MORE = {
     "empty": ([], [], {}, "adapters: is empty: there is nothing to merge"),
     "weights": ([[ONE], [ONE]], [1.0], {}, "lists: lengths differ: adapters 2, weights 1"),
     "weight": ([[ONE], [ONE]], [1.0, float("inf")], {}, r"weights\[1\]: is inf, expected a finite number"),
+    "no float": ([[ONE]], [10**400], {}, r"weights\[0\]: is 10+, expected a finite number"),
     "no weight": ([[ONE]], ["x"], {}, r"weights\[0\]: is 'x', expected a finite number"),
     "nan": ([[ONE], [NAN]], [1, 1], {}, r"adapters\[1\], layers\[0\].A: has NaN or infinite entries"),
     "rank": ([[ONE]], [1], {"rank": 6}, r"rank of layers\[0\]: 6 is too large for B A \(5, 6\): at most 5"),
