@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,19 +16,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import gpu
 import report
 
-WANTED = "test_scaled_merge or test_orthogonal_init or test_transition or (test_layer and 32x384x384-bf16)"
-WANTED += " or (test_product and 1024x384-bf16)"
+WANTED = "test_scaled_merge or test_orthogonal_init or test_transition or (test_layer and 32x384x384-bf16) or test_fold"
+WANTED += " or (test_product and 1024x384-bf16) or minilm-2x16-bf16 or test_interference or test_weighted_merge"
+WANTED += " or host[layer-fp32-forward]"
 
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory):
-    """pytest-benchmark's file of a few benches with three rounds."""
-    path = tmp_path_factory.mktemp("run") / "bench.json"
-    command = [sys.executable, "-m", "pytest", "bench", "-q", "-k", WANTED, "--device=cpu", "--model=minilm"]
-    command += ["--rounds=3", "--threads=1", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
-    command += [f"--lines={path.with_suffix('.jsonl')}"]
-    done = subprocess.run(command, cwd=gpu.ROOT, env=gpu.importing_from_here(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    """pytest-benchmark's file of a small case or more of every bench with three rounds; run once for all processes."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "measured"
+    folder.mkdir(exist_ok=True)
+    path = folder / "bench.json"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            command = [sys.executable, "-m", "pytest", "bench", "-q", "-k", WANTED, "--device=cpu", "--model=minilm"]
+            command += ["--rounds=3", "--threads=1", f"--benchmark-json={path}", "-p", "no:cacheprovider"]
+            command += [f"--lines={path.with_suffix('.jsonl')}"]
+            done = subprocess.run(command, cwd=gpu.ROOT, env=gpu.importing_from_here(), capture_output=True, text=True)
+            path.with_suffix(".out").write_text(done.stdout)
+            if done.returncode:
+                path.unlink(missing_ok=True)
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return path
 
 

@@ -77,20 +77,38 @@ def _run(*command: str) -> None:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The GPU kernels as a module that runs on the CPU, built from csrc/cuda and tests/csrc into a temporary folder."""
+    """The GPU kernels as a module that runs on the CPU, built from csrc/cuda and tests/csrc once for all processes."""
     if not sys.platform.startswith("linux"):
         pytest.skip("the emulator's fibers are written for Linux")
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed: the emulated kernels need it")
     cxx = _compiler()
     if cxx is None:
         pytest.skip("no C++ compiler for the emulated kernels")
-    folder = tmp_path_factory.mktemp("emulated")
+    import fcntl
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulated"
+    folder.mkdir(exist_ok=True)
+    library = folder / "slao_cuda_emulated.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _build(cxx.split(), pybind11.get_include(), folder, library)
+    spec = importlib.util.spec_from_file_location("slao_cuda_emulated", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _build(cxx: list[str], pybind11: str, folder: Path, library: Path) -> None:
     (folder / "empty.cpp").write_text("int probe() { return 0; }\n")
     checked = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]  # misaligned vectors among the rest
-    probe = [*cxx.split(), "-shared", "-fPIC", *checked, str(folder / "empty.cpp"), "-o", str(folder / "empty.so")]
+    probe = [*cxx, "-shared", "-fPIC", *checked, str(folder / "empty.cpp"), "-o", str(folder / "empty.so")]
     if subprocess.run(probe, capture_output=True).returncode:
         checked = []
-    include = [f"-I{_ROOT / 'tests' / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    include = [f"-I{_ROOT / 'tests' / 'csrc'}", f"-I{pybind11}", f"-I{sysconfig.get_paths()['include']}"]
     kernels = sorted((_ROOT / "csrc" / "cuda").glob("*.cu"))
     assert len(kernels) == 4
     # Every kernel for either size of tables, as setup.py builds them.
@@ -98,18 +116,11 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     sources += [(source, "many") for source in kernels if source.stem == "driver"]
     sources.append((_ROOT / "tests" / "csrc" / "emulated.cpp", "many"))
     objects = [str(folder / f"{source.stem}.{tables}.o") for source, tables in sources]
-    compile_it = [*cxx.split(), *_FLAGS.split(), *checked, *include]
+    compile_it = [*cxx, *_FLAGS.split(), *checked, *include]
     commands = [
         [*compile_it, f"-DSLAO_TABLES={tables}", "-x", "c++", "-c", str(source), "-o", to]
         for (source, tables), to in zip(sources, objects, strict=True)
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda command: _run(*command), commands))
-    library = folder / "slao_cuda_emulated.so"
-    _run(*cxx.split(), "-shared", *checked, *objects, "-o", str(library))
-    spec = importlib.util.spec_from_file_location("slao_cuda_emulated", library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    _run(*cxx, "-shared", *checked, *objects, "-o", str(library))

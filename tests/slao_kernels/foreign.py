@@ -19,12 +19,12 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import twins
 from changes import Doubling
 from peft import import_utils
 from torch import Tensor, nn
 
 K, N = 64, 32  # in eval mode bitsandbytes packs 4 bits in whole blocks of 64 × 32
-R = {"r": 3, "lora_alpha": 5}  # a ratio that is no power of two
 
 
 class Quantised(nn.Module):
@@ -51,19 +51,12 @@ class Packed(Quantised):
         self.weight = nn.Parameter(self.qweight, requires_grad=False)
 
 
-class Net(nn.Module):
-    """One adapted layer, `proj`."""
-
-    def __init__(self, proj: nn.Module) -> None:
-        super().__init__()
-        self.proj = proj
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.proj(x, *args, **kwargs)
+class Net(twins.Net):
+    """What unpickles one imports this module, which makes up packages."""
 
 
 def config(**options: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(**{**R, "target_modules": ["proj"], "init_lora_weights": False, **options})
+    return twins.config(**{"target_modules": ["proj"], "init_lora_weights": False, **options})
 
 
 def injected(base: nn.Module, **options: Any) -> Net:
@@ -79,8 +72,8 @@ def stand_in(path: str) -> Callable[..., Net]:
     def make(linear: nn.Linear, dtype: torch.dtype, **options: Any) -> Net:
         module, _, name = path.rpartition(".")
         cls = getattr(importlib.import_module(f"peft.tuners.lora.{module}"), name)
-        own = {**R, **{key: options[key] for key in R & options.keys()}}
-        return Net(cls(Quantised(linear), "default", config=config(**options), **own))
+        made = config(**options)
+        return Net(cls(Quantised(linear), "default", config=made, r=made.r, lora_alpha=made.lora_alpha))
 
     return make
 

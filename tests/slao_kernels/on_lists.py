@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import array
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ from slao_kernels import dispatch, native
 from slao_kernels.ops.fold import native as native_fold
 from slao_kernels.ops.scaled_merge import native as native_merge
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DTYPES, INTERPRETED = oracle.DTYPES, oracle.INTERPRETED
 # Half a unit of the storage dtype on entries of size 1/√n, times the worst case of r rows adding up.
 STORAGE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 # One rounding of W, uniform in half a unit either way: RMS 0.29 units. fp32 and fp64 add their sums' rounding.

@@ -6,12 +6,12 @@ asserted of all: `run` gives y and the gradient of every name, `check` compares 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from places import INTERPRETED
 from torch import Tensor
 
 import slao_kernels
@@ -39,8 +39,7 @@ NAMES = ("x", "weight", "bias", "A", "B")
 SCALING = 0.7
 WIDE = {"A", "B", "own", "core", "core_delta", "magnitude"}  # of the adapters' dtype
 
-# Where the ops run: a backend and a device. Under TRITON_INTERPRET=1 Triton's alone, for on_triton.interpreted.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Where the ops run: a backend and a device. Under the interpreter Triton's alone (test_interpreted.py).
 
 
 def _place(backend: str, device: str = "cpu") -> Any:

@@ -9,7 +9,6 @@ import changes
 import peft
 import pytest
 import torch
-import transformers as hf
 import twins
 from torch import Tensor, nn
 
@@ -120,11 +119,9 @@ def two_kinds() -> nn.Module:
 
 def experts() -> nn.Module:
     """target_parameters: one A and B hold those of all experts, nested wrappers when two parameters are adapted."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config = hf.MixtralConfig(vocab_size=32, num_hidden_layers=1, num_local_experts=4, **sizes)
     adapted = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=adapted)
-    return peft.get_peft_model(hf.MixtralForCausalLM(config), lora)
+    return peft.get_peft_model(tiny_model("mixtral", num_hidden_layers=1), lora)
 
 
 def parametrized() -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slao_kernels
-from slao_kernels.holders import FRESH, holders
+from slao_kernels.holders import FRESH, holders, writable
 from slao_kernels.ops.lora_linear.autograd import add, call_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,13 +56,16 @@ def within_inference(base: Base, f: Any, x: Tensor) -> Tensor:
 
 class Exp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
-        ctx.y = x.exp()  # neither saved nor an alias: only a reference
-        return ctx.y
+    def forward(ctx, x, saves=False):
+        ctx.y = y = x.exp()  # neither saved nor an alias: only a reference
+        if saves:
+            ctx.y = None
+            ctx.save_for_backward(y)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        return dy * ctx.y
+        return dy * (ctx.saved_tensors[0] if ctx.y is None else ctx.y), None
 
 
 # What a base makes of x, f being its linear product; and whether that is written into: always, only where no node has
@@ -79,6 +82,7 @@ RESULTS: dict[str, tuple[Callable[[Base, Any, Tensor], Tensor], tuple[bool, bool
     "relu": (lambda base, f, x: f(x).relu(), UNSAVED),
     "tanh": (lambda base, f, x: f(x).tanh(), UNSAVED),
     "function": (lambda base, f, x: Exp.apply(f(x) / 10), UNSAVED),
+    "saving function": (lambda base, f, x: Exp.apply(f(x) / 10, True), UNSAVED),
     "used too": (lambda base, f, x: base.keep(f(x), torch.square), UNSAVED),
     "identity": (lambda base, f, x: x, NEVER),
     "view": (lambda base, f, x: torch.cat([f(x)] * 2)[: x.shape[0]], NEVER),
@@ -86,6 +90,7 @@ RESULTS: dict[str, tuple[Callable[[Base, Any, Tensor], Tensor], tuple[bool, bool
     "alias kept": (lambda base, f, x: base.keep(f(x), torch.detach), NEVER),
     "kept": (lambda base, f, x: base.keep(f(x)), NEVER),
     "kept by a hook": (lambda base, f, x: f(x), NEVER),  # feature extraction
+    "transposed": (lambda base, f, x: f(x).t().contiguous().t(), NEVER),
     "leaf": (lambda base, f, x: base.keep(f(x).detach().requires_grad_()), NEVER),
     "expanded": (lambda base, f, x: f(x[:1]).expand(x.shape[0], -1), NEVER),
     "inference": (within_inference, NEVER),
@@ -158,3 +163,20 @@ def test_a_saved_result_must_not_be_overwritten():
     assert holders(y) != FRESH
     (wrong,) = torch.autograd.grad(overwritten(y, t.detach(), A, B).sum(), t)
     assert not torch.allclose(wrong, t.exp())
+
+
+NOT_WRITABLE = {
+    "view": lambda: torch.randn(3, 4).view(4, 3),
+    "expanded": lambda: torch.randn(1, 4).expand(3, 4),
+    "transposed": lambda: torch.randn(4, 3).t(),
+    "leaf": lambda: torch.randn(3, 4, requires_grad=True),
+    "numpy's memory": lambda: torch.from_numpy(torch.randn(3, 4).numpy().copy()),
+    "empty": lambda: torch.randn(0, 4),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_WRITABLE)
+def test_not_writable(kind):
+    """Whoever holds it."""
+    assert writable(torch.randn(3, 4))
+    assert not writable(NOT_WRITABLE[kind]())

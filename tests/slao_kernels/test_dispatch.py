@@ -14,6 +14,7 @@ import twins
 
 import slao_kernels
 from slao_kernels import dispatch, native
+from slao_kernels.__main__ import describe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -179,14 +180,6 @@ def test_environment_variable():
     assert json.loads(done.stdout) == {"auto": "reference", "wish": "eager", "block": "eager"}
 
 
-def test_environment_variable_with_an_unknown_name():
-    """Importing works; the first op says what is wrong."""
-    code = "import slao_kernels; print('imported'); slao_kernels.dispatch.choose('fold', 'cpu')"
-    done = python("-c", code, SLAO_KERNELS_BACKEND="gpu")
-    assert (done.returncode, done.stdout.strip()) == (1, "imported")
-    assert f"ValueError: SLAO_KERNELS_BACKEND='gpu' is not a backend; choose one of {ALL}" in done.stderr
-
-
 IMPORT = """
 import json, os, sys, threading
 import torch
@@ -210,23 +203,26 @@ def test_import_does_nothing():
     assert json.loads(done.stdout) == {"new": ["slao_kernels"], "loaded": [], "threads": 0, "cuda": False}
 
 
-def test_main_prints_every_op_with_its_backend():
-    done = python("-m", "slao_kernels")
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("  ")]
+def test_what_main_prints_of_every_op_and_its_backend():
+    said = describe()
+    lines = [line.split() for line in said.splitlines() if line.startswith("  ")]
     chosen = {line[0]: line[1] for line in lines}
     assert chosen.items() >= {op: dispatch.choose(op, "cpu") for op in dispatch.OPS}.items()
-    assert done.stdout.count("triton: Triton has no such device") + done.stdout.count("triton is not installed") == 4
-    assert f"torch         {torch.__version__}" in done.stdout
-    assert "\ncpu: " in done.stdout
+    assert said.count("triton: Triton has no such device") + said.count("triton is not installed") == 4
+    assert f"torch         {torch.__version__}" in said
+    assert "\ncpu: " in said
 
 
-@pytest.mark.parametrize("name", ["triton", "gpu"])
-def test_main_explains_a_wish_that_cannot_be_met(name):
-    """The command that is there to explain the choice must not end in a traceback."""
-    done = python("-m", "slao_kernels", SLAO_KERNELS_BACKEND=name)
-    assert done.returncode == 0, done.stderr
-    assert repr(name) in done.stdout
+def test_a_wish_of_the_environment_that_cannot_be_met(monkeypatch):
+    """Importing works, the first op says what is wrong, the command that explains the choice ends in no traceback."""
+    for name in ("triton", "gpu"):
+        monkeypatch.setattr(dispatch, "_environment", name)
+        assert repr(name) in describe()
+    with pytest.raises(ValueError, match=f"SLAO_KERNELS_BACKEND='gpu' is not a backend; choose one of {ALL}"):
+        dispatch.choose("fold", "cpu")
+    done = python("-m", "slao_kernels", SLAO_KERNELS_BACKEND="gpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert repr("gpu") in done.stdout
     assert all(op in done.stdout for op in dispatch.OPS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -21,19 +22,12 @@ NAME = "base_model.model.lin"
 either = pytest.mark.parametrize("patched", [True, False])
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin = nn.Linear(K, N)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lin(x)
-
-
 def make(r: int = 4, kind: str = "", patched: bool = True, dtype: torch.dtype = f64, **lora):
     """(model, its layer, x); with a core, or two frozen pairs."""
     torch.manual_seed(0)
-    model = get_peft_model(Net(), LoraConfig(r=r, target_modules=["lin"], **lora)).to(dtype)
+    model = get_peft_model(
+        nn.Sequential(OrderedDict(lin=nn.Linear(K, N))), LoraConfig(r=r, target_modules=["lin"], **lora)
+    ).to(dtype)
     if patched:
         slao_kernels.patch(model)
     layer = extension.extend(model.base_model.model.lin, "default")

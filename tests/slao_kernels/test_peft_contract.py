@@ -7,7 +7,6 @@ import copy
 import json
 import pickle
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import peft
@@ -83,30 +82,15 @@ def scale(model: nn.Module) -> None:
             layer.scale_layer(2.5)
 
 
-def checkpointed(reentrant: bool) -> Callable[[nn.Module], None]:
-    def act(model: nn.Module) -> None:
-        model.train()
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-
-    return act
-
-
 def biases(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name and name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
 
 
-def merge(model: nn.Module, safe: bool = False) -> None:
-    model.merge_adapter(safe_merge=safe)
-    model.unmerge_adapter()
-
-
-def disable(model: nn.Module, merged: bool = False) -> None:
+def disable(model: nn.Module) -> None:
     """Disabling a merged adapter unmerges it."""
-    if merged:
-        model.merge_adapter()
+    model.merge_adapter()
     with model.disable_adapter(), twins.CountOps() as ops:
         twins.step(model.requires_grad_(True))
     assert ops.counts == {}
@@ -132,13 +116,8 @@ USES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], Callable[[nn.Module]
     "deleted": ([{"r": 2}], {}, delete, LAYERS),
     **{f"weighted, {how}": ([{"lora_alpha": 7}], {}, weighted(how), LAYERS) for how in ("linear", "cat", "svd")},
     # While it is merged or disabled, layer by layer: test_layers_peft.py.
-    "merged": ([], CONV1D, merge, 4),
-    "merged safely": ([], {}, partial(merge, safe=True), LAYERS),
-    "disabled": ([], {}, disable, LAYERS),
-    "merged and disabled": ([], {}, partial(disable, merged=True), LAYERS),
+    "merged and disabled": ([], {}, disable, LAYERS),
     "set_scale": ([], {}, scale, LAYERS),
-    "checkpointed": ([], {}, checkpointed(False), 2 * LAYERS),  # once more in the backward pass
-    "checkpointed, reentrant": ([], {}, checkpointed(True), 2 * LAYERS),
     "double": ([], {}, lambda m: m.double(), LAYERS),
 }
 

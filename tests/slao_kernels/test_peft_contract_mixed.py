@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-import transformers as hf
 import twins
 from torch import Tensor, nn
 
@@ -41,11 +40,9 @@ def attention() -> nn.Module:
 
 
 def experts() -> nn.Module:
-    settings = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": 0}
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = twins.config(target_modules=["q_proj", "o_proj"], target_parameters=parameters)
-    return twins.train_a_little(peft.get_peft_model(hf.MixtralForCausalLM(hf.MixtralConfig(**settings)).eval(), config))
+    return twins.train_a_little(peft.get_peft_model(tiny_model("mixtral", num_hidden_layers=1), config))
 
 
 def tied(ensure: bool) -> nn.Module:

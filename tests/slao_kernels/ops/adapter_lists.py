@@ -8,11 +8,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from oracle import DTYPES
 from torch import Tensor, nn
 
 from slao_kernels.testing import tiny_model
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 on_every_device = pytest.mark.parametrize("device", DEVICES)
 in_every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

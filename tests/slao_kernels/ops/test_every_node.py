@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
 from on_triton import interpreted
@@ -21,9 +20,8 @@ from oracle import (
     ours,
     run,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
-import slao_kernels
 from slao_kernels.testing import TOLERANCE
 
 test_under_the_interpreter = interpreted(__file__, few=55, rest=80)
@@ -191,43 +189,6 @@ def test_compiles_without_a_graph_break(op, place):
     inputs = make((4, 9), 24, 20, 3, fp32, device=place[1])
     function = torch.compile(lambda t: OPS[op].ours(t, backend=place[0]), fullgraph=True, backend="aot_eager")
     check(op, run(function, inputs, OPS[op].names), exact(op, inputs), inputs)
-
-
-class Called(nn.Linear):
-    """A base layer of an unknown class: it is called, and the branch added to what it returns."""
-
-
-@pytest.mark.skipif(INTERPRETED, reason="Inductor has Triton compile, not interpret")
-@pytest.mark.parametrize("base", [nn.Linear, Called])
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_lora_bias_compiled(compiler, base):
-    """torch 2.13 has miscompiled scaled additions inside autograd functions, and Inductor before 2.11 LoRA's gradients:
-    value and gradients of a patched layer, compiled, against the same layer not compiled, and fp64."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"], lora_bias=True, init_lora_weights=False)
-    model = peft.inject_adapter_in_model(config, nn.Sequential(base(24, 20)))
-    nn.init.normal_(model[0].lora_B["default"].bias)
-    assert slao_kernels.patch(model)
-    layer, x, dy = model[0], torch.randn(7, 24, requires_grad=True), torch.randn(7, 20)
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"]
-    leaves = [x, down, up.weight, up.bias]
-
-    def results(function, x: Tensor) -> list[Tensor]:
-        y = function(x)
-        return [y, *torch.autograd.grad(y, leaves if x.dtype == fp32 else wide, dy.to(x.dtype))]
-
-    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    weight, bias = (getattr(layer.base_layer, name).double() for name in ("weight", "bias"))
-
-    def formula(x: Tensor) -> Tensor:
-        return x @ weight.T + bias + 5 / 3 * (x @ wide[1].T @ wide[2].T + wide[3])
-
-    expected, plain = results(formula, wide[0]), results(model, x)
-    compiled = results(torch.compile(model, fullgraph=True, backend=compiler), x)
-    names = ("y", "x", "A", "B", "own")
-    for found in (plain, compiled):
-        compare(dict(zip(names, found, strict=True)), dict(zip(names, expected, strict=True)), TOLERANCE[fp32])
 
 
 # Operators

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from adapter_lists import BAD, DTYPES, Adapter, adapter, in_every_dtype, model_with, on_every_device, unchanged
+from places import Place
 from torch import Tensor
 
 import slao_kernels
@@ -118,15 +119,7 @@ def test_values_that_are_not_finite_stay_with_their_adapter(bad):
 def test_no_delta_is_formed(device):
     """The fp64 copies of three adapters' factors, their r×r products, and nothing of the size of W."""
     adapters = [adapter([(4096, 4096)] * 3, 4, seed=t, device=device) for t in range(3)]
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        slao_kernels.interference(adapters)
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        with torch.profiler.profile(profile_memory=True) as profile:
-            slao_kernels.interference(adapters)
-        peak = max(event.self_cpu_memory_usage for event in profile.events())
+    peak, _, _ = Place(device, "").memory(lambda: slao_kernels.interference(adapters))
     assert peak <= 2 * 3 * 8 * 3 * 4 * 8192  # twice the fp64 copies of all layers: 4.7 MB
     assert peak < 4 * 4096 * 4096 / 8
 

@@ -1,4 +1,4 @@
-"""A branch added to what a called base returned: formulas, mixed dtypes, in place, and whose tensor that is."""
+"""A branch added to what a called base returned: formulas, dtypes, in place; where: test_called_base_in_place.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from oracle import OPS, Tensors, check, compare, exact, lora_add, make, ours
 
-from slao_kernels import holders
 from slao_kernels.testing import TOLERANCE, error_ratio
 
 
@@ -83,87 +82,3 @@ def test_in_place_is_in_place(grad):
     assert fresh.data_ptr() != t["y"].data_ptr()
     assert torch.equal(fresh, out)
     assert torch.equal(t["y"], kept)
-
-
-# Whose tensor it is
-
-
-def counted(y: torch.Tensor) -> bool:
-    return holders.holders(y) == holders.FRESH
-
-
-def test_a_fresh_tensor_is_alone():
-    assert holders.FRESH is not None
-    y = torch.randn(3, 4)
-    assert counted(y) is False  # `counted` holds it too: the count belongs to the frame that made it
-    assert holders.holders(y) == holders.FRESH
-    assert holders.writable(y)
-
-
-class Saving(torch.autograd.Function):
-    """Saves its result, or keeps it."""
-
-    @staticmethod
-    def forward(ctx, x, keeps):
-        y = x.exp()
-        if keeps:
-            ctx.y = y
-        else:
-            ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy, None
-
-
-def leaf() -> torch.Tensor:
-    return torch.randn(3, 4, requires_grad=True)
-
-
-def with_retained_gradient():
-    y = leaf() * 2
-    y.retain_grad()
-    return y, {"y": y}
-
-
-# (y, whatever else holds it)
-HELD = {
-    "by Python": lambda: (lambda y: (y, [y]))(torch.randn(3, 4)),
-    "by a view": lambda: (lambda y: (y, y[0]))(torch.randn(3, 4)),
-    "by detach": lambda: (lambda y: (y, y.detach()))(torch.randn(3, 4)),
-    "by its own node": lambda: (leaf().tanh(), None),
-    "by another node": lambda: (lambda y: (y, y.square()))(leaf() * 2),
-    "saved by a function": lambda: (Saving.apply(leaf(), False), None),
-    "kept by a function": lambda: (Saving.apply(leaf(), True), None),
-    "for its gradient": with_retained_gradient,
-}
-
-
-@pytest.mark.parametrize("held", HELD)
-def test_a_tensor_with_another_holder_is_not_alone(held):
-    y, keep = HELD[held]()
-    assert holders.holders(y) != holders.FRESH
-    del keep
-
-
-NOT_WRITABLE = {
-    "view": lambda: torch.randn(3, 4).view(4, 3),
-    "expanded": lambda: torch.randn(1, 4).expand(3, 4),
-    "transposed": lambda: torch.randn(4, 3).t(),
-    "leaf": leaf,
-    "numpy's memory": lambda: torch.from_numpy(torch.randn(3, 4).numpy().copy()),
-    "empty": lambda: torch.randn(0, 4),
-}
-
-
-@pytest.mark.parametrize("kind", NOT_WRITABLE)
-def test_not_writable(kind):
-    assert not holders.writable(NOT_WRITABLE[kind]())
-
-
-def test_inference_tensors_are_writable_in_inference_mode_only():
-    with torch.inference_mode():
-        y = torch.randn(3, 4)
-        assert holders.writable(y)
-    assert not holders.writable(y)

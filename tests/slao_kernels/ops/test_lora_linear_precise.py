@@ -141,7 +141,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("op", ["linear", "add a bias in place"])
+@pytest.mark.parametrize("op", ["linear", "add a bias in place", "DoRA"])
 @pytest.mark.parametrize("narrow", NARROW, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradients(shape, narrow, op, way):

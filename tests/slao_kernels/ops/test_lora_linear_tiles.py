@@ -32,12 +32,6 @@ def test_defaults_serve_every_rank(kernel, dtype, r):
         assert all(size & (size - 1) == 0 for size in (tile.block_m, tile.block_k, tile.block_r, tile.warps))
 
 
-def test_defaults_say_that_they_are_not_measured():
-    table = json.loads((tiles.FOLDER / "default.json").read_text())
-    assert "Not measured" in table["about"]
-    assert [path.name for path in tiles.FOLDER.iterdir()] == ["default.json"]
-
-
 def test_small_batches_take_small_tiles():
     small, large = (tiles.find("shrink", torch.bfloat16, m, 4096, 16) for m in (2, 8192))
     assert (small.block_m, large.block_m) == (16, 64)
