@@ -53,10 +53,11 @@ def tasks(minilm, tmp_path_factory) -> list[Path]:
     return folders
 
 
-def dense(folders: list[Path]) -> Tensor:
+@pytest.fixture(scope="module")
+def dense(tasks) -> Tensor:
     """(T, T) cosines of the deltas of all layers as one vector, in fp64."""
     rows = []
-    for folder in folders:
+    for folder in tasks:
         tensors = load_file(folder / "adapter_model.safetensors")
         names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith("lora_A.weight"))
         deltas = [tensors[f"{n}.lora_B.weight"].double() @ tensors[f"{n}.lora_A.weight"].double() for n in names]
@@ -65,13 +66,12 @@ def dense(folders: list[Path]) -> Tensor:
     return vectors @ vectors.T
 
 
-def test_ten_tasks_against_the_dense_computation(minilm, tasks):
+def test_ten_tasks_against_the_dense_computation(tasks, dense):
     _, given = aligned([read_adapter(folder) for folder in tasks])
     found = slao_kernels.interference(given)
     assert found.cosines.shape == (37, TASKS, TASKS)  # 6 blocks of q, k, v, o, up, down; the pooler
-    expected = dense(tasks)
-    assert (found.whole().cosines[0] - expected).abs().max() <= 1e-12
-    off = expected[~torch.eye(TASKS, dtype=torch.bool)]
+    assert (found.whole().cosines[0] - dense).abs().max() <= 1e-12
+    off = dense[~torch.eye(TASKS, dtype=torch.bool)]
     assert off.max() > 0.5
     assert off.min() < 0.2
     for task, folder in enumerate(tasks):  # the scaling too: PEFT's own 16 / 8
@@ -80,14 +80,14 @@ def test_ten_tasks_against_the_dense_computation(minilm, tasks):
         assert float(found.whole().norms[0, task] / norm) == pytest.approx(1, abs=1e-12)
 
 
-def test_the_command_prints_the_matrix(tasks, capsys):
+def test_the_command_prints_the_matrix(tasks, dense, capsys):
     assert main(["interference", *map(str, tasks)]) == 0
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     assert len(lines) == 1 + TASKS
     cells = [[float(cell) for cell in line.split()[2:]] for line in lines[1:]]
     assert [line.split()[1] for line in lines[1:]] == [folder.name for folder in tasks]
-    assert (torch.tensor(cells)[:, :TASKS].double() - dense(tasks)).abs().max() <= 5.1e-4
+    assert (torch.tensor(cells)[:, :TASKS].double() - dense).abs().max() <= 5.1e-4
     print(printed)
 
 

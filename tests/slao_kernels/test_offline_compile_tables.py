@@ -66,19 +66,6 @@ def merge_usage(target: str, case: str) -> Usage:
     return compiled(merging.merge_kernel, target, constants, tables.WARPS)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", MERGES)
-def test_merge_fits_without_a_spill(case, target):
-    check_fits(merge_usage(target, case), target)
-
-
-@pytest.mark.parametrize("case", ["fp32", "bf16", "any"])
-def test_merge_moves_16_bytes_at_once(case):
-    text = merge_usage("sm_90", case).text
-    assert re.search(r"ld\.global\.v4\.b32", text)
-    assert re.search(r"st\.global\.v4\.b32", text)
-
-
 # (W, A, B, factors of the products, r); None: several dtypes in one launch
 FOLDS = {
     "bf16 by bf16, r=16": (BF16, BF16, BF16, BF16, 16),
@@ -101,15 +88,22 @@ def fold_usage(target: str, case: str) -> Usage:
     return compiled(folding.fold_kernel, target, constants, tables.WARPS)
 
 
+USAGES = {"merge": (merge_usage, MERGES), "fold": (fold_usage, FOLDS)}
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", FOLDS)
-def test_fold_fits_without_a_spill(case, target):
-    check_fits(fold_usage(target, case), target)
+@pytest.mark.parametrize(("op", "case"), [(op, case) for op, (_, cases) in USAGES.items() for case in cases])
+def test_fits_without_a_spill(op, case, target):
+    check_fits(USAGES[op][0](target, case), target)
 
 
-@pytest.mark.parametrize("case", ["bf16 by bf16, r=16", "fp32 by fp32, r=16"])
-def test_fold_moves_16_bytes_of_a_weight_at_once(case):
-    text = fold_usage("sm_90", case).text
+WIDE = [*(("merge", case) for case in ("fp32", "bf16", "any")), ("fold", "bf16 by bf16, r=16")]
+WIDE += [("fold", "fp32 by fp32, r=16")]
+
+
+@pytest.mark.parametrize(("op", "case"), WIDE)
+def test_moves_16_bytes_at_once(op, case):
+    text = USAGES[op][0]("sm_90", case).text
     assert re.search(r"ld\.global\.v4\.b32", text)
     assert re.search(r"st\.global\.v4\.b32", text)
 

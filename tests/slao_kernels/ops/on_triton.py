@@ -1,19 +1,9 @@
 """What the tests of Triton's kernels share: where they run, inputs, the comparison with torch's own products, masks.
 
-On a GPU such a file runs there. Elsewhere its `test_under_the_interpreter` runs it once more in a process of its own,
-in which Triton interprets its kernels on CPU tensors: the variable that says so is read when triton is imported, and
-torch.compile imports it too.
+On a GPU such a file runs there, elsewhere under Triton's interpreter: test_interpreted.py.
 """
 
 from __future__ import annotations
-
-import importlib.util
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import oracle
@@ -23,41 +13,15 @@ from torch import Tensor
 
 from slao_kernels.testing import error_ratio
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = oracle.INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
 on_device = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def interpreted(file: str, few: int, rest: int) -> Callable[[str, int], None] | None:
-    """The test that runs `file` under the interpreter and sees that many tests pass; None where it is that run.
-
-    few: those of its tests that are not exhaustive (conftest.py). rest: the others, run by a test that is exhaustive.
-    """
-    if INTERPRETED:
-        return None
-
-    @pytest.mark.slow
-    @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of Triton's kernels run on the GPU here")
-    @pytest.mark.parametrize(
-        ("which", "count"), [("not exhaustive", few), pytest.param("exhaustive", rest, marks=pytest.mark.exhaustive)]
-    )
-    def test(which: str, count: int) -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, file]
-        env = os.environ | {"TRITON_INTERPRET": "1"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=590, cwd=Path(file).parent)
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-        (passed,) = re.findall(r"(\d+) passed", done.stdout)
-        assert int(passed) >= count, done.stdout[-2000:]
-
-    return test
-
-
 def draw(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return (torch.randn(size, generator=g, dtype=torch.float64) * scale).to(dtype).to(DEVICE)
+    return oracle.draws(dtype, seed)(*size, scale=scale).to(DEVICE)
 
 
 def empty(*size: int, dtype: torch.dtype) -> Tensor:

@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from on_triton import interpreted
-from oracle import (
-    INTERPRETED,
-    MAIN,
-    NODES,
-    OPS,
-    PLACES,
-    Tensors,
-    check,
-    compare,
-    equal,
-    exact,
-    make,
-    ours,
-    run,
-)
+from oracle import INTERPRETED, MAIN, NODES, OPS, PLACES, Tensors, check, compare, equal, exact, make, ours, run
 from torch import Tensor
 
 from slao_kernels.testing import TOLERANCE
 
-test_under_the_interpreter = interpreted(__file__, few=55, rest=80)
 every_op = pytest.mark.parametrize("op", MAIN)
 every_place = pytest.mark.parametrize("place", PLACES)
 fp64, fp32, bf16 = torch.float64, torch.float32, torch.bfloat16
@@ -146,17 +130,6 @@ def test_dora_saves_one_tensor_of_the_outputs_size_for_the_magnitude(trains):
     assert sum(t.numel() == 64 * 40 for t in saved) == trains
 
 
-@every_place
-def test_same_layer_twice_in_one_graph(place):
-    inputs = make((9,), 24, 24, 4, fp64, device=place[1])
-
-    def twice(function):
-        return lambda t: function({**t, "x": function(t)})
-
-    found = run(twice(lambda t: OPS["linear"].ours(t, backend=place[0])), inputs, OPS["linear"].names)
-    compare(found, run(twice(OPS["linear"].exact), inputs, OPS["linear"].names), 1e-13)
-
-
 @every_op
 @pytest.mark.parametrize("adapter", [fp32, bf16], ids=str)
 @pytest.mark.parametrize("base", [fp32, bf16], ids=str)
@@ -200,8 +173,8 @@ def check_operator(name: str, *arguments) -> None:
 
 
 def some_or_all(parts: int):
-    """Which gradients are asked for: all, each alone."""
-    return [(True,) * parts, *(tuple(i == j for j in range(parts)) for i in range(parts))]
+    """Which gradients are asked for: all, every other one, the rest."""
+    return [(True,) * parts, *(tuple(i % 2 == first for i in range(parts)) for first in (0, 1))]
 
 
 @pytest.mark.parametrize("dropout", ["none", "torch", "kernels"])

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from on_triton import interpreted
 from oracle import (
     DROPPING,
     DTYPES,
@@ -25,8 +24,6 @@ from oracle import (
 )
 
 from slao_kernels.testing import TOLERANCE, error_ratio
-
-test_under_the_interpreter = interpreted(__file__, few=13, rest=85)
 
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
 # dtypes of base and adapters, and the precision

@@ -11,14 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from on_lists import CORES, DTYPES, EMULATED, GPU, INTERPRETED, ONCE, PUBLIC, at
-from on_triton import interpreted
 from torch import Tensor
 
 import slao_kernels
 from slao_kernels import native
 from slao_kernels.testing import error_ratio
 
-test_under_the_interpreter = interpreted(__file__, few=25, rest=50)
 SHAPES = [(1, 1, 1), (17, 33, 5), (64, 48, 16), (40, 300, 64)]
 # dtypes of A and B, and whether W lies column by column
 ADAPTERS = [(dtype, dtype, False) for dtype in DTYPES]

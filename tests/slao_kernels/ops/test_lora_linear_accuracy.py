@@ -15,12 +15,9 @@ from itertools import product
 import against_peft
 import pytest
 import torch
-from on_triton import interpreted
 from oracle import INTERPRETED, NODES, PLACES
 
 from slao_kernels.ops.lora_linear import precise
-
-test_under_the_interpreter = interpreted(__file__, few=6, rest=40)
 
 # (M, K, N) and how many draws: few values need more of them.
 SHAPES = {(1, 64, 48): 4, (7, 33, 17): 4, (130, 96, 80): 1, (130, 301, 279): 1}

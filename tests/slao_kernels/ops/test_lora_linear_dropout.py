@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from on_triton import DEVICE, draw, interpreted, mask_of_the_next_call, on_device, philox_mask
+from on_triton import DEVICE, DTYPES, draw, mask_of_the_next_call, on_device, philox_mask
 from oracle import DROPPING, NAMES, OPS, check, compare, exact, make, ours
 
 from slao_kernels.ops.lora_linear.autograd import call_for, linear
@@ -14,8 +14,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 from slao_kernels.ops.lora_linear import triton as kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-test_under_the_interpreter = interpreted(__file__, few=18, rest=30)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_the_tests_own_philox():

@@ -10,7 +10,7 @@ import json
 
 import pytest
 import torch
-from on_triton import DEVICE, close, draw, empty, interpreted, mask_of_the_next_call, on_device
+from on_triton import DEVICE, close, draw, empty, mask_of_the_next_call, on_device
 from oracle import NAMES, OPS, check, compare, equal, exact, ours, run
 from oracle import make as make_inputs
 from torch import Tensor
@@ -24,7 +24,6 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 from slao_kernels.ops.lora_linear import gemm  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned", "fresh_tables")
-test_under_the_interpreter = interpreted(__file__, few=50, rest=130)
 
 DTYPES = [torch.bfloat16, torch.float16]
 RANKS = [1, 8, 12, 16, 24, 64, 100, 256]
@@ -170,18 +169,6 @@ def test_dropout_takes_it_forward_only(gemm_runs):
         found = ours("linear", inputs, dropout=0.4, backend="triton")
     assert gemm_runs == ["nk"]
     compare(found, exact("linear", {**inputs, "mask": mask}), 1.5 * TOLERANCE[torch.bfloat16])
-
-
-@on_device
-@pytest.mark.parametrize("shape", [(33,), (0,)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_else_torchs(dtype, shape, gemm_runs):
-    """fp32, and an empty batch: nothing runs in the kernel, and the result is right."""
-    inputs = make(shape, 40, 24, 8, dtype=dtype)
-    with gemm.tiles.force("gemm", TILES["tma"]):
-        found = ours("linear", inputs, backend="triton")
-    assert gemm_runs == ([] if dtype == torch.float32 or shape == (0,) else ["nk", "kn"])
-    check("linear", found, exact("linear", inputs), inputs)
 
 
 @on_device

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from on_triton import DEVICE, close, draw, interpreted, on_device
+from on_triton import DEVICE, DTYPES, close, draw, on_device
 from oracle import check, exact, laid_out, make, ours
 
 from slao_kernels.ops.lora_linear import products
@@ -20,9 +20,7 @@ from slao_kernels.ops.lora_linear import triton as ours_on_triton
 from slao_kernels.ops.lora_linear import triton_kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-test_under_the_interpreter = interpreted(__file__, few=100, rest=220)
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RANKS = [1, 8, 12, 16, 24, 64, 100, 256]
 # (M, K): one row, odd sizes, sums split into parts, several blocks of rows
 SIZES = [(1, 2112), (3, 33), (70, 130), (300, 48), (1030, 17)]

@@ -1,7 +1,4 @@
-"""lora_linear on Triton at real sizes on a GPU: value and gradients, CUDA graphs, another device.
-
-Inductor, and dropout in a graph: test_lora_linear_gpu.py.
-"""
+"""lora_linear at real sizes on a GPU: value and gradients, CUDA graphs, another device. Else test_training_gpu.py."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from on_triton import mask_of_the_next_call
+from on_triton import DTYPES, mask_of_the_next_call
 from oracle import NAMES, check, compare, exact, make, ours
 from places import Place
 from torch import Tensor
@@ -21,8 +18,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 from slao_kernels.ops.lora_linear import gemm
 
 pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.gpu]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
 LARGE = [
     ((8192,), 4096, 4096, 16),
     ((2, 2048), 4096, 14336, 64),
@@ -32,13 +27,13 @@ LARGE = [
 ]
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(("backend", "p"), [("triton", 0.0), ("triton", 0.1), ("eager", 0.0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", LARGE, ids=str)
-def test_large(shape, dtype, p):
+def test_large(shape, dtype, backend, p):
     inputs = make(*shape, dtype, device="cuda")
     mask = {"mask": mask_of_the_next_call(inputs["x"], p)} if p else {}
-    found, again = ((torch.manual_seed(3), ours("linear", inputs, dropout=p, backend="triton"))[1] for _ in range(2))
+    found, again = ((torch.manual_seed(3), ours("linear", inputs, dropout=p, backend=backend))[1] for _ in range(2))
     # dA and dB add up thousands of rows of rounded t and g; fp32 sums of that length lose a few more bits.
     compare(found, exact("linear", {**inputs, **mask}), (4 if dtype == torch.float32 else 1.5) * TOLERANCE[dtype])
     assert all(torch.equal(found[name], again[name]) for name in found)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from on_lists import Seen
-from on_triton import interpreted
 from torch import Tensor
 
 import slao_kernels
 from slao_kernels import dispatch
 from slao_kernels.ops import fold, orthogonal_init, repeated, scaled_merge
 
-test_under_the_interpreter = interpreted(__file__, few=12, rest=7)
 BACKENDS = [name for name in ("native", "triton", "reference") if dispatch.why_not("fold", name, "cpu") is None]
 
 
@@ -122,6 +120,7 @@ CHANGES = {
     "an overlap": lambda op: op.As.__setitem__(0, op.out[0][:4, :24]),
     "no tensor": lambda op: op.As.__setitem__(0, "A"),
     "from one list to the other": move_between,
+    "into another's memory": lambda op: setattr(op.As[0], "data", op.out[0].data[:4, :24]),
     "one fewer": lambda op: op.As.pop(),
 }
 
@@ -137,6 +136,28 @@ def test_whatever_changes_is_looked_at(change):
         with pytest.raises(ValueError, match="Nothing was written"):
             slao_kernels.fold_(op.out, op.As, op.Bs, 0.5)
     assert all(torch.equal(W, old) for W, old in zip(op.out, before, strict=True))
+
+
+ALLOWED = {
+    "memory": lambda A: torch.randn(A.shape),
+    "strides": lambda A: torch.randn(A.t().shape).t(),
+    "dtype": lambda A: A.double(),
+}
+
+
+@pytest.mark.parametrize("change", ALLOWED)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_tensors_of_other_data(backend, change, looked):
+    op = Op("fold")
+    op.run(backend)
+    op.run(backend)
+    op.As[0].data = ALLOWED[change](op.As[0])
+    expected = op.expected()
+    seen = len(looked)
+    op.run(backend)
+    assert len(looked) == seen + 1
+    for found, exact in zip(op.written, expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_where_somebody_looks_on_the_operator_is_called(looked):

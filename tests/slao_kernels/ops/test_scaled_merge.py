@@ -10,11 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from on_lists import CORES, DTYPES, EMULATED, GPU, INTERPRETED, PUBLIC, at, bits
-from on_triton import interpreted
 
 import slao_kernels
 
-test_under_the_interpreter = interpreted(__file__, few=50, rest=85)
 SIZES = [(33, 7), (5,), (2, 3, 4), (), (1037,)]
 SIZES += [] if INTERPRETED else [(8195,), (4096,), (3,), (300, 200)]
 # What 16 bits cannot hold, and what is denormal there; for destinations and for sources.
@@ -87,17 +85,6 @@ def test_every_16_bit_value_and_every_rounding(dtype, ops):
     assert back[nan].isnan().all()
 
 
-@at(PUBLIC)
-def test_equals_torch_lerp_in_fp32_but_for_the_last_bit(ops):
-    """Each rounds its sum, so that they may be one unit apart; and either may round λ(f − m) before, where it has no
-    fused product and sum: half a unit of that."""
-    merged, tuned = torch.randn(4096), torch.randn(4096)
-    expected, change = torch.lerp(merged, tuned, 0.3), 0.3 * (tuned - merged)
-    ops.merge([merged], [tuned], [0.3])
-    unit = torch.finfo(torch.float32).eps * (expected.double().abs() + change.double().abs() / 2)
-    assert ((merged.double() - expected.double()).abs() <= unit).all()
-
-
 LARGEST = 20 if INTERPRETED else 90
 
 
@@ -164,33 +151,3 @@ def test_bad_input_is_named_before_anything_is_written(case):
         slao_kernels.scaled_merge_([target, *merged], [good, *tuned], [*more, *lam] if more else lam)
     assert not target.any()
     assert not shared.any()
-
-
-def test_a_repeated_call_sees_what_has_changed():
-    """The checks and tables of a call are kept for the next one: everything that they depend on must be noticed."""
-    merged, tuned = [torch.zeros(4, 6), torch.zeros(5)], [torch.ones(4, 6), torch.ones(5)]
-    for _ in range(2):
-        slao_kernels.scaled_merge_(merged, tuned, 0.5)
-    assert all((m == 0.75).all() for m in merged)
-    slao_kernels.scaled_merge_(merged, tuned, 1.0)  # another weight
-    assert all((m == 1.0).all() for m in merged)
-    merged[0].t_()  # the same memory, other strides
-    tuned[0].copy_(torch.arange(24.0).view(4, 6))
-    with pytest.raises(ValueError, match=r"finetuned\[0\]: is \(4, 6\), merged \(6, 4\)"):
-        slao_kernels.scaled_merge_(merged, tuned, 1.0)
-    tuned[0].t_()
-    slao_kernels.scaled_merge_(merged, tuned, 1.0)
-    assert torch.equal(merged[0], torch.arange(24.0).view(4, 6).t())
-    tuned[1].data = torch.full((5,), 3.0)  # the same tensor, other memory
-    slao_kernels.scaled_merge_(merged, tuned, 1.0)
-    assert (merged[1] == 3.0).all()
-    tuned[1].data = tuned[1].data.double()  # another dtype
-    slao_kernels.scaled_merge_(merged, tuned, 1.0)
-    assert (merged[1] == 3.0).all()
-    tuned[1].data = merged[1].data[:5]  # its own destination: nothing to do, and no mistake
-    slao_kernels.scaled_merge_(merged, tuned, 0.5)
-    merged[0].data = tuned[0].data.t()[:4]  # looks into another tensor's source
-    tuned[0].data = torch.ones(merged[0].shape)
-    merged[1].data, tuned[1].data = merged[0].data[0], torch.ones(merged[0].shape[1])
-    with pytest.raises(ValueError, match="overlaps the memory of"):
-        slao_kernels.scaled_merge_(merged, tuned, 0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from on_lists import DTYPES, bits
-from on_triton import DEVICE, interpreted, on_device
+from on_triton import DEVICE, on_device
 from torch import Tensor
 
 import slao_kernels
@@ -13,8 +13,6 @@ import slao_kernels
 pytest.importorskip("triton", reason="triton is not installed")
 from slao_kernels.ops import tables
 from slao_kernels.ops.scaled_merge import kernels
-
-test_under_the_interpreter = interpreted(__file__, few=7, rest=8)
 
 
 def merge(merged: list[Tensor], tuned: list[Tensor], lam: float | list[float]) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from on_triton import DEVICE, INTERPRETED, interpreted
+from on_triton import DEVICE, INTERPRETED
 
 pytest.importorskip("triton", reason="triton is not installed")
 from slao_kernels.ops.lora_linear import gemm, tiles
@@ -22,7 +21,6 @@ import shapes  # noqa: E402
 import tune_lora_gemm as tuner  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fresh_tables")
-test_under_the_interpreter = interpreted(__file__, few=15, rest=5)
 
 
 @pytest.fixture
@@ -105,13 +103,6 @@ def test_nothing_measured_is_a_table_too(folder):
     assert tiles.table("GPU") == gemm.measurements("GPU") == ()
 
 
-def test_forced_tiles_end_with_the_block():
-    tile = tiles.table("default")[0]
-    with tiles.force(tile.kernel, tile):
-        assert tiles.forced == {tile.kernel: tile}
-    assert tiles.forced == {}
-
-
 def test_spread_is_half_the_quartiles_distance():
     assert tuner.spread([float(i) for i in range(1, 12)]) == 3.0
 
@@ -134,7 +125,7 @@ def stopwatch(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "interpreter")
 
 
-interprets = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter")
+interprets = pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreted.py")
 
 
 @interprets
@@ -234,14 +225,10 @@ def test_the_whole_run(stopwatch, folder, monkeypatch, capsys):
     assert "the GEMM wins 0 of them; 0 candidates were wrong or raised" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_says_so(tmp_path):
-    command = [sys.executable, str(BENCH / "tune_lora_gemm.py"), "--device-json", str(tmp_path / "out.json")]
-    env = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "no CUDA or ROCm device" in done.stderr
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="Triton interprets, or there is a GPU here")
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"^[^\n]*no CUDA or ROCm device[^\n]*$"):
+        run_main(monkeypatch, "--device-json", str(tmp_path / "out.json"))
     assert not (tmp_path / "out.json").exists()
 
 
