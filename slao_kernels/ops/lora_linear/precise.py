@@ -125,9 +125,8 @@ class WideProducts:
 
 def rows_of(x: Tensor) -> Tensor:
     """(..., K) as (M, K), a view where there is one."""
-    if x.dim() == 2:
-        return x
-    return x.flatten(0, -2) if x.dim() > 2 else x[None]  # reshape(-1, K) does not know M where K is 0
+    # reshape(-1, K) does not know M where K is 0.
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def splits(narrow: Tensor, wide: Tensor) -> bool:
