@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..streams import Row, Stream, Task
 from ..streams.base import METRICS
-from .base import Features, Objective, check_candidates, check_rows, evaluating, in_batches, positions, room
+from .base import Features, Objective, check_candidates, evaluating, in_batches, positions, room
 from .text_scores import text_score
 
+MAX_NEW_TOKENS = 50  # unless said
 IGNORED = -100  # what torch's and transformers' losses leave out
 
 
@@ -27,6 +28,7 @@ class CausalLM(Objective):
     (white space and case aside). "exact_match" and "rouge_l" compare the greedy continuation, whether there are
     labels or not. Of a row with several references the best one counts.
     train_candidates, eval_candidates: whose labels the Option line (and the scoring) lists: "own" or "all".
+    max_new_tokens: of a greedy continuation, 50 unless said; ValueError where no task needs one.
     """
 
     name = "causal_lm"
@@ -42,16 +44,13 @@ class CausalLM(Objective):
         train_candidates: str = "own",
         eval_candidates: str = "own",
         max_length: int = 512,
-        max_new_tokens: int = 50,
+        max_new_tokens: int | None = None,
     ) -> None:
-        check_candidates(train_candidates=train_candidates, eval_candidates=eval_candidates)
-        check_rows(self.name, stream, images=False)
-        for task in stream.tasks:
-            text_score(task.metric)  # raises here where its package is missing
+        chosen = {"train_candidates": train_candidates, "eval_candidates": eval_candidates}
+        self.check(stream, **chosen, max_new_tokens=max_new_tokens)
+        max_new_tokens = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self.max_length = room(self, model, max_length, 1)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         # What a prompt leaves free where text is generated: only learned positions end.
         most = positions(model)
         self._reserved = 0 if most is None else max(0, self.max_length + max_new_tokens - most)
@@ -67,6 +66,21 @@ class CausalLM(Objective):
             self._check_room(task, eval_candidates)
             if _generates(task):
                 self._prompt(task, "", self._reserved, eval_candidates)
+
+    @classmethod
+    def check(cls, stream: Stream, **options: Any) -> None:
+        check_candidates(**{name: value for name, value in options.items() if name.endswith("_candidates")})
+        super().check(stream)
+        for task in stream.tasks:
+            text_score(task.metric)  # raises here where its package is missing
+        most = options.get("max_new_tokens")
+        if most is not None and most < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {most}")
+        if most is not None and not any(map(_generates, stream.tasks)):
+            raise ValueError(
+                "max_new_tokens would do nothing: every task is scored by its labels' likelihood (metric accuracy), so "
+                "nothing is generated; leave it out"
+            )
 
     def features(self, task: Task, rows: Sequence[Row]) -> Features:
         return [self._encode(task, row.prompt, row.answer, self.train_candidates) for row in rows]
