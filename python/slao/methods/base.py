@@ -153,7 +153,7 @@ class Method:
             try:
                 yield self.model
             finally:
-                if inventory.unmerge(self.model, self.pairs):
+                if inventory.unmerge(sharding.unwrap(self.model), self.pairs):
                     logger.warning("merge_adapter() inside merged(): unmerged at the block's end, where the weights go")
 
     @contextmanager
@@ -303,7 +303,7 @@ class Method:
         """ValueError where A and B may not be used so now (`inventory.why_not_now`), or stand for the merge."""
         if self._swapped:
             raise ValueError(f"{what}() was called inside merged(); leave the block first")
-        inventory.refuse_now(f"{what}()", self.model, self.pairs, self.adapter, use)
+        inventory.refuse_now(f"{what}()", sharding.unwrap(self.model), self.pairs, self.adapter, use)
 
     def _refuse_broken_weights(self, beside: dict[str, Tensor] | None = None) -> None:
         weights = [(tensor, key.rpartition(".")[0]) for key, tensor in self._live_tensors().items()]

@@ -208,3 +208,22 @@ def test_weighted_merge_by_name_refuses_what_is_on_meta():
     on_meta(method, None)
     with pytest.raises(ValueError, match="are on the meta device"):
         weighted_merge(["default"], [1.0], model=method.model)
+
+
+def test_a_task_looks_over_the_whole_model_once(monkeypatch):
+    """A large model has thousands of modules: to begin a task finds what trains beside A and B, by one walk over them;
+    to end one, and to ask for the layers' state, takes none."""
+    method, walks = make(tasks=1), []
+    usual = nn.Module.named_modules
+
+    def counted(self, *given, **options):
+        if self is method.model:
+            walks.append(1)
+        return usual(self, *given, **options)
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    begin(method, "next")
+    assert len(walks) == 1
+    end(method)
+    shown(method, None)
+    assert len(walks) == 1
