@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from .adapters import LoraPair, Slot, plain_name
 
-# Fields of a LoraConfig under which an adapter is more than A and B.
+# Fields of a LoraConfig under which a layer's part is more than A and B, and those that train something beside them.
 _MORE = (
-    "modules_to_save", "trainable_token_indices", "target_parameters", "use_dora", "lora_bias",
-    "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora", "velora_config", "monteclora_config",
-    "kasa_config",
+    "target_parameters", "use_dora", "lora_bias", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora",
+    "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
+BESIDE = ("modules_to_save", "trainable_token_indices", "bias")
 # Starts that take B A out of the base weight. PEFT repeats the first two to the last bit, given the same base and rank.
 _REPEATED_INITS = ("pissa", "olora")
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -122,8 +122,23 @@ def _in_adapter(name: str, layers: set[str]) -> bool:
 
 
 def more_than_pairs(config: Mapping[str, Any]) -> list[str]:
-    """The fields of a saved config under which its file holds more than A and B."""
-    return [key for key in _MORE if config.get(key)] + ["bias"] * (config.get("bias", "none") not in ("none", None))
+    """The fields of a saved config under which its layers' part is more than A and B."""
+    return [key for key in _MORE if config.get(key)]
+
+
+def trains_beside(config: Mapping[str, Any]) -> list[str]:
+    """The fields of a saved config under which its file holds something beside A and B."""
+    return [key for key in BESIDE if config.get(key) not in (None, [], {}, "none")]
+
+
+def is_beside(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether `key`, of a file that PEFT wrote, is what that config trains beside A and B."""
+    fields = trains_beside(config)
+    return (
+        ("bias" in fields and key.endswith(".bias"))
+        or ("trainable_token_indices" in fields and ".trainable_tokens_delta" in key)
+        or ("modules_to_save" in fields and any(f".{module}." in key for module in config["modules_to_save"]))
+    )
 
 
 def changes_base(init: object) -> str | None:
