@@ -9,21 +9,21 @@ operation asks `refuse_now` before it reads, writes or runs an adapter; docs/ada
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import LoraPair, Slot, lora_layers, plain_name
+from .adapters import LoraPair, Slot, plain_name
 
-# Fields of a LoraConfig under which an adapter is more than A and B.
+# Fields of a LoraConfig under which a layer's part is more than A and B, and those that train something beside them.
 _MORE = (
-    "modules_to_save", "trainable_token_indices", "target_parameters", "use_dora", "lora_bias",
-    "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora", "velora_config", "monteclora_config",
-    "kasa_config",
+    "target_parameters", "use_dora", "lora_bias", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora",
+    "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
+BESIDE = ("modules_to_save", "trainable_token_indices", "bias")
 # Starts that take B A out of the base weight. PEFT repeats the first two to the last bit, given the same base and rank.
 _REPEATED_INITS = ("pissa", "olora")
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -54,26 +54,31 @@ def beside(model: nn.Module, adapter: str = "default") -> list[Part]:
 
     model: not wrapped as a whole (`sharding.unwrap`).
     """
+    from peft.tuners.lora.layer import LoraLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     config = getattr(model, "peft_config", {}).get(adapter)
     biases = str(getattr(config, "bias", "none") or "none")
-    layers = {f"{name}." for name, _ in lora_layers(model)}
+    layers: set[str] = set()  # prefixes; a layer comes before what is in it
     parts: list[Part] = []
     rest: list[Part] = []
     inside: list[str] = []  # prefixes of what PEFT's own layers keep for their adapters
     for owner, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
+        if isinstance(module, LoraLayer):
+            layers.add(f"{owner}.")
+        elif isinstance(module, AuxiliaryTrainingWrapper):
             parts += _of_wrapper(owner, module, adapter)
             inside.append(f"{owner}.")
-        of_layer = owner.endswith("base_layer") and (owner[:-10] or ".") in layers
         for attribute, parameter in module._parameters.items():
-            name = f"{owner}.{attribute}" if owner else attribute
-            if parameter is None or attribute == "_flat_param" or _under(name, inside) or _in_adapter(name, layers):
+            if parameter is None or attribute == "_flat_param":
                 continue
+            of_layer = owner.endswith("base_layer") and (owner[:-10] or ".") in layers
             is_bias = attribute == "bias" and (biases == "all" or (biases != "none" and of_layer))
             # On the meta device nothing trains that no config names; what a config names is refused there by its use.
-            if is_bias or (parameter.requires_grad and parameter.device.type != "meta"):
+            if not is_bias and (not parameter.requires_grad or parameter.device.type == "meta"):
+                continue
+            name = f"{owner}.{attribute}" if owner else attribute
+            if not _under(name, inside) and not _in_adapter(name, layers):
                 rest.append(Part(plain_name(name), "bias" if is_bias else "other", name, (module, attribute)))
     parts += rest  # what is tied to a saved module counts as that
     seen: dict[int, Part] = {}
@@ -117,8 +122,23 @@ def _in_adapter(name: str, layers: set[str]) -> bool:
 
 
 def more_than_pairs(config: Mapping[str, Any]) -> list[str]:
-    """The fields of a saved config under which its file holds more than A and B."""
-    return [key for key in _MORE if config.get(key)] + ["bias"] * (config.get("bias", "none") not in ("none", None))
+    """The fields of a saved config under which its layers' part is more than A and B."""
+    return [key for key in _MORE if config.get(key)]
+
+
+def trains_beside(config: Mapping[str, Any]) -> list[str]:
+    """The fields of a saved config under which its file holds something beside A and B."""
+    return [key for key in BESIDE if config.get(key) not in (None, [], {}, "none")]
+
+
+def is_beside(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether `key`, of a file that PEFT wrote, is what that config trains beside A and B."""
+    fields = trains_beside(config)
+    return (
+        ("bias" in fields and key.endswith(".bias"))
+        or ("trainable_token_indices" in fields and ".trainable_tokens_delta" in key)
+        or ("modules_to_save" in fields and any(f".{module}." in key for module in config["modules_to_save"]))
+    )
 
 
 def changes_base(init: object) -> str | None:
@@ -176,11 +196,11 @@ def why_not_now(layer: Any, adapter: str, use: str) -> str | None:
     return None
 
 
-def refuse_now(what: str, model: nn.Module, pairs: Iterable[LoraPair], adapter: str, use: str) -> None:
+def refuse_now(what: str, model: nn.Module, pairs: Sequence[LoraPair], adapter: str, use: str) -> None:
     """ValueError, naming the first layer, where `why_not_now` has a reason or the layer has left the model."""
-    present = {id(module) for module in model.modules()}
+    gone = _gone(model, pairs)
     for pair in pairs:
-        if id(pair.layer) not in present:
+        if id(pair.layer) in gone:
             why: str | None = "it is no longer in the model (merge_and_unload?): make a new adapter and a new method"
         else:
             why = why_not_now(pair.layer, adapter, use)
@@ -188,14 +208,29 @@ def refuse_now(what: str, model: nn.Module, pairs: Iterable[LoraPair], adapter: 
             raise ValueError(f"{what}: {pair.name}: {why}")
 
 
-def unmerge(model: nn.Module, pairs: Iterable[LoraPair]) -> int:
+def unmerge(model: nn.Module, pairs: Sequence[LoraPair]) -> int:
     """Take merged adapters out of the base of the pairs' layers, as long as these are in the model; returns how many
     layers that were."""
-    present = {id(module) for module in model.modules()}
-    merged: list[Any] = [p.layer for p in pairs if id(p.layer) in present and getattr(p.layer, "merged_adapters", [])]
+    gone = _gone(model, pairs)
+    merged: list[Any] = [p.layer for p in pairs if id(p.layer) not in gone and getattr(p.layer, "merged_adapters", [])]
     for layer in merged:
         layer.unmerge()
     return len(merged)
+
+
+def _gone(model: nn.Module, pairs: Sequence[LoraPair]) -> set[int]:
+    """The ids of the layers that are no longer in the model. They are looked up by name; only what is not found there
+    (a wrapper stands between) takes a walk over all modules."""
+    by_id = {id(pair.layer): pair.name for pair in pairs}
+    lost = {layer for layer, name in by_id.items() if id(_at(model, name)) != layer}
+    return lost - {id(module) for module in model.modules()} if lost else lost
+
+
+def _at(model: nn.Module, name: str) -> nn.Module | None:
+    found: nn.Module | None = model
+    for part in name.split("."):
+        found = None if found is None else found._modules.get(part)
+    return found
 
 
 def added(pair: LoraPair, adapter: str) -> tuple[Tensor, Tensor]:

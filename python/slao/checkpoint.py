@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -26,16 +27,34 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises OSError, with what was there before whole, where the disk does not take it.
     """
+    from safetensors import SafetensorError
+
     try:
         _write_atomically(path, write)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise cannot_write(path, error) from error
 
 
-def cannot_write(path: Path, error: Exception) -> OSError:
-    """An OSError that says so in one line. safetensors' own errors are none."""
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return OSError(f"cannot write {path}: {reason}; what was there before is whole")
+class CannotWrite(OSError):
+    """Says so in one line; errno is the cause's, where that has one."""
+
+    def __init__(self, text: str, number: int | None = None) -> None:
+        super().__init__(text)
+        self.errno = number
+
+    def __reduce__(self) -> Any:  # OSError's own forgets errno; --jobs sends one from process to process
+        return CannotWrite, (str(self), self.errno)
+
+
+def cannot_write(path: Path, error: Exception) -> CannotWrite:
+    """`error`, which need be no OSError (safetensors' own is none), with the path; itself where it has one already."""
+    if isinstance(error, CannotWrite):
+        return error
+    reason, number = getattr(error, "strerror", None) or " ".join(str(error).split()), getattr(error, "errno", None)
+    # safetensors': "Error while serializing: I/O error: No space left on device (os error 28)"
+    if by_rust := re.fullmatch(r"(?:.*: )?(.+) \(os error (\d+)\)", reason):
+        reason, number = by_rust[1], int(by_rust[2]) if os.name == "posix" else None
+    return CannotWrite(f"cannot write {path}: {reason}; what was there before is whole", number)
 
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -80,7 +99,6 @@ def write_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) ->
     Raises ValueError, with nothing written, where a tensor holds a NaN or an infinity, and OSError as
     `write_atomically`.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     payload = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -92,13 +110,7 @@ def write_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) ->
     text = json.dumps({"format": FORMAT, **meta}, sort_keys=True, allow_nan=False)
     header = {"slao": text, "sha256": _digest(payload, text)}
 
-    def write(temporary: Path) -> None:
-        try:
-            save_file(payload, temporary, metadata=header)
-        except SafetensorError as error:  # no OSError
-            raise OSError(str(error)) from error
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: save_file(payload, temporary, metadata=header))
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -86,6 +86,9 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--density", type=float, help="part of the entries that is kept (ties, dare_ties, knots)")
     merge.add_argument("--lambda-schedule", help="inv_sqrt (default), inverse, adaptive or a number (slao)")
     merge.add_argument("--seed", type=int, help="of dare_ties")
+    merge.add_argument(
+        "--beside", help="what becomes of heads, biases, tokens: keep (the last one's) or merge (averaged)"
+    )
     commands.add_parser("info", help="versions, devices, and the backend each op takes here")
     return top
 
@@ -179,8 +182,9 @@ def _merge(options: argparse.Namespace) -> int:
     schedule: str | float | None = options.lambda_schedule
     with contextlib.suppress(ValueError):  # a name
         schedule = None if schedule is None else float(schedule)
-    given = {"weights": weights, "rank": options.rank, "density": options.density, "schedule": schedule}
-    print(merge_adapters(options.adapters, options.out, options.method, **given, seed=options.seed, progress=True))
+    given: dict[str, Any] = {"weights": weights, "rank": options.rank, "density": options.density, "schedule": schedule}
+    given |= {"seed": options.seed, "beside": options.beside}
+    print(merge_adapters(options.adapters, options.out, options.method, **given, progress=True))
     return 0
 
 

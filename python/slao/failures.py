@@ -26,8 +26,9 @@ def explain(error: Exception) -> str | None:
 
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename is not None else ""
+        said = f"{place}{error.strerror}" if error.strerror else str(error)
         advice = _ADVICE.get(error.errno)
-        return f"{place}{error.strerror}" + (f"; {advice}" if advice else "")
+        return f"{said}; {advice}" if advice else said
     if isinstance(error, ValueError | ImportError | OSError | SafetensorError):
         return " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in _MEMORY)):

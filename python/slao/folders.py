@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slao_kernels.inventory import changes_base, more_than_pairs
+from slao_kernels.inventory import changes_base, is_beside, more_than_pairs, trains_beside
 from slao_kernels.ops import checks
 
 from . import sums
@@ -28,6 +28,12 @@ _READ: dict[str, Any] = {
     "base_model_name_or_path": str | None,
     "revision": str | None,
     "init_lora_weights": bool | str | None,
+}
+# A saved LoraConfig's fields of what trains beside A and B.
+_BESIDE: dict[str, Any] = {
+    "modules_to_save": list[str],
+    "trainable_token_indices": list[int] | dict[str, list[int]],
+    "bias": str,
 }
 FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
@@ -55,18 +61,21 @@ class Layer:
 class Source:
     """A folder with an adapter: its config, its layers in the file's order, and their tensors on demand.
 
+    beside: take one that trains heads, biases or tokens beside A and B; `parts` has their shapes and dtypes by the keys
+    of the file.
     Raises ValueError when the folder holds no adapter in safetensors, or one that adds more than B A to its base.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, beside: bool = False) -> None:
         self.folder = Path(folder)
-        self.config: dict[str, Any] = read_config(self.folder)
+        self.config: dict[str, Any] = read_config(self.folder, beside)
         self.path = self.folder / "adapter_model.safetensors"
         init = changes_base(self.config.get("init_lora_weights"))
         if init is not None:
             raise ValueError(
                 f"{self.folder} was made with init_lora_weights={init!r}, which changes the base: its A and B are no "
-                "difference to the base that others have; save it with path_initial_model_for_weight_conversion"
+                "difference to the base that others have; convert it: load it, and save it by PEFT's save_pretrained "
+                "with path_initial_model_for_weight_conversion"
             )
         if not inside(self.path, self.folder).is_file():
             raise ValueError(
@@ -75,6 +84,7 @@ class Source:
         sums.check(self.folder, ("adapter_config.json", self.path.name))
         self._file: Any = None
         self._read = 0
+        self.parts: dict[str, tuple[tuple[int, ...], str]] = {}
         self.layers = {layer.name: layer for layer in self._layers()}
 
     def _open(self) -> Any:
@@ -108,8 +118,11 @@ class Source:
                 )
         if not found:
             raise ValueError(f"{self.path} holds no LoRA layers")
-        if rest:
-            raise ValueError(f"{self.path} holds more than A and B, which are merged: {', '.join(sorted(rest)[:3])}")
+        if foreign := sorted(key for key in rest if not is_beside(key, self.config)):
+            raise ValueError(f"{self.path} holds more than A and B, which are merged: {', '.join(foreign[:3])}")
+        for key in sorted(rest):
+            piece = file.get_slice(key)
+            self.parts[key] = tuple(piece.get_shape()), piece.get_dtype()
         return found
 
     def _check(self, name: str, A: tuple[int, ...], B: tuple[int, ...], dtypes: tuple[str, str]) -> None:
@@ -129,6 +142,14 @@ class Source:
             raise ValueError(f"{self.folder}: {'AB'[index]} of {name} has NaN or infinite entries")
         return A, B
 
+    def part(self, key: str) -> Tensor:
+        """What trains beside A and B under `key`. Not to be written into. ValueError for NaN."""
+        self._file, self._read = self._open(), 0
+        tensor: Tensor = self._file.get_tensor(key)
+        if tensor.is_floating_point() and checks.not_finite([tensor]):
+            raise ValueError(f"{self.folder}: {key} has NaN or infinite entries")
+        return tensor
+
 
 def read_adapter(folder: str | Path) -> dict[str, Triple]:
     """Layer name -> (A, B, scaling) of a folder that PEFT's or this library's save_pretrained wrote, in the file's
@@ -136,7 +157,11 @@ def read_adapter(folder: str | Path) -> dict[str, Triple]:
 
     Raises ValueError when the folder holds no LoRA adapter in safetensors, or one that adds more than B A to its base.
     """
-    source = Source(folder)
+    return triples(Source(folder))
+
+
+def triples(source: Source) -> dict[str, Triple]:
+    """As `read_adapter`."""
     return {name: (*source.read(name), layer.scaling) for name, layer in source.layers.items()}
 
 
@@ -149,8 +174,9 @@ def scaling(config: Mapping[str, Any], name: str, r: int) -> float:
     return alpha / (r**0.5 if config.get("use_rslora") else r)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a LoRA that trains A and B only; else ValueError."""
+def read_config(folder: Path, beside: bool = False) -> dict[str, Any]:
+    """adapter_config.json of a LoRA that trains A and B only (and, with `beside`, something beside them); else
+    ValueError."""
     path = folder / "adapter_config.json"
     if not path.exists():
         raise ValueError(f"{folder} holds no adapter: there is no adapter_config.json")
@@ -172,6 +198,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     more = more_than_pairs(config)
     if more:
         raise ValueError(f"{path} has {', '.join(more)}: more than A and B, which alone are compared or merged")
+    for key in trains_beside(config):
+        typed(f"{path}: {key}", config[key], _BESIDE[key])
+        if not beside:
+            raise ValueError(
+                f"{path} has {key}: more than A and B; merge it with --beside keep (the last adapter's is kept), or "
+                "--beside merge (it is averaged)"
+            )
     return config
 
 
@@ -184,10 +217,12 @@ def aligned(adapters: Sequence[Mapping[str, Triple]]) -> tuple[list[str], list[l
 
 
 def interference_table(folders: Sequence[str | Path]) -> str:
-    """The cosines of the folders' task vectors, over all layers together, and their norms, as lines of text."""
+    """The cosines of the folders' task vectors, over all layers together, and their norms, as lines of text; a last one
+    names what trains beside A and B, which is no part of a task vector."""
     from slao_kernels import interference
 
-    _, adapters = aligned([read_adapter(folder) for folder in folders])
+    sources = [Source(folder, beside=True) for folder in folders]
+    _, adapters = aligned([triples(source) for source in sources])
     whole = interference(adapters).whole()
     names = [Path(folder).resolve().name for folder in folders]
     width = max(map(len, names))
@@ -196,4 +231,7 @@ def interference_table(folders: Sequence[str | Path]) -> str:
     for index, name in enumerate(names):
         cells = " ".join(f"{value:6.3f}" for value in whole.cosines[0, index].tolist())
         lines.append(f"{index + 1:>3} {name:<{width}} {cells} {whole.norms[0, index].item():7.4g}")
+    beside = {name: ", ".join(trains_beside(source.config)) for name, source in zip(names, sources, strict=True)}
+    if said := [f"{fields} of {name}" for name, fields in beside.items() if fields]:
+        lines.append(f"not looked at, since it has no B A: {'; '.join(said)}")
     return "\n".join(lines)

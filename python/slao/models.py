@@ -49,15 +49,29 @@ def load_model(path: str, objective: str, dtype: str, device: str) -> nn.Module:
     """The pretrained model for `objective`: with its language-model head, or the bare encoder."""
     from transformers import AutoModel, AutoModelForCausalLM
 
+    device = check_device(device)
     loader = AutoModelForCausalLM if objective == "causal_lm" else AutoModel
     model: nn.Module = _from_pretrained(loader, path, dtype=getattr(torch, dtype), use_safetensors=True)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"the model cannot go to device {device!r}: {reason}; choose auto, cpu or cuda") from error
+    except RuntimeError as error:
+        raise _cannot_go(device, error) from error
+
+
+def check_device(device: str) -> str:
+    """The one that is meant ("auto": cuda where there is one). ValueError where torch cannot use it here."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise _cannot_go(device, error) from error
+    return device
+
+
+def _cannot_go(device: str, error: Exception) -> ValueError:
+    reason = str(error).strip().splitlines()[0]
+    return ValueError(f"the model cannot go to device {device!r}: {reason}; choose auto, cpu or cuda")
 
 
 def load_tokenizer(path: str) -> Any:

@@ -52,26 +52,35 @@ def check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, keep: bool = True) -> Iterator[None]:
     """Within the block no other process is in a block of its own with `folder`, which is made where it is absent.
 
     The lock is the operating system's: it ends with the process, however that ends, and what the file says of a process
-    that is gone means nothing. ValueError that names the process that has it.
+    that is gone means nothing. ValueError that names the process that has it. keep: else the lock is only asked for,
+    beside others that ask, and the file stays what it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+", encoding="utf-8") as file:
-        if not _take(file):
+        if not _take(file, keep):
             raise ValueError(
                 f"{_owner(file)} is at work in {folder}: wait for its end, or choose another --name (it is stopped "
                 "with Ctrl-C)"
             )
-        file.truncate(0)
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}, file)
-        file.flush()
+        if keep:
+            file.truncate(0)
+            json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}, file)
+            file.flush()
         yield
 
 
-def _take(file: IO[str]) -> bool:
+def check_free(folder: Path) -> None:
+    """ValueError, as `locked` raises it, where another process is at work in `folder` now; nothing is made."""
+    if (folder / LOCK).is_file():
+        with locked(folder, keep=False):
+            pass
+
+
+def _take(file: IO[str], keep: bool) -> bool:
     """Whether the lock was free; it is ours then, until the file is closed."""
     try:
         import fcntl
@@ -86,7 +95,7 @@ def _take(file: IO[str]) -> bool:
             return False
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_EX if keep else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks

@@ -10,11 +10,43 @@ from torch import nn
 
 from .identity import fingerprint
 from .methods import Method, make_method
-from .models import check_tokens, default_objective, load_model, load_tokenizer, model_path
-from .objectives import OBJECTIVES, make_objective
+from .models import check_device, check_tokens, default_objective, load_model, load_tokenizer, model_path
+from .objectives import OBJECTIVES, check_objective, make_objective
 from .settings import train_config
 from .streams import Stream, make_stream
 from .train import TrainConfig, seed_everything
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """ValueError for what the settings alone say is wrong, before data or a model are loaded: the values of methods'
+    options, tried on a layer of their own, the adapter's config, the device, the trainer's arguments."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from .trainer import training_arguments
+
+    training_arguments(train_config(settings))  # raises what transformers objects to
+    check_device(settings["device"])
+    rank = lora_config(settings).r
+    for label in settings["methods"]:
+        layer = nn.Sequential(nn.Linear(max(rank, 1), max(rank, 1)))
+        make_labelled(settings, label, inject_adapter_in_model(LoraConfig(r=rank, target_modules=["0"]), layer))
+
+
+def lora_config(settings: dict[str, Any]) -> Any:
+    """The `lora` section as PEFT's config."""
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**settings["lora"])
+    except TypeError as error:
+        raise ValueError(f"lora: {error}") from error
+
+
+def make_labelled(settings: dict[str, Any], label: str, model: nn.Module) -> Method:
+    """The method that stands under `label` in the settings."""
+    options = dict(settings["methods"][label])
+    options.pop("learning_rate", None)
+    return make_method(options.pop("method", label), model, **options)
 
 
 class Prepared:
@@ -26,9 +58,6 @@ class Prepared:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.config = train_config(settings)
-        from .trainer import training_arguments
-
-        training_arguments(self.config)  # raises what transformers objects to
         options = dict(settings["stream"])
         stream = make_stream(options.pop("name"), **options)
         self.stream = stream.limited(settings["train_rows"], settings["train_fraction"], test=settings["test_rows"])
@@ -37,6 +66,7 @@ class Prepared:
         name = options.pop("name", "auto")
         self.objective_name = default_objective(self.path) if name == "auto" else name
         self.objective_options = options
+        check_objective(self.objective_name, options).check(self.stream, **options)
         self.tokenizer = load_tokenizer(self.path)
         self.report = ""
         self.base = ""  # the base model's fingerprint, once `build` has loaded it
@@ -52,12 +82,6 @@ class Prepared:
             return self.stream.shuffled(seed) if self.settings["shuffle_tasks"] else self.stream
         return self.stream.shuffled(order) if order else self.stream
 
-    def method(self, label: str, model: nn.Module) -> Method:
-        """The method that stands under `label` in the settings."""
-        options = dict(self.settings["methods"][label])
-        options.pop("learning_rate", None)
-        return make_method(options.pop("method", label), model, **options)
-
     def config_of(self, label: str) -> TrainConfig:
         """How the method under `label` is trained: as all, but at a learning rate of its own where it has one."""
         rate = self.settings["methods"][label].get("learning_rate")
@@ -70,8 +94,6 @@ class Prepared:
 
         others: labels of methods that are tried on the model first, for what they object to in it.
         """
-        from peft import LoraConfig
-
         from slao_kernels import extension, patch, unpatch
 
         settings = self.settings
@@ -80,20 +102,16 @@ class Prepared:
         if not self.base:
             check_tokens(model, self.tokenizer, self.path)
             self.base = fingerprint(model)
-        try:
-            config = LoraConfig(**settings["lora"])
-        except TypeError as error:
-            raise ValueError(f"lora: {error}") from error
-        report = patch(model, config, backend=settings["backend"], precision=settings["precision"])
+        report = patch(model, lora_config(settings), backend=settings["backend"], precision=settings["precision"])
         if not settings["patch"]:
             unpatch(model)
             self.report = "fused layers are off (--no-patch)"
         else:
             self.report = str(report)
         for other in others:
-            for pair in self.method(other, model).pairs:
+            for pair in make_labelled(settings, other, model).pairs:
                 extension.retract(pair.layer)  # the next one finds the layers as they were
-        method = self.method(label, model)  # before the objective runs the model: it may have to refuse it
+        method = make_labelled(settings, label, model)  # before the objective runs the model: it may have to refuse it
         stream = self.ordered(seed, order)
         objective = make_objective(self.objective_name, model, self.tokenizer, stream, **self.objective_options)
         return model, method, objective

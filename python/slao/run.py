@@ -16,8 +16,8 @@ import torch
 from slao_kernels import sharding
 
 from . import checkpoint, places, ranks, sums
-from .identity import AnotherRun, differences, flat, identity
-from .prepare import Prepared
+from .identity import AnotherRun, Identity, differences, flat, identity
+from .prepare import Prepared, check_settings
 from .reading import read_json
 from .sweep import Job, jobs, variants
 from .train import Result
@@ -53,7 +53,12 @@ class Run:
         if processes > 1 and sharding.ranks() > 1:
             raise ValueError("a launcher's processes train each task together: run without --jobs under torchrun")
         self._resume, self._overwrite = resume, overwrite and not resume
+        self.notes: list[str] = []
+        # What settings and folder alone say comes before data and model are loaded, which takes minutes.
+        self.identity: Identity = {"settings": flat(settings)}
+        sharding.on_first(self._check_free)
         sharding.on_first(self._check_folder)
+        sharding.on_first(self._check_same_run)
         self.variants = variants(settings)
         self.jobs = list(jobs(settings))
         names = [job.folder for job in self.jobs]
@@ -61,10 +66,11 @@ class Run:
             raise ValueError(f"two methods or variants would both be called {clash!r}: give them other names")
         for name in names:
             places.check_label(name)
+        for variant in self.variants:
+            check_settings(variant.settings)
         self.prepared = [Prepared(variant.settings) for variant in self.variants]
         # A first model of every kind: methods and objective raise here what they object to in it.
         self._ready: dict[Job, Any] = {}
-        self.notes: list[str] = []
         first, *others = settings["methods"]
         tried: set[str] = set()
         for index, prepared in enumerate(self.prepared):
@@ -83,6 +89,11 @@ class Run:
         self.failed: dict[str, str] = {}
         self.identity = identity(settings, self.variants, self.prepared, pairs)
         sharding.on_first(self._check_same_run)
+
+    def _check_free(self) -> None:
+        """That no other process works in it."""
+        places.check_folder(self.folder)
+        places.check_free(self.folder)
 
     def _check_folder(self) -> None:
         """That it can be written into, and holds nothing, or a run that is to be continued or emptied."""

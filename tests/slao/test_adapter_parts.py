@@ -15,7 +15,7 @@ from torch import nn
 
 from slao import make_method
 from slao.export import save_adapter
-from slao.folders import read_adapter
+from slao.folders import Source, interference_table, triples
 from slao.merging import merge_adapters
 from slao.methods import Method
 from slao_kernels import interference, weighted_merge
@@ -142,8 +142,14 @@ def from_folders(part: str, tmp_path: Path) -> None:
         by_peft(part).save_pretrained(tmp_path / "out")
     else:
         trained(part).save_pretrained(tmp_path / "out")
-    deltas = {name: s * B.double() @ A.double() for name, (A, B, s) in read_adapter(tmp_path / "out").items()}
-    merge_adapters([tmp_path / "out"], tmp_path / "merged", "svd")
+    beside = "keep" if TABLE[part] == _BESIDE else None
+    if beside is not None:
+        with pytest.raises(ValueError, match="more than A and B; merge it with --beside keep"):
+            merge_adapters([tmp_path / "out"], tmp_path / "merged", "svd")
+        assert "not looked at, since it has no B A: " in interference_table([tmp_path / "out"])
+    source = Source(tmp_path / "out", beside is not None)
+    deltas = {name: s * B.double() @ A.double() for name, (A, B, s) in triples(source).items()}
+    merge_adapters([tmp_path / "out"], tmp_path / "merged", "svd", beside=beside)
     model = PeftModel.from_pretrained(base(), str(tmp_path / "merged"))
     for name, delta in deltas.items():
         layer = model.base_model.model.get_submodule(name)
@@ -152,7 +158,7 @@ def from_folders(part: str, tmp_path: Path) -> None:
 
 RUN = dict(zip(OPERATIONS, (run, save_and_load, export, by_name, from_folders), strict=True))
 _PAIRS = ("treated",) * 5
-_BESIDE = ("treated", "treated", "treated", "trains beside A and B", "more than A and B")
+_BESIDE = ("treated", "treated", "treated", "trains beside A and B", "treated")
 
 
 def _no_method(why: str, by_name: str, folder: str = "more than A and B") -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from slao import prepare
 from slao.cli import main
 from slao.methods import METHODS
 from slao.objectives import OBJECTIVES
@@ -107,6 +108,32 @@ def test_bad_input_is_one_line(case, refused):
     flags, parts = BAD[case]
     line = refused(*flags)
     assert [part for part in parts if part not in line] == [], line
+
+
+# What settings say alone, and what the data say with them.
+EARLY = {
+    "settings": ("device", "method option value", "rank 0", "argument of ours", "schedule", "tracker"),
+    "data": ("candidates", "temperature", "objective option"),
+}
+
+
+@pytest.mark.parametrize("known", EARLY)
+def test_refused_before_anything_heavy(known, refused, monkeypatch):
+    def load(*given: object, **options: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(prepare, "load_model", load)
+    if known == "settings":
+        monkeypatch.setattr(prepare, "make_stream", load)
+    for case in EARLY[known]:
+        flags, parts = BAD[case] if case != "temperature" else (["--set", "objective.temperature=0"], ["positive"])
+        line = refused(*flags)
+        assert [part for part in parts if part not in line] == [], line
+
+
+def test_nothing_is_generated(refused, saved_llama):
+    line = refused("--set", "objective.max_new_tokens=4", model=saved_llama)
+    assert "max_new_tokens would do nothing: every task is scored by its labels' likelihood" in line
 
 
 def test_a_device_that_is_not_here(refused):

@@ -170,7 +170,8 @@ def gpt2() -> Any:
 @pytest.mark.parametrize(("metric", "labels"), [("accuracy", ("cat", "dog")), ("accuracy", ()), ("exact_match", ())])
 def test_long_rows_are_cut_and_that_is_said(metric, labels, tiny):
     model, stream = gpt2(), long_stream(metric, labels)
-    objective = CausalLM(model, tiny.tokenizer(), stream, max_new_tokens=8)
+    generated = {} if labels else {"max_new_tokens": 8}
+    objective = CausalLM(model, tiny.tokenizer(), stream, **generated)
     assert objective.notes == ("longer rows are cut at 40 tokens: the model has no more positions",)
     task = stream.tasks[0]
     assert max(len(row["input_ids"]) for row in objective.features(task, task.train)) == 40
@@ -182,7 +183,9 @@ def test_long_rows_are_cut_and_that_is_said(metric, labels, tiny):
 def test_no_room_for_what_is_generated(tiny):
     with pytest.raises(ValueError, match="raise it, or lower max_new_tokens, for which the model's positions"):
         CausalLM(gpt2(), tiny.tokenizer(), long_stream("exact_match", ()), max_new_tokens=40)
-    CausalLM(gpt2(), tiny.tokenizer(), long_stream(), max_new_tokens=40)  # where nothing is generated
+    CausalLM(gpt2(), tiny.tokenizer(), long_stream())  # where nothing is generated
+    with pytest.raises(ValueError, match="max_new_tokens would do nothing"):
+        CausalLM(gpt2(), tiny.tokenizer(), long_stream(), max_new_tokens=40)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, not 0"):
         CausalLM(gpt2(), tiny.tokenizer(), long_stream(), max_new_tokens=0)
 

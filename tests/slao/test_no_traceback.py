@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from slao import failures, places
+from slao import checkpoint, failures, places
 from slao.cli import main
 
 
@@ -102,7 +105,26 @@ def test_files_that_may_not_grow(command, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert len(said) == 1
-    assert "File too large" in said[0]
+    assert re.search(r"cannot write \S+: File too large; what was there before is whole; a limit on the size", said[0])
+
+
+RUST = "Error while serializing: I/O error: No space left on device (os error 28)"  # as safetensors has it
+
+
+@pytest.mark.skipif(os.name == "nt", reason="os errors are numbered otherwise")
+@pytest.mark.parametrize("error", [SafetensorError(RUST), OSError(errno.ENOSPC, "No space left on device")], ids=repr)
+def test_a_full_disk_is_said_once(error, tmp_path):
+    """Through a process of --jobs, and twice through our own hands."""
+
+    def write(temporary: Path) -> None:
+        raise error
+
+    with pytest.raises(OSError, match="cannot write") as caught:
+        checkpoint.write_atomically(tmp_path / "x", write)
+    again = checkpoint.cannot_write(tmp_path, pickle.loads(pickle.dumps(caught.value)))
+    expected = f"cannot write {tmp_path / 'x'}: No space left on device; what was there before is whole"
+    assert failures.explain(again) == f"{expected}; free some space, then continue a run with --resume"
+    assert not list(tmp_path.iterdir())
 
 
 EXPLAINED = {

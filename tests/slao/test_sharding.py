@@ -288,3 +288,27 @@ def test_an_error_on_one_rank_is_one_on_all(folder):
     assert first["load"].startswith("ValueError: no saved state at ")
     assert second["load"].startswith("ValueError: rank 0 of 2 failed: ValueError: no saved state at ")
     assert second["too early"].startswith("ValueError: rank 0 of 2 failed: ValueError: no task is running")
+
+
+SHARDED = "base_model.model.lm_head.weight"
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2_blocks", "fsdp2_leaves", "fsdp1"])
+def test_a_head_that_trains_beside(wrap, folder, ranks):
+    """Saved and loaded whole from its shards, to the last bit; as in one process, as near as its rounding. What is
+    sharded is neither averaged nor exported, and that is said by its name."""
+    exact = ranks.head_reference(torch.float64)
+    near = FACTOR * rounding(ranks.head_reference(), exact)
+    for found in results(folder, f"{wrap}_heads"):
+        assert SHARDED in exact
+        assert rounding(found["kept"], exact) <= near
+        assert ranks.equal(found["loaded"], found["kept"])
+        if wrap == "ddp":
+            assert found["export"] == found["merge"] == "nothing was raised"
+            assert rounding(found["merged"], ranks.head_reference(torch.float64, "merge")) <= near
+        else:
+            only = f"the model is sharded and its adapter has {SHARDED}: only A and B can be exported then"
+            assert found["export"] == f"ValueError: {only}"
+            average = f"beside='merge' cannot average {SHARDED}, which is sharded: use 'keep' or 'freeze'"
+            assert found["merge"] == f"ValueError: {average}"
+            assert "merged" not in found

@@ -8,13 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from slao_kernels.ops import checks
 
-from ..schedules import make_schedule
+from ..schedules import MergeStats, Schedule, make_schedule
+from . import beside as parts
 from . import factors, product
 from .factors import Pair
 from .output import DTYPES, TensorFile, whole_folder, write_config
@@ -68,6 +70,7 @@ def merge_adapters(
     density: float | None = None,
     schedule: str | float | None = None,
     seed: int | None = None,
+    beside: str | None = None,
     progress: bool = False,
 ) -> Merged:
     """Merge the adapters in `folders`, oldest first, into a new folder `out` that PeftModel.from_pretrained loads.
@@ -76,16 +79,19 @@ def merge_adapters(
     is needed), "svd", "magmax", "opcm" or "knots" (slao.merging.product: on the products, cut to `rank`, by default the
     layer's largest). weights: one an adapter; by default 1/T for linear and svd, 0.5 for magmax, else 1. density: of
     ties, dare_ties, knots, in (0, 1], by default 0.2. schedule: λ of slao, "inv_sqrt" (the default), "inverse",
-    "adaptive" (from the adapters themselves, layer by layer) or a number. seed: of dare_ties, by default 0.
+    "adaptive" (from the adapters themselves, layer by layer) or a number. seed: of dare_ties, by default 0. beside:
+    what becomes of heads, biases and tokens, which have no A and B: "keep" (the last adapter's) or "merge" (averaged,
+    by slao's λ, the mean of the layers', else by the weights over their sum); None refuses adapters that have such.
     Reads and writes a layer at a time. Factors keep the widest dtype that the layer has in any adapter; the result has
     scaling 1, but with slao that of the adapters. `out` appears when it is whole.
     Raises ValueError, with nothing written, for adapters of different bases, layers, or (where one is needed) ranks and
-    scalings; adapters that train more than A and B or whose init changed the base; NaN; options that the method does
-    not take; `out` that exists.
+    scalings; adapters whose layers are more than A and B, that have different parts beside them, or whose init changed
+    the base; NaN; options that the method does not take; `out` that exists.
     """
     options = _options(method, weights, rank, density, schedule, seed, len(folders))
-    sources = [Source(folder) for folder in folders]
+    sources = [Source(folder, beside is not None) for folder in folders]
     check(sources, method in _ONE_RANK, method == "slao", method)
+    further = parts.announced(sources, beside, options.get("weights"))
     last = sources[-1]
     ranks = {name: _rank(sources, name, rank) if method in _CUT else layer.rank for name, layer in last.layers.items()}
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -96,12 +102,18 @@ def merge_adapters(
         (_, *n), (m, _, *kernel) = layer.shapes
         tensors |= {layer.keys[0]: ((ranks[name], *n), dtype), layer.keys[1]: ((m, ranks[name], *kernel), dtype)}
         keys[name] = layer.keys
+    tensors |= further
     note = {"method": method, "adapters": [source.folder.resolve().name for source in sources], **options}
+    note |= {} if beside is None else {"beside": beside}
     target = Path(out)
     with whole_folder(target) as scratch, torch.no_grad():
         file = TensorFile(scratch / "adapter_model.safetensors", tensors, json.dumps(note))
         try:
-            lost = _merge(sources, method, options, ranks, keys, tensors, file, progress)
+            lam = _Recorded(make_schedule(options["schedule"])) if method == "slao" else None
+            lost = _merge(sources, method, options, lam, ranks, keys, tensors, file, progress)
+            shares = parts.shares(options["weights"]) if lam is None else lam.means()
+            for key in further:
+                file.write(key, parts.merged(sources, key, beside, shares))
         finally:
             file.close()
         write_config(scratch / "adapter_config.json", last.config, None if method == "slao" else ranks)
@@ -112,6 +124,7 @@ def _merge(
     sources: list[Source],
     method: str,
     options: dict[str, Any],
+    schedule: Schedule | None,
     ranks: dict[str, int],
     keys: dict[str, tuple[str, str]],
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]],
@@ -125,7 +138,8 @@ def _merge(
     # disable=None: no bar where nobody watches (a pipe, a log file).
     for name in tqdm(keys, desc=method, unit="layer", leave=False, disable=None if progress else True):
         pairs = [source.read(name) for source in sources]
-        merged = _layer(method, name, pairs, [source.layers[name].scaling for source in sources], options, ranks[name])
+        scalings = [source.layers[name].scaling for source in sources]
+        merged = _layer(method, name, pairs, scalings, options, schedule, ranks[name])
         if isinstance(merged, Cut):
             lost, total = lost + merged.lost, total + merged.total
             norms += 0 if merged.norms is None else merged.norms
@@ -141,11 +155,34 @@ def _merge(
     return math.sqrt(lost / total) if total else 0.0
 
 
+class _Recorded:
+    """A schedule, and what it said of every layer."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._said: dict[int, list[float]] = {}
+
+    def __call__(self, i: int, stats: MergeStats) -> float | list[float]:
+        lam = self._schedule(i, stats)
+        self._said.setdefault(i, []).append(float(lam) if isinstance(lam, int | float) else fmean(lam))
+        return lam if isinstance(lam, int | float) else list(lam)
+
+    def means(self) -> list[float]:
+        """The mean over the layers, of each adapter but the first."""
+        return [fmean(self._said[i]) for i in sorted(self._said)]
+
+
 def _layer(
-    method: str, name: str, pairs: list[Pair], scalings: list[float], options: dict[str, Any], rank: int
+    method: str,
+    name: str,
+    pairs: list[Pair],
+    scalings: list[float],
+    options: dict[str, Any],
+    schedule: Schedule | None,
+    rank: int,
 ) -> Pair | Cut:
-    if method == "slao":
-        return factors.slao(pairs, make_schedule(options["schedule"]), name)
+    if schedule is not None:
+        return factors.slao(pairs, schedule, name)
     if method == "knots":
         return product.knots(pairs, scalings, options["weights"], rank, options["density"])
     given = [weight * scaling for weight, scaling in zip(options["weights"], scalings, strict=True)]

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,19 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import TEMPORARY, sync_folder, umask
+from ..sums import write_sums
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_MINE = ".merge-"  # in the names of what is not whole yet, which others than a merge have no business with
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+_NAMES |= {torch.bool: "BOOL"}
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
@@ -69,16 +80,19 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that becomes `target` if the block ends well, and vanishes if it does not.
+    """A folder beside `target` that becomes `target` if the block ends well, and vanishes if it does not; so do those
+    that killed processes left for the same `target`.
 
     Raises ValueError when `target` exists and is not an empty folder.
     """
     if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already: choose another -o, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=TEMPORARY, dir=target.parent))
+    _remove_left(target)
+    scratch, lock = _locked_folder(target)
     try:
         yield scratch
+        write_sums(scratch)
         os.chmod(scratch, 0o777 & ~umask())  # mkdtemp makes folders private
         sync_folder(scratch)
         if target.exists():
@@ -87,6 +101,50 @@ def whole_folder(target: Path) -> Iterator[Path]:
         sync_folder(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked_folder(target: Path) -> tuple[Path, int | None]:
+    """A new folder for what becomes `target`, and the lock on it that says that this process lives."""
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}{_MINE}", suffix=TEMPORARY, dir=target.parent))
+        try:
+            lock = _lock(scratch)
+        except OSError:
+            return scratch, None
+        if lock is not None and scratch.is_dir():  # else another process has just taken it for a dead one's
+            return scratch, lock
+
+
+def _remove_left(target: Path) -> None:
+    """What merges into `target` left that were killed; one that still runs holds its lock."""
+    pattern = re.escape(f".{target.name}{_MINE}") + r"[a-z0-9_]{8}" + re.escape(TEMPORARY)  # as tempfile has it
+    for left in sorted(target.parent.iterdir()):
+        if re.fullmatch(pattern, left.name) and left.is_dir() and not left.is_symlink():
+            with suppress(OSError):
+                if (lock := _lock(left)) is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock until it is closed; None where another process has it, or removed the
+    folder. OSError where there are no such locks: on Windows, on some network disks."""
+    if fcntl is None:
+        raise OSError("no locks here")
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return handle
 
 
 def write_config(path: Path, last: Mapping[str, Any], ranks: Mapping[str, int] | None) -> None:

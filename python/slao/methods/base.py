@@ -101,6 +101,11 @@ class Method:
                     f"task {self.names[-1]!r} is still running; call end_task() before begin_task({name!r})"
                 )
             self._ask("run", "begin_task")
+            if self._is_frozen():
+                raise ValueError(
+                    f"begin_task(): no A or B of adapter {self.adapter!r} requires a gradient, so none trains: "
+                    f"call the PeftModel's set_requires_grad({self.adapter!r}), or load it with is_trainable=True"
+                )
             deepspeed_masters.refuse_unreachable(self.model)
             self.beside.find()
         with self._whole():
@@ -119,6 +124,8 @@ class Method:
             if not self.in_task:
                 raise ValueError("no task is running; call begin_task(name) first")
             self._ask("run", "end_task")
+        if self._is_frozen():
+            logger.warning("adapter %r was frozen while the task ran: what it was then is merged", self.adapter)
         live = self.beside.live()
         with self._whole(write=False):
             with sharding.together():
@@ -153,7 +160,7 @@ class Method:
             try:
                 yield self.model
             finally:
-                if inventory.unmerge(self.model, self.pairs):
+                if inventory.unmerge(sharding.unwrap(self.model), self.pairs):
                     logger.warning("merge_adapter() inside merged(): unmerged at the block's end, where the weights go")
 
     @contextmanager
@@ -177,6 +184,10 @@ class Method:
     def _is_plain(self) -> bool:
         self.pairs = sharding.live_pairs(self.pairs, self.adapter)
         return all(sharding.is_plain(parameter) for pair in self.pairs for parameter in pair.parameters)
+
+    def _is_frozen(self) -> bool:
+        """Whether none of the pairs trains, as after PEFT's `set_requires_grad(adapter, False)`; shards do not say."""
+        return self._is_plain() and not any(p.requires_grad for pair in self.pairs for p in pair.parameters)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """The merged adapter as a plain PEFT folder, which loads without this library."""
@@ -303,7 +314,7 @@ class Method:
         """ValueError where A and B may not be used so now (`inventory.why_not_now`), or stand for the merge."""
         if self._swapped:
             raise ValueError(f"{what}() was called inside merged(); leave the block first")
-        inventory.refuse_now(f"{what}()", self.model, self.pairs, self.adapter, use)
+        inventory.refuse_now(f"{what}()", sharding.unwrap(self.model), self.pairs, self.adapter, use)
 
     def _refuse_broken_weights(self, beside: dict[str, Tensor] | None = None) -> None:
         weights = [(tensor, key.rpartition(".")[0]) for key, tensor in self._live_tensors().items()]

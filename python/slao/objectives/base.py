@@ -29,6 +29,7 @@ class Objective(ABC):
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
     own_loss: ClassVar[bool]
+    images: ClassVar[bool] = False  # whether it reads images, else texts
     notes: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
     seen: tuple[str, ...] = ()
@@ -48,6 +49,11 @@ class Objective(ABC):
     @abstractmethod
     def score(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
         """The task's metric of the model on `rows`, without training it."""
+
+    @classmethod
+    def check(cls, stream: Stream, **options: Any) -> None:
+        """ValueError for options and data that it takes with no model; asked before one is loaded, and when made."""
+        check_rows(cls.name, stream, cls.images)
 
     @classmethod
     def check_metrics(cls, stream: Stream) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..logits import IGNORED
 from ..streams import Row, Stream, Task
 from ..streams.base import METRICS
-from .base import Features, Objective, check_candidates, check_rows, evaluating, in_batches, positions, room
+from .base import Features, Objective, check_candidates, evaluating, in_batches, positions, room
 from .likelihood import log_likelihoods
 from .text_scores import text_score
 
@@ -25,7 +25,8 @@ class CausalLM(Objective):
     log-likelihood among the candidates, and for a free-form task how often the greedy continuation equals the answer
     (white space and case aside). "exact_match" and "rouge_l" compare the greedy continuation, whether there are
     labels or not. Of a row with several references the best one counts.
-    max_new_tokens: the length of a continuation; None for as many as the longest right answer of its task takes.
+    max_new_tokens: of a greedy continuation; None for as many as the longest right answer of its task takes. ValueError
+    where no task needs one.
     train_candidates, eval_candidates: whose labels the Option line (and the scoring) lists: "own" or "all".
     """
 
@@ -44,13 +45,9 @@ class CausalLM(Objective):
         max_length: int = 512,
         max_new_tokens: int | None = None,
     ) -> None:
-        check_candidates(train_candidates=train_candidates, eval_candidates=eval_candidates)
-        check_rows(self.name, stream, images=False)
-        for task in stream.tasks:
-            text_score(task.metric)  # raises here where its package is missing
+        chosen = {"train_candidates": train_candidates, "eval_candidates": eval_candidates}
+        self.check(stream, **chosen, max_new_tokens=max_new_tokens)
         self.tokenizer, self.max_length = tokenizer, room(self, model, max_length, 1)
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         self._new_tokens = {
             task.name: self._longest_answer(task) if max_new_tokens is None else max_new_tokens
             for task in stream.tasks
@@ -72,6 +69,21 @@ class CausalLM(Objective):
             self._check_room(task, eval_candidates)
             if _generates(task):
                 self._prompt(task, "", self._reserved, eval_candidates)
+
+    @classmethod
+    def check(cls, stream: Stream, **options: Any) -> None:
+        check_candidates(**{name: value for name, value in options.items() if name.endswith("_candidates")})
+        super().check(stream)
+        for task in stream.tasks:
+            text_score(task.metric)  # raises here where its package is missing
+        most = options.get("max_new_tokens")
+        if most is not None and most < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {most}")
+        if most is not None and not any(map(_generates, stream.tasks)):
+            raise ValueError(
+                "max_new_tokens would do nothing: every task is scored by its labels' likelihood (metric accuracy), so "
+                "nothing is generated; leave it out"
+            )
 
     def features(self, task: Task, rows: Sequence[Row]) -> Features:
         return [self._encode(task, row.prompt, row.answer, self.train_candidates) for row in rows]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..streams import ImageRow, Row, Stream, Task
-from .base import Features, check_rows, evaluating, in_batches
+from .base import Features, evaluating, in_batches
 from .matching import Matching
 from .simplex import simplex_directions
 
@@ -32,6 +32,7 @@ class ImageMatching(Matching):
     """
 
     name = "image_matching"
+    images = True
 
     def __init__(
         self,
@@ -46,9 +47,7 @@ class ImageMatching(Matching):
         seed: int = 0,
     ) -> None:
         super().__init__(stream, temperature, train_candidates, eval_candidates)
-        check_rows(self.name, stream, images=True)
-        if directions not in DIRECTIONS:
-            raise ValueError(f"unknown directions {directions!r}; choose one of {', '.join(DIRECTIONS)}")
+        self.check(stream, directions=directions)
         config: Any = getattr(model, "config", None)
         if not hasattr(config, "image_size"):
             raise ValueError(f"{self.name} needs a model of images, with config.image_size; got {type(model).__name__}")
@@ -62,6 +61,12 @@ class ImageMatching(Matching):
             drawn = simplex_directions(len(self.labels), int(config.hidden_size), seed)
             place = {label: i for i, label in enumerate(sorted(self.labels))}
             self._table = drawn[[place[label] for label in self.labels]]
+
+    @classmethod
+    def check(cls, stream: Stream, **options: Any) -> None:
+        super().check(stream, **options)
+        if (directions := options.get("directions", DIRECTIONS[0])) not in DIRECTIONS:
+            raise ValueError(f"unknown directions {directions!r}; choose one of {', '.join(DIRECTIONS)}")
 
     def features(self, task: Task, rows: Sequence[Row]) -> Features:
         made: Features = []

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..streams import Row, Stream, Task
-from .base import Features, check_rows, evaluating, in_batches, room
+from .base import Features, evaluating, in_batches, room
 from .matching import Matching
 
 
@@ -37,7 +37,6 @@ class LabelMatching(Matching):
         max_length: int = 128,
     ) -> None:
         super().__init__(stream, temperature, train_candidates, eval_candidates)
-        check_rows(self.name, stream, images=False)
         self.tokenizer = tokenizer
         self.max_length = room(self, model, max_length, tokenizer.num_special_tokens_to_add() + 1)
         blank = {row.prompt for task in stream.tasks for row in (*task.train, *task.test) if not row.prompt.strip()}

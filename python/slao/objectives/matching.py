@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +29,8 @@ class Matching(Objective):
     _table: Tensor
 
     def __init__(self, stream: Stream, temperature: float, train_candidates: str, eval_candidates: str) -> None:
-        check_candidates("running", train_candidates=train_candidates)
-        check_candidates("seen", eval_candidates=eval_candidates)
-        unlabelled = [task.name for task in stream.tasks if not task.labels]
-        if unlabelled:
-            raise ValueError(f"{self.name} needs labels; tasks without: {', '.join(unlabelled)} (use causal_lm)")
-        self.check_metrics(stream)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, not {temperature}")
+        chosen = {"train_candidates": train_candidates, "eval_candidates": eval_candidates}
+        self.check(stream, temperature=temperature, **chosen)
         self.temperature = temperature
         self.train_candidates, self.eval_candidates = train_candidates, eval_candidates
         self.labels = stream.labels
@@ -45,6 +40,18 @@ class Matching(Objective):
         self._own = torch.zeros(len(stream.tasks), len(self.labels), dtype=torch.bool)
         for t, task in enumerate(stream.tasks):
             self._own[t, [self._index[label] for label in task.labels]] = True
+
+    @classmethod
+    def check(cls, stream: Stream, **options: Any) -> None:
+        check_candidates("running", train_candidates=options.get("train_candidates", "own"))
+        check_candidates("seen", eval_candidates=options.get("eval_candidates", "own"))
+        unlabelled = [task.name for task in stream.tasks if not task.labels]
+        if unlabelled:
+            raise ValueError(f"{cls.name} needs labels; tasks without: {', '.join(unlabelled)} (use causal_lm)")
+        cls.check_metrics(stream)
+        if not options.get("temperature", 1) > 0:
+            raise ValueError(f"temperature must be positive, not {options['temperature']}")
+        super().check(stream)
 
     @abstractmethod
     def _embed(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -17,10 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import slao.folders
+from slao import sums
 from slao.cli import main
 from slao.export import save_adapter
 from slao.folders import read_adapter
 from slao.merging import METHODS, factors, merge_adapters
+from slao.merging.output import whole_folder
 from slao.methods import SLAO
 
 MODULES = ["query", "value", "word_embeddings"]
@@ -66,7 +68,12 @@ def test_the_command_writes_what_peft_loads(method, tiny, three, tmp_path, capsy
     printed, err = capsys.readouterr()
     assert err == ""
     assert printed.startswith(f"{out}: {method} of 5 layers, rank 4")
-    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "SHA256SUMS",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert sums.is_whole(out)
     assert [path.name for path in out.parent.iterdir()] == ["out"], "something was left beside it"
     before = outputs(tiny.bert())
     model = PeftModel.from_pretrained(tiny.bert(), out)
@@ -214,5 +221,32 @@ def test_killed_while_it_writes(three, tmp_path):
     process.wait()
     process.stdout.close()
     assert not out.exists()
+    (left,) = tmp_path.iterdir()
+    others = [".out.tmp", ".out.b.merge-abcdefgh.tmp", ".b.merge-abcdefgh.tmp", ".out.merge-abcdefg.tmp"]
+    for name in others:  # which only look alike
+        (tmp_path / name).mkdir()
     merge_adapters(three, out, "linear")
     assert read_adapter(out).keys() == read_adapter(three[0]).keys()
+    assert not left.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "out"])
+
+
+def test_what_a_live_merge_writes_stays(three, tmp_path):
+    with whole_folder(tmp_path / "out") as scratch:
+        (scratch / "file").write_text("x")
+        merge_adapters(three, tmp_path / "out", "linear")
+        assert (scratch / "file").is_file()
+        shutil.rmtree(tmp_path / "out")  # the first one has its place again
+    assert sums.is_whole(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_damaged_merge_is_refused(three, tmp_path, capsys):
+    merge_adapters(three, tmp_path / "out", "linear")
+    path = tmp_path / "out" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for command in (["merge", "-o", str(tmp_path / "again")], ["interference"]):
+        assert main([*command, str(three[0]), str(tmp_path / "out")]) == 2
+        assert f"{path} is damaged: its checksum in SHA256SUMS does not match" in capsys.readouterr().err

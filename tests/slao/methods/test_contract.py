@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from slao.methods import METHODS, Method, make_method
-from slao.methods.base import STATE_FILE
+from slao.methods import METHODS, make_method
 from slao_kernels.testing import error_ratio, tiny_model
 
 NAMES = sorted(METHODS)
@@ -67,50 +63,6 @@ def test_a_loaded_state_goes_on_bit_identically(lab, tmp_path, name, mid_task):
         assert torch.equal(lab.logits(method), lab.logits(other))
     assert other.lambdas == method.lambdas
     assert all(torch.equal(value, other._state()[key]) for key, value in method._state().items())
-
-
-def moved(path: Path, address: int) -> None:
-    """Write the state at `path` anew with a longer header: its tensors begin `address` bytes past a multiple of 64."""
-    with safe_open(path, framework="pt") as file:
-        tensors, header = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()  # noqa: SIM118
-    for spaces in range(0, 64, 8):  # the format fills its header up to a multiple of 8
-        save_file(tensors, path, {**header, "unused": " " * spaces})
-        if (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 64 == address:
-            return
-    raise AssertionError(f"no header ends at {address}")
-
-
-def made(lab, name: str, columns: bool, seed: int = 0) -> Method:
-    """columns: A and B lie column by column, so that their plain clones do too."""
-    method = lab.make(METHODS[name], torch.float32, seed=seed)
-    for pair in method.pairs if columns else ():
-        for parameter in pair.parameters:
-            parameter.data = parameter.data.T.contiguous().T
-    return method
-
-
-@pytest.mark.parametrize("columns", [False, True])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_state_goes_on_bit_identically_wherever_it_lies(lab, tmp_path, name, columns):
-    """What safetensors reads is the mapped file: row by row, from where the header ends. What a method keeps may come
-    out of LAPACK, or of a clone, column by column. Products of the same numbers differ in either."""
-    method = made(lab, name, columns)
-    lab.task(method, 0)
-    lab.task(method, 1)
-    method.save(tmp_path)
-    places = {key: (value.stride(), value.data_ptr() % 64) for key, value in method._state().items()}
-    lab.task(method, 2)
-    lab.task(method, 3)
-    for address in (8, 40):
-        moved(tmp_path / STATE_FILE, address)
-        other = made(lab, name, columns, seed=5)
-        other.load(tmp_path)
-        assert {key: (value.stride(), value.data_ptr() % 64) for key, value in other._state().items()} == places
-        lab.task(other, 2)
-        lab.task(other, 3)
-        assert torch.equal(lab.logits(other), lab.logits(method))
-        for mine, theirs in ((other._live_tensors(), method._live_tensors()), (other._state(), method._state())):
-            assert all(torch.equal(mine[key], value) for key, value in theirs.items())
 
 
 @pytest.mark.parametrize("name", ["slao", "clora", "inclora"])

@@ -208,3 +208,45 @@ def test_weighted_merge_by_name_refuses_what_is_on_meta():
     on_meta(method, None)
     with pytest.raises(ValueError, match="are on the meta device"):
         weighted_merge(["default"], [1.0], model=method.model)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_peft_freezes_the_adapter(name, caplog):
+    """Before a task it would train nothing; in the midst of one what it was until then is merged."""
+    method = make(name, tasks=1)
+    method.model.set_requires_grad("default", False)
+    before = base(method.model), [pair.A.clone() for pair in method.pairs]
+    with pytest.raises(ValueError, match=r"begin_task\(\): no A or B of adapter 'default' requires a gradient"):
+        begin(method, "frozen")
+    assert torch.equal(base(method.model), before[0])
+    assert all(torch.equal(pair.A, A) for pair, A in zip(method.pairs, before[1], strict=True))
+    method.model.set_requires_grad("default", True)
+    begin(method, "thawed")
+    train(method, 3)
+    trained = [pair.B.clone() for pair in method.pairs]
+    method.model.set_requires_grad("default", False)
+    caplog.clear()
+    end(method)
+    assert "adapter 'default' was frozen while the task ran: what it was then is merged" in caplog.text
+    assert method.names == ["0", "thawed"]
+    assert len(method.lambdas) == 2
+    assert all(torch.equal(pair.B, B) for pair, B in zip(method.pairs, trained, strict=True)) or name == "magmax"
+
+
+def test_a_task_looks_over_the_whole_model_once(monkeypatch):
+    """A large model has thousands of modules: to begin a task finds what trains beside A and B, by one walk over them;
+    to end one, and to ask for the layers' state, takes none."""
+    method, walks = make(tasks=1), []
+    usual = nn.Module.named_modules
+
+    def counted(self, *given, **options):
+        if self is method.model:
+            walks.append(1)
+        return usual(self, *given, **options)
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    begin(method, "next")
+    assert len(walks) == 1
+    end(method)
+    shown(method, None)
+    assert len(walks) == 1

@@ -1,4 +1,8 @@
-"""Every method × threads × places in memory: a run that was saved and loaded ends with the bits of one that was not."""
+"""Every method × threads × places in memory: a run that was saved and loaded ends with the bits of one that was not.
+
+What safetensors reads is the mapped file: row by row, from where the header ends. What a method keeps may come out of
+LAPACK, or of a clone, column by column. Products of the same numbers differ in either.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,10 @@ from slao.methods import METHODS, Method, make_method
 from slao.methods.base import STATE_FILE
 from slao_kernels.testing import tiny_model
 
-# (bytes past a multiple of 64 at which the model's weights begin, and at which the tensors of the state's file do).
-PLACES = [(0, 8), (4, 40), (20, 24), (60, 56)]
+# (bytes past a multiple of 64 at which the model's weights begin, and at which the tensors of the state's file do;
+# whether A and B lie column by column, so that their plain clones do too).
+PLACES = [(0, 8, False), (4, 40, False), (0, 40, True), (20, 24, False), (60, 56, False), (0, 8, True)]
+BY_DEFAULT = 3
 # Wide enough that two threads share a product, and that its blocks end in odd rests.
 IDS = (torch.arange(4 * 24).view(4, 24) * 7) % 120 + 3
 
@@ -40,14 +46,18 @@ def placed(tensor: Tensor, offset: int) -> Tensor:
     return found.copy_(tensor)
 
 
-def make(name: str, offset: int, seed: int = 0) -> Method:
+def make(name: str, offset: int, columns: bool, seed: int = 0) -> Method:
     model = tiny_model("llama", hidden_size=160, intermediate_size=200)
     torch.manual_seed(seed)
     model = get_peft_model(model, LoraConfig(r=6, target_modules=["q_proj", "v_proj", "down_proj"]))
     slao_kernels.patch(model)
     for parameter in model.parameters():
         parameter.data = placed(parameter.detach(), offset)
-    return make_method(name, model)
+    method = make_method(name, model)
+    for pair in method.pairs if columns else ():
+        for parameter in pair.parameters:
+            parameter.data = parameter.data.T.contiguous().T
+    return method
 
 
 def task(method: Method, index: int) -> None:
@@ -86,22 +96,29 @@ def bits(method: Method) -> dict[str, bytes]:
     return {key: tensor.detach().contiguous().numpy().tobytes() for key, tensor in tensors.items()}
 
 
+def layout(method: Method) -> dict[str, tuple[tuple[int, ...], int]]:
+    """How what the method keeps lies in memory."""
+    return {key: (value.stride(), value.data_ptr() % 64) for key, value in method._state().items()}
+
+
 @pytest.mark.parametrize(
-    "place", [PLACES[0], PLACES[1], *(pytest.param(each, marks=pytest.mark.exhaustive) for each in PLACES[2:])]
+    "place", [*PLACES[:BY_DEFAULT], *(pytest.param(each, marks=pytest.mark.exhaustive) for each in PLACES[BY_DEFAULT:])]
 )
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_the_same_bits(name, place, threads, tmp_path):
-    offset, address = place
-    whole = make(name, offset)
+    offset, address, columns = place
+    whole = make(name, offset, columns)
     task(whole, 0)
     task(whole, 1)
     whole.save(tmp_path)
+    kept = layout(whole)
     task(whole, 2)
     moved(tmp_path / STATE_FILE, address)
-    resumed = make(name, offset, seed=5)
+    resumed = make(name, offset, columns, seed=5)
     before = bits(resumed)
     resumed.load(tmp_path)
     assert bits(resumed) != before
+    assert layout(resumed) == kept
     task(resumed, 2)
     expected, found = bits(whole), bits(resumed)
     assert [key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)] == []

@@ -17,7 +17,7 @@ from slao import EWC, OPCM, SLAO, InfLoRA, SDLoRA, SlaoCallback
 from slao.methods import METHODS, Method
 from slao_kernels.adapters import find_pairs
 
-from .lab import BATCH, RATE, STEPS, TASKS, batch, equal, learn, make, message, outcome, run, weights
+from .lab import BATCH, RATE, STEPS, TASKS, batch, equal, head, learn, make, message, outcome, run, weights, with_head
 from .wraps import WRAPS, in_blocks, in_flat_units, in_units
 
 
@@ -192,12 +192,46 @@ def fisher(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     return {"mine": mine, "all": method.fisher}
 
 
+def heads(rank: int, ranks: int, folder: Path, wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
+    """What trains beside A and B, with shards: trained, saved, loaded; merged and exported where that can be."""
+
+    def spread(how: str = "keep") -> tuple[Method, nn.Module]:
+        model = with_head()
+        early = None if wrap is in_units else SLAO(model, beside=how)
+        wrapped = wrap(model)
+        return early or SLAO(wrapped, beside=how), wrapped
+
+    method, wrapped = spread()
+    run(method, wrapped, rank, ranks)
+    found: dict[str, Any] = {"kept": head(method)}
+    mine = folder / f"head of {wrap.__name__}, rank {rank}"
+    method.save(mine)
+    again, _ = spread()
+    again.load(mine)
+    found["loaded"] = head(again)
+    found["export"] = message(lambda: method.save_pretrained(mine))
+    merging: list[Method] = []
+
+    def average() -> None:
+        method, wrapped = spread("merge")
+        run(method, wrapped, rank, ranks)
+        merging.append(method)
+
+    found["merge"] = message(average)
+    if merging:
+        found["merged"] = head(merging[0])
+    return found
+
+
+HEADS = ("ddp", "fsdp2_blocks", "fsdp2_leaves", "fsdp1")
+
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "one_rank_fails": one_rank_fails,
     "patched_late": patched_late,
     "refusals": refusals,
     **{name: functools.partial(trained, wrap=wrap) for name, wrap in WRAPS.items()},
     **{f"{name}_on_disk": functools.partial(on_disk, wrap=wrap) for name, wrap in WRAPS.items()},
+    **{f"{name}_heads": functools.partial(heads, wrap=WRAPS[name]) for name in HEADS},
     "trainer": with_trainer,
     "every_method": every_method,
     "sdlora": sdlora,

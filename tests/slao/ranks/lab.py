@@ -18,10 +18,10 @@ from slao_kernels.testing import tiny_model
 TASKS, STEPS, BATCH, RATE = 2, 2, 4, 0.2
 
 
-def make(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Adapters on layers of several shapes; r = 3 over two ranks leaves uneven shards."""
+def make(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """Adapters on layers of several shapes; r = 3 over two ranks leaves uneven shards. options: of the LoraConfig."""
     torch.manual_seed(0)
-    settings: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "down_proj"]}
+    settings: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "down_proj"], **options}
     model = get_peft_model(tiny_model("llama", initializer_range=0.3), LoraConfig(**settings))
     slao_kernels.patch(model.to(dtype))
     return model.train()
@@ -120,6 +120,25 @@ def reference(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     method = SLAO(model)
     run(method, model)
     return outcome(method, model)
+
+
+def with_head(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """An output layer that trains beside A and B."""
+    return make(dtype, modules_to_save=["lm_head"])
+
+
+def head_reference(dtype: torch.dtype = torch.float32, how: str = "keep") -> dict[str, torch.Tensor]:
+    model = with_head(dtype)
+    method = SLAO(model, beside=how)
+    run(method, model)
+    return head(method)
+
+
+def head(method: Method) -> dict[str, torch.Tensor]:
+    """A and B, and the head as trained and, where it is merged, as merged; whole."""
+    with method._swapped_in(method._merged_weights):
+        shown = {f"{name}.shown": tensor.clone() for name, tensor in method.beside.live().items()}
+    return weights(method) | {name: tensor.clone() for name, tensor in method.beside.live().items()} | shown
 
 
 def message(call: Callable[[], object]) -> str:
