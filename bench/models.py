@@ -39,6 +39,15 @@ def llama_3_8b(dtype: torch.dtype) -> nn.Module:
     return llama(dtype, **_LLAMA_3, **sizes)
 
 
+def gemma_3_270m(dtype: torch.dtype) -> nn.Module:
+    """168 of its 268 M parameters are the embeddings, which are also the head."""
+    sizes: dict[str, Any] = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "head_dim": 256}
+    config = hf.Gemma3TextConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=1, vocab_size=262144, sliding_window=512
+    )
+    return hf.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and a batch of it. for_a_gpu: the weights alone would fill a small machine, and a step takes minutes."""
