@@ -88,6 +88,8 @@ def _parts(task: Task) -> Iterator[tuple[str, str]]:
 def _texts(rows: Sequence[Any]) -> Iterator[str | bytes]:
     for row in rows:
         yield from (row.prompt, row.answer, str(len(row.references)), *row.references)
+        if row.kind != "text":
+            yield from (row.kind, *(part for turn in row.messages for part in turn))
         if isinstance(row, ImageRow):
             yield from (str(row.shape), row.pixels)
 

@@ -22,8 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 IGNORED = -100  # the label of a token that no loss counts, torch's and transformers'
 # Logits in memory at a time. In fp32, 128 MB; the loss needs two or three times that.
@@ -38,6 +36,8 @@ def causal_model(model: nn.Module) -> nn.Module:
 
     ValueError where there is none.
     """
+    from transformers import PreTrainedModel
+
     for module in model.modules():
         causal = isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
         if causal and module.get_decoder() is not module:
@@ -47,6 +47,8 @@ def causal_model(model: nn.Module) -> nn.Module:
 
 def why_whole(model: nn.Module) -> str | None:
     """Why a training pass of the model computes all logits within `labelled_only`; None if it does not."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
     try:
         causal: Any = causal_model(model)
     except ValueError as error:

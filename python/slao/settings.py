@@ -10,6 +10,7 @@ from typing import Any
 from .arguments import check_arguments
 from .methods import METHODS, check_method
 from .objectives import OBJECTIVES, check_objective
+from .objectives.prompts import template_text
 from .reading import parse_yaml, read_text
 from .streams import STREAMS
 from .train import TrainConfig
@@ -171,6 +172,9 @@ def _check_types(settings: dict[str, Any]) -> None:
     kinds = OBJECTIVES.values() if objective == "auto" else [check_objective(objective, {})]
     taken = {key: hint for kind in kinds for key, hint in parameters(kind).items()}  # of "auto": what any takes
     _check_section(settings, "objective", f"objective {objective!r}", taken | {"name": str})
+    for key in ("template", "chat_template"):  # the text of a file, so that another one in it is another run
+        if key in settings["objective"]:
+            settings["objective"][key] = template_text(key, settings["objective"][key])
     for label, given in settings["methods"].items():
         name = typed(f"methods.{label}.method", given.get("method", label), str)
         taken = parameters(check_method(name)) | {"method": str, "learning_rate": float}

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import transformers as hf
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 
 import slao_kernels
 from slao.methods import SLAO, Method
 from slao.objectives import CausalLM, LabelMatching
+from slao.objectives.prompts import Prompts
 from slao.streams import Row, Stream, Task
 from slao.train import Result, TrainConfig, train
 from slao_kernels.testing import error_ratio, tiny_model
@@ -41,6 +42,46 @@ def tokenizer(kind: str = "llama") -> hf.PreTrainedTokenizerFast:
     else:
         special["eos_token"] = "[EOS]"
     return hf.PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, **special)
+
+
+def characters(chat_template: str | None = None, dummy_prefix: bool = False) -> hf.PreTrainedTokenizerFast:
+    """A token a character, and four special ones; <bos> before a text. dummy_prefix: with a space before each text, as
+    SentencePiece models have it."""
+    letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<|start|>", "<|end|>", *map(chr, range(32, 127)), "\n", "▁"]
+    core = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
+    split = pre_tokenizers.Split("", "isolated")
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([metaspace, split]) if dummy_prefix else split
+    core.decoder = decoders.Fuse()
+    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    made = hf.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
+        extra_special_tokens=["<|start|>", "<|end|>"],
+    )  # fmt: skip
+    made.chat_template = chat_template
+    return made
+
+
+def of_rows(*rows: Row, **options: Any) -> Stream:
+    return Stream("s", (Task("one", rows, (), rows, **options),))
+
+
+def told(features: dict[str, Any], tokenizer: Any) -> str:
+    """The row's text, with what is learned in double brackets."""
+    text, learns = "", False
+    for number, label in zip(features["input_ids"], features["labels"], strict=True):
+        assert label in (-100, number)
+        if (label != -100) != learns:
+            learns = not learns
+            text += "[[" if learns else "]]"
+        text += tokenizer.convert_ids_to_tokens(number)
+    return text + ("]]" if learns else "")
+
+
+def first(stream: Stream, tokenizer: Any, max_length: int = 200, **options: Any) -> str:
+    task = stream.tasks[0]
+    prompts = Prompts(tokenizer, stream, max_length, **options)
+    return told(prompts.supervised(task, task.train[0], task.labels), tokenizer)
 
 
 def rows(labels: tuple[str, ...], count: int, extra: int = 0) -> tuple[Row, ...]:

@@ -97,6 +97,8 @@ def check_rows(objective: str, stream: Stream, images: bool) -> None:
         if any(isinstance(row, ImageRow) != images for row in (*task.train, *task.validation, *task.test)):
             what, other = ("images", "texts") if images else ("texts", "images (use image_matching)")
             raise ValueError(f"{objective} reads {what}; task {task.name!r} has {other}")
+        if task.kind == "messages" and objective != "causal_lm":
+            raise ValueError(f"{objective} reads single texts; task {task.name!r} has messages (use causal_lm)")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,21 +14,23 @@ from ..streams import Row, Stream, Task
 from ..streams.base import METRICS
 from .base import Features, Objective, check_candidates, evaluating, in_batches, positions, room
 from .likelihood import log_likelihoods
+from .prompts import Prompts
 from .text_scores import text_score
 
 
 class CausalLM(Objective):
-    """Reads "instruction / Option: a, b, c / text / Answer:" and is trained to continue with the answer and <eos>.
-
-    The lines that a task does not have are left out; the task's name never appears. A prompt that is too long loses
-    the end of its text, never the answer.
+    """Reads a row's prompt and is trained to continue with the answer and <eos>; of a conversation, with each of the
+    assistant's turns. How a row becomes tokens, and what is cut of a long one, is said in `Prompts`; the task's name
+    never appears.
     score: by the task's metric. "accuracy" is for a task with labels how often the right label has the highest
     log-likelihood among the candidates, and for a free-form task how often the greedy continuation equals the answer
     (white space and case aside). "exact_match" and "rouge_l" compare the greedy continuation, whether there are
-    labels or not. Of a row with several references the best one counts.
+    labels or not, and of a conversation the last turn. Of a row with several references the best one counts.
+    train_candidates, eval_candidates: whose labels the Option line (and the scoring) lists: "own" or "all".
     max_new_tokens: of a greedy continuation; None for as many as the longest right answer of its task takes. ValueError
     where no task needs one.
-    train_candidates, eval_candidates: whose labels the Option line (and the scoring) lists: "own" or "all".
+    template: goes around the text of {"text", "label"} rows instead of the papers' own; chat_template: around messages,
+    instead of the tokenizer's. Each is a template, or the name of a file that holds one.
     """
 
     name = "causal_lm"
@@ -44,10 +47,19 @@ class CausalLM(Objective):
         eval_candidates: str = "own",
         max_length: int = 512,
         max_new_tokens: int | None = None,
+        template: str | None = None,
+        chat_template: str | None = None,
     ) -> None:
         chosen = {"train_candidates": train_candidates, "eval_candidates": eval_candidates}
         self.check(stream, **chosen, max_new_tokens=max_new_tokens)
         self.tokenizer, self.max_length = tokenizer, room(self, model, max_length, 1)
+        self.train_candidates, self.eval_candidates = train_candidates, eval_candidates
+        self.labels = stream.labels
+        self._eos = tokenizer.eos_token_id
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._eos
+        if self._eos is None:
+            raise ValueError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+        self.prompts = Prompts(tokenizer, stream, self.max_length, template, chat_template)
         self._new_tokens = {
             task.name: self._longest_answer(task) if max_new_tokens is None else max_new_tokens
             for task in stream.tasks
@@ -57,18 +69,18 @@ class CausalLM(Objective):
         most = positions(model)
         longest = max(self._new_tokens.values(), default=0)
         self._reserved = 0 if most is None else max(0, self.max_length + longest - most)
-        self.train_candidates, self.eval_candidates = train_candidates, eval_candidates
-        self.labels = stream.labels
-        self._eos = tokenizer.eos_token_id
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._eos
-        if self._eos is None:
-            raise ValueError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
-        self._or_shorten = ", or lower max_new_tokens, for which the model's positions must suffice" if most else ""
+        if most:
+            self.prompts.or_shorten = ", or lower max_new_tokens, for which the model's positions must suffice"
         for task in stream.tasks:  # what cannot fit is found here, before anything is trained
             self._check_room(task, train_candidates)
             self._check_room(task, eval_candidates)
-            if _generates(task):
-                self._prompt(task, "", self._reserved, eval_candidates)
+            if _generates(task) and task.kind != "messages":
+                self._prompt(task, replace(task.train[0], prompt=""), self._reserved, eval_candidates)
+        ends = list(self.prompts.check_rows(stream))
+        self._stops = sorted({self._eos, *(end for end, _ in ends if end is not None)})
+        if count := sum(cut for _, cut in ends):
+            note = f"{count} of {len(ends)} conversations lose their oldest turns: max_length is {self.max_length}"
+            self.notes = (*self.notes, note)
 
     @classmethod
     def check(cls, stream: Stream, **options: Any) -> None:
@@ -86,7 +98,8 @@ class CausalLM(Objective):
             )
 
     def features(self, task: Task, rows: Sequence[Row]) -> Features:
-        return [self._encode(task, row.prompt, row.answer, self.train_candidates) for row in rows]
+        labels = self._candidates(task, self.train_candidates)
+        return [self.prompts.supervised(task, row, labels) for row in rows]
 
     def collate(self, features: Features) -> dict[str, Tensor]:
         return self._pad_batch(features, left=False)
@@ -101,14 +114,14 @@ class CausalLM(Objective):
 
     def _score_labels(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
         candidates = self._candidates(task, self.eval_candidates)
-        answers = [self._answer(label) for label in candidates]
+        answers = [self._answer(label, task) for label in candidates]
         longest = max(map(len, answers))  # so that all candidates of a row follow the very same prompt
-        prompts = [self._prompt(task, row.prompt, longest, self.eval_candidates) for row in rows]
+        prompts = [self._prompt(task, row, longest, self.eval_candidates) for row in rows]
         best = log_likelihoods(model, prompts, answers, batch_size, self._pad).argmax(1).tolist()
         return sum(candidates[guess] == row.answer for guess, row in zip(best, rows, strict=True)) / len(rows)
 
     def _score_generated(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
-        features = [{"input_ids": self._prompt(task, row.prompt, self._reserved, self.eval_candidates)} for row in rows]
+        features = [{"input_ids": self._prompt(task, row, self._reserved, self.eval_candidates)} for row in rows]
         score, total = text_score(task.metric), 0.0
         with evaluating(model) as device:
             for indices, batch in in_batches(features, batch_size, lambda f: self._pad_batch(f, left=True), device):
@@ -117,60 +130,35 @@ class CausalLM(Objective):
                     max_new_tokens=self._new_tokens[task.name],
                     do_sample=False,
                     pad_token_id=self._pad,
-                    eos_token_id=self._eos,
+                    eos_token_id=self._stops,
                 )[:, batch["input_ids"].shape[1] :]
                 texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
                 for i, text in zip(indices, texts, strict=True):
                     total += max(score(text, right) for right in (rows[i].answer, *rows[i].references))
         return total / len(rows)
 
-    def _encode(self, task: Task, text: str, answer: str, candidates: str) -> dict[str, Any]:
-        target = self._answer(answer)
-        return _supervised(self._prompt(task, text, len(target), candidates), target)
-
-    def _answer(self, text: str) -> list[int]:
-        return [*self._ids(" " + text), self._eos]
+    def _answer(self, text: str, task: Task) -> list[int]:
+        return self.prompts.answer(text, task.train[0].verbatim)
 
     def _longest_answer(self, task: Task) -> int:
         """In tokens, with the end's, of those that count as right."""
         texts = {text for row in (*task.validation, *task.test) for text in (row.answer, *row.references)}
-        return (
-            max(
-                len(ids)
-                for ids in self.tokenizer([" " + text for text in texts], add_special_tokens=False)["input_ids"]
-            )
-            + 1
-        )
+        return max(len(self._answer(text, task)) for text in texts)
 
     def _candidates(self, task: Task, whose: str) -> tuple[str, ...]:
         """A free-form task has none, whatever the others have."""
         return task.labels if whose == "own" or not task.labels else self.labels
 
     def _check_room(self, task: Task, candidates: str) -> None:
+        if task.kind == "messages":
+            return
         answers = self._candidates(task, candidates) or tuple({row.answer for row in task.train})
-        ids = self.tokenizer([" " + answer for answer in answers], add_special_tokens=False)["input_ids"]
-        self._prompt(task, "", max(map(len, ids)) + 1, candidates)
+        longest = max(len(self._answer(answer, task)) for answer in answers)
+        self._prompt(task, replace(task.train[0], prompt=""), longest, candidates)
 
-    def _prompt(self, task: Task, text: str, reserved: int, candidates: str) -> list[int]:
-        """Token ids up to and with "Answer:", at most max_length - reserved; the text is what gets cut."""
-        labels = self._candidates(task, candidates)
-        lines = [task.instruction] if task.instruction else []
-        lines += [f"Option: {', '.join(labels)}"] if labels else []
-        head = self.tokenizer("".join(line + "\n" for line in lines))["input_ids"]
-        if self.tokenizer.eos_token_id is not None and head[-1:] == [self._eos]:
-            head = head[:-1]  # some tokenizers end every text
-        tail = self._ids("\nAnswer:")
-        left = self.max_length - reserved - len(head) - len(tail)
-        if left < 1:
-            raise ValueError(
-                f"task {task.name!r}: instruction, options and answer alone take {self.max_length - left + 1} tokens; "
-                f"max_length is {self.max_length}: raise it{self._or_shorten}"
-            )
-        return head + self._ids(text)[:left] + tail
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+    def _prompt(self, task: Task, row: Row, reserved: int, candidates: str) -> list[int]:
+        """Token ids up to the answer, at most max_length - reserved."""
+        return self.prompts.prompt(task, row, reserved, self._candidates(task, candidates))
 
     def _pad_batch(self, features: Features, left: bool) -> dict[str, Tensor]:
         longest = max(len(row["input_ids"]) for row in features)
@@ -193,9 +181,4 @@ class CausalLM(Objective):
 
 def _generates(task: Task) -> bool:
     """Whether scoring it takes a continuation, not the likelihood of its labels."""
-    return not task.labels or task.metric != "accuracy"
-
-
-def _supervised(prompt: list[int], answer: list[int]) -> dict[str, Any]:
-    """A row whose loss is on the answer only."""
-    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+    return not task.labels or task.metric != "accuracy" or task.kind == "messages"

@@ -20,17 +20,31 @@ class Row:
 
     prompt: what the model reads. answer: what it should say; for a classification task the text of its label.
     references: further texts that count as right. Training uses the answer alone, scoring the best of all.
+    verbatim: the prompt is whole as it stands, and the answer follows it at once; else an objective's template goes
+    around it. messages: (role, content) of each turn of a conversation, the last one the assistant's and `answer`;
+    `prompt` is then empty. where: the file and line that it came from, for messages.
     ValueError for half of a character in any of them.
     """
 
     prompt: str
     answer: str
     references: tuple[str, ...] = ()
+    verbatim: bool = False
+    messages: tuple[tuple[str, str], ...] = ()
+    where: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         check_text(self.prompt, "its text")
         for answer in (self.answer, *self.references):
             check_text(answer, "its answer")
+        for number, (role, content) in enumerate(self.messages, start=1):
+            check_text(role, f"the role of message {number}")
+            check_text(content, f"message {number}")
+
+    @property
+    def kind(self) -> str:
+        """What it is made of: "messages", "prompt and answer" (verbatim) or "text" (for a template)."""
+        return "messages" if self.messages else "prompt and answer" if self.verbatim else "text"
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,17 @@ class Task:
                 raise ValueError(f"task {self.name!r} has no {split} rows; add some or leave the task out")
         check_text(self.name, f"the name of task {self.name!r}")
         check_text(self.instruction, f"task {self.name!r}: its instruction")
+        rows = (*self.train, *self.validation, *self.test)
+        if other := next((row for row in rows if row.kind != self.kind), None):
+            raise ValueError(
+                f"task {self.name!r} mixes rows of {self.kind} ({rows[0].where or 'its first one'}) and of "
+                f"{other.kind} ({other.where or 'a later one'}); write all of them in one way"
+            )
+        if self.instruction and self.kind != "text":
+            raise ValueError(
+                f"task {self.name!r} has an instruction, which rows of {self.kind} have no place for: write it into "
+                "the rows, and remove instruction.txt"
+            )
         if not self.labels:
             return
         if len(set(self.labels)) != len(self.labels):
@@ -88,6 +113,11 @@ class Task:
                     f"task {self.name!r}, {split}: label {unknown[0]!r} is not among its labels {list(self.labels)}; "
                     "add it to the labels or correct the row"
                 )
+
+    @property
+    def kind(self) -> str:
+        """That of its rows, which are all of one."""
+        return self.train[0].kind
 
 
 @dataclass(frozen=True)
@@ -103,6 +133,11 @@ class Stream:
         names = [task.name for task in self.tasks]
         if len(set(names)) != len(names):
             raise ValueError(f"stream {self.name!r} has two tasks of one name: {names}")
+
+    @property
+    def rows(self) -> Iterable[Row]:
+        """Every row of every task."""
+        return (row for task in self.tasks for row in (*task.train, *task.validation, *task.test))
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -3,8 +3,13 @@
     path/<task>/train.jsonl, test.jsonl, and if there are any validation.jsonl (or dev, val), labels.json,
                 instruction.txt
 
-A file is JSON lines (`.jsonl`) or one JSON list (`.json`); where both stand there the `.jsonl` is read. A row is
-{"prompt", "answer"}, {"text", "label"}, {"sentence", "label"} or {"input", "output"}; other keys are ignored.
+A file is JSON lines (`.jsonl`) or one JSON list (`.json`); where both stand there the `.jsonl` is read. A row is one
+of these, all of a task alike; other keys are ignored:
+
+    {"messages": [{"role", "content"}, ...]}   a conversation, which ends with the assistant's turn
+    {"prompt", "answer"}                       both as they are, nothing around or between them
+    {"text", "label"}, {"sentence", "label"}, {"input", "output"}   a text for the objective's template
+
 Task folders may also lie one level deeper. So the published 15-task suite of O-LoRA
 (https://github.com/cmnfriend/O-LoRA, folder CL_Benchmark: `<group>/<task>/{train,dev,test,labels}.json`) is read
 as it is, and so are SuperNI files, {"Definition": [...], "Instances": [{"input", "output"}]}: the first definition
@@ -22,7 +27,8 @@ from typing import Any
 from slao.reading import check_text, parse_json, read_json, read_text
 from slao.streams.base import Row, Splits, Stream, Task, carve_validation
 
-_KEYS = (("prompt", "answer"), ("text", "label"), ("sentence", "label"), ("input", "output"))
+_AS_IT_IS = ("prompt", "answer")
+_KEYS = (_AS_IT_IS, ("text", "label"), ("sentence", "label"), ("input", "output"))
 _SUFFIXES = (".jsonl", ".json")
 _VALIDATION = ("validation", "dev", "val")
 
@@ -163,10 +169,13 @@ def _row(item: Any, where: str) -> tuple[Row, bool]:
     """The row, and whether its answer is a label."""
     if not isinstance(item, dict):
         raise ValueError(f"{where}: a row must be an object, not {json.dumps(item)[:60]}")
+    if "messages" in item:
+        return _conversation(item["messages"], where), False
     keys = next((keys for keys in _KEYS if all(key in item for key in keys)), None)
     if keys is None:
         raise ValueError(
-            f'{where}: a row needs "prompt" and "answer", or "text" and "label"; this one has {sorted(item)}'
+            f'{where}: a row needs "prompt" and "answer", or "text" and "label", or "messages"; this one has '
+            f"{sorted(item)}"
         )
     prompt, answer = (item[key] for key in keys)
     answers = answer if keys == ("input", "output") and isinstance(answer, list) and answer else [answer]
@@ -175,10 +184,46 @@ def _row(item: Any, where: str) -> tuple[Row, bool]:
             raise ValueError(f"{where}: {key!r} must be a text, not {json.dumps(value)[:60]}")
     if labelled := keys[1] == "label":
         check_label(answers[0], where)
+    verbatim = keys == _AS_IT_IS
+    if verbatim and not answer.strip():
+        raise ValueError(
+            f"{where}: the answer is empty, so there is nothing to learn; give it a text, or remove the row"
+        )
+    return _made(where, prompt=prompt, answer=answers[0], references=tuple(answers[1:]), verbatim=verbatim), labelled
+
+
+def _made(where: str, **values: Any) -> Row:
     try:
-        return Row(prompt, answers[0], tuple(answers[1:])), labelled
+        return Row(**values, where=where)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _conversation(messages: Any, where: str) -> Row:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f'{where}: "messages" must be a list of {{"role", "content"}}, not {_shown(messages)}')
+    turns = []
+    for number, message in enumerate(messages, start=1):
+        for key in ("role", "content"):
+            value = message.get(key) if isinstance(message, dict) else None
+            if not isinstance(value, str):
+                raise ValueError(f"{where}, message {number}: {key!r} must be a text; the message is {_shown(message)}")
+        turns.append((message["role"], message["content"]))
+        if turns[-1][0] == "assistant" and not turns[-1][1].strip():
+            raise ValueError(
+                f"{where}, message {number}: the assistant says nothing, so there is nothing to learn; give it a text, "
+                "or remove the row"
+            )
+    if turns[-1][0] != "assistant":
+        raise ValueError(
+            f"{where}: the last message is the {turns[-1][0]}'s, so it has no answer; end with the assistant's, or "
+            "remove the row"
+        )
+    return _made(where, prompt="", answer=turns[-1][1], messages=tuple(turns))
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:60]
 
 
 def check_label(label: str, where: str) -> None:

@@ -41,7 +41,9 @@ def test_tasks_sorted_labels_derived_validation_carved_from_train(root):
     assert (len(news.train), len(news.validation), len(news.test)) == (18, 2, 1)
     assert (len(sums.train), len(sums.validation), len(sums.test)) == (9, 1, 1)
     assert {row.prompt for row in news.train + news.validation} == {f"row {i}" for i in range(20)}
-    assert sums.test == (Row("9+9=", "18"),)
+    assert sums.test == (Row("9+9=", "18", verbatim=True),)
+    assert sums.test[0].where == f"{root / 'sums' / 'test.jsonl'}, line 1"
+    assert (sums.kind, news.kind) == ("prompt and answer", "text")
 
 
 def test_the_seed_draws_the_validation(root):
@@ -115,6 +117,17 @@ def test_blank_lines_a_byte_order_mark_and_odd_line_ends_inside_strings(root):
         ('{"text": "funny \\ud83d", "label": "a"}', r"line 2: its text has half of a character \(\\ud83d, place 6\)"),
         ('{"text": "x", "label": "\\ude00"}', r"line 2: the label has half of a character \(\\ude00"),
         ('{"prompt": "x", "answer": "\\ude00"}', "line 2: its answer has half of a character"),
+        ('{"prompt": "x", "answer": " "}', "line 2: the answer is empty, so there is nothing to learn"),
+        ('{"messages": []}', r'line 2: "messages" must be a list of {"role", "content"}, not \[\]'),
+        ('{"messages": "hi"}', r'line 2: "messages" must be a list of {"role", "content"}, not "hi"'),
+        ('{"messages": [3]}', "line 2, message 1: 'role' must be a text; the message is 3"),
+        ('{"messages": [{"role": "user"}]}', "line 2, message 1: 'content' must be a text"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}',
+            "line 2, message 2: the assistant says nothing",
+        ),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: the last message is the user's, so it has no"),
+        ('{"messages": [{"role": "assistant", "content": "\\ud83d"}]}', "line 2: its answer has half of a character"),
         ("[" * 100_000, "line 2: nested too deeply"),
         ('{"n": ' + "1" * 5000 + "}", "line 2: Exceeds the limit"),
     ],
@@ -214,4 +227,35 @@ def test_folders_without_tasks_and_two_of_one_name(root, tmp_path):
         jsonl(root / "news")
     lines(root / "group" / "news" / "train.jsonl", labelled(2))
     with pytest.raises(ValueError, match="two tasks of one name"):
+        jsonl(root)
+
+
+def talk(*contents, system=None):
+    turns = [{"role": "system", "content": system}] if system else []
+    roles = ("user", "assistant")
+    return {"messages": turns + [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]}
+
+
+def test_conversations(root):
+    lines(root / "chat" / "train.jsonl", [talk("hi", "hello", "who?", "me", system="be kind"), talk("a", "b")])
+    lines(root / "chat" / "test.jsonl", [talk("x", "y")])
+    task = jsonl(root, order=["chat"], validation_fraction=0).tasks[0]
+    turns = (("system", "be kind"), ("user", "hi"), ("assistant", "hello"), ("user", "who?"), ("assistant", "me"))
+    assert task.train[0] == Row("", "me", messages=turns)
+    assert task.train[1].where.endswith("train.jsonl, line 2")
+    assert (task.labels, task.kind) == ((), "messages")
+
+
+def test_a_task_is_of_one_kind_of_rows(root):
+    lines(root / "news" / "test.jsonl", [{"prompt": "t", "answer": "b"}])
+    message = r"'news' mixes rows of text \(.*train.jsonl, line \d+\) and of prompt and answer \(.*test.jsonl, line 1\)"
+    with pytest.raises(ValueError, match=message):
+        jsonl(root)
+
+
+def test_an_instruction_beside_rows_that_are_whole(root):
+    (root / "sums" / "instruction.txt").write_text("Add.")
+    with pytest.raises(
+        ValueError, match="'sums' has an instruction, which rows of prompt and answer have no place for"
+    ):
         jsonl(root)
