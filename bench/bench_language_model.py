@@ -39,6 +39,11 @@ def base(dtype: torch.dtype, options: pytest.Config) -> nn.Module:
     return load_model(model_path("gemma-3-270m"), "causal_lm", str(dtype)[6:], "cpu").requires_grad_(False)
 
 
+def skip_on_a_cpu(device: str, options: pytest.Config) -> None:
+    if device == "cpu" and options.getoption("--model") != "gemma-3-270m":
+        pytest.skip("minutes on a CPU: ask for it by --model gemma-3-270m")
+
+
 def batch(words: int, device: str) -> dict[str, Tensor]:
     ids = torch.randint(5, words, (ROWS, PROMPT + ANSWER), generator=torch.Generator().manual_seed(0)).to(device)
     labels = ids.clone()
@@ -76,6 +81,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("targets", list(TARGETS))
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_step(dtype: str, targets: str, benchmark: Any, device: str, request: pytest.FixtureRequest) -> None:
+    if (dtype, targets) != ("fp32", "qv"):
+        skip_on_a_cpu(device, request.config)
     model = base(DTYPES[dtype], request.config).to(device)
     given = batch(model.config.vocab_size, device)
     made = {name: adapted(twin(model), TARGETS[targets]) for name in ("PEFT", "PEFT, labelled", "ours")}
@@ -90,7 +97,7 @@ def test_step(dtype: str, targets: str, benchmark: Any, device: str, request: py
         assert off["loss"] <= 1e-6, off
         assert off["gradients"] <= (1e-6 if dtype == "fp32" else 3e-2), off
         peaks = {name: peak(step) for name, step in steps.items()}
-        races = interleave(benchmark, steps, device, 7, 1, request.config.getoption("--best-of"))
+        races = interleave(benchmark, steps, device, 5, 1, request.config.getoption("--best-of"))
     record(benchmark, races, "PEFT", device)
     benchmark.extra_info["PEFT / ours"] = best(races, lambda race: race["PEFT"] / race["ours"])
     benchmark.extra_info |= {f"{name} peak MB": found for name, found in peaks.items()} | off
@@ -106,6 +113,8 @@ def peak(step: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("length", [48, 200])
 def test_score(length: int, benchmark: Any, device: str, request: pytest.FixtureRequest) -> None:
+    if length > 48:
+        skip_on_a_cpu(device, request.config)
     model = base(torch.float32, request.config).to(device).eval()
     draw, words = random.Random(0), model.config.vocab_size
     prompts = [[draw.randrange(5, words) for _ in range(length)] for _ in range(4)]
