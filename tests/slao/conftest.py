@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parent))  # fuzz_twins, by name
 
 
 @pytest.fixture(scope="session")
