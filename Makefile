@@ -30,8 +30,8 @@ demo:
 test: $(VENV)/.installed
 	$(BIN)/pytest -n $(WORKERS) -m "$(MARK)" $(ARGS)
 
-## make fuzz    the readers of outside data on FUZZ= random cases a test, new ones
-##              every time (minutes)
+## make fuzz    readers of outside data, ops and sequences of calls on FUZZ= random cases a test, new ones every time
+##              (minutes)
 fuzz: $(VENV)/.installed
 	SLAO_FUZZ=$(FUZZ) $(BIN)/pytest -n $(WORKERS) -k fuzz tests --timeout 0 $(ARGS)
 
