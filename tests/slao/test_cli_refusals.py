@@ -31,7 +31,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "order": (["--set", "stream.order=[fourth]"], ["order names the task 'fourth'", "first", "second"]),
     "backend": (["--backend", "cublas"], ["unknown backend 'cublas'; choose one of", *BACKENDS]),
     "precision": (["--precision", "high"], ["unknown precision 'high'; choose one of base, adapter"]),
-    "dtype": (["--dtype", "int8"], ["unknown dtype 'int8'; choose one of float32, bfloat16, float16"]),
+    "dtype": (["--dtype", "int8"], ["unknown dtype 'int8'; choose one of auto, float32, bfloat16, float16"]),
     "device": (["--device", "abacus"], ["cannot go to device 'abacus'", "choose auto, cpu or cuda"]),
     "objective": (["--objective", "mlm"], ["unknown objective 'mlm'; choose one of", *OBJECTIVES]),
     "objective option": (["--set", "objective.margin=1"], ["has no option 'margin'; its options are temperature"]),

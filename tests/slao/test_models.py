@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from peft import LoraConfig
 
+import slao_kernels
 from slao.cli import main
 from slao.models import check_tokens, load_model, load_tokenizer
 from slao.objectives import CausalLM, LabelMatching
@@ -210,3 +212,22 @@ def test_labels_that_are_the_same_to_the_model(tiny):
     with pytest.raises(ValueError, match="the labels 'red cat' and 'red dog' are the same tokens: raise max_length"):
         LabelMatching(tiny.bert(), tiny.tokenizer("bert"), stream, max_length=3)
     LabelMatching(tiny.bert(), tiny.tokenizer("bert"), stream, max_length=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_auto_is_the_checkpoints_own_dtype(tiny, tmp_path, dtype):
+    tiny.base("llama").to(dtype).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), "causal_lm", "auto", "cpu")
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+    assert load_model(str(tmp_path), "causal_lm", "float32", "cpu").dtype == torch.float32
+    report = slao_kernels.patch(model, LoraConfig(r=4, target_modules="all-linear"))
+    assert len(report.patched) == 14
+    adapter = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+    assert len(adapter) == 28
+    assert {weight.dtype for weight in adapter.values()} == {torch.float32}
+
+
+def test_auto_is_float32_for_an_encoder(tiny, tmp_path):
+    tiny.base("bert").bfloat16().save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), "label_matching", "auto", "cpu").dtype == torch.float32
+    assert load_model(str(tmp_path), "label_matching", "bfloat16", "cpu").dtype == torch.bfloat16
