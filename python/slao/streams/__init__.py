@@ -1,6 +1,7 @@
 """Streams: named sequences of tasks (texts, or images) to train on one after another.
 
-`make_stream("python_docs")` and "digits" need no network; "jsonl" reads a folder; the others read one or download.
+`make_stream("python_docs")`, "digits" and "icd10cm" need no network; "jsonl" reads a folder; the others read one or
+download.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 # The modules import the standard library only; what is heavy loads when a stream is built.
-from slao.streams import clinc150, digits, jsonl, python_docs, standard_cl, superni
+from slao.streams import clinc150, digits, icd10cm, jsonl, python_docs, standard_cl, superni
 from slao.streams.base import ImageRow, Row, Stream, Task
 from slao.typed import known
 
@@ -19,6 +20,7 @@ __all__ = ["STREAMS", "ImageRow", "Row", "Stream", "Task", "make_stream"]
 STREAMS: dict[str, Callable[..., Stream]] = {
     "python_docs": python_docs.python_docs,
     "clinc150": clinc150.clinc150,
+    "icd10cm": icd10cm.icd10cm,
     "jsonl": jsonl.jsonl,
     "digits": digits.digits,
     "standard_cl": standard_cl.standard_cl,

@@ -15,6 +15,7 @@ def test_the_streams():
         "clinc150",
         "digits",
         "hub",
+        "icd10cm",
         "jsonl",
         "long_sequence",
         "python_docs",
@@ -24,9 +25,7 @@ def test_the_streams():
 
 
 def test_an_unknown_stream_lists_the_valid_ones():
-    with pytest.raises(
-        ValueError, match="no stream 'nope'; the streams are clinc150, digits, hub, jsonl, long_sequence, "
-    ):
+    with pytest.raises(ValueError, match="no stream 'nope'; the streams are clinc150, digits, hub, icd10cm, jsonl, "):
         make_stream("nope")
 
 
@@ -45,7 +44,8 @@ def test_the_import_is_light():
     code = (
         "import sys, types; parent = sys.modules['slao'] = types.ModuleType('slao'); parent.__path__ = [sys.argv[1]]; "
         "import slao.streams; "
-        "print([name for name in ('torch', 'datasets', 'transformers', 'numpy', 'pydoc_data') if name in sys.modules])"
+        "heavy = ('torch', 'datasets', 'transformers', 'numpy', 'pydoc_data', 'simple_icd_10_cm'); "
+        "print([name for name in heavy if name in sys.modules])"
     )
     parent = str(Path(streams.__file__).parents[1])
     done = subprocess.run([sys.executable, "-c", code, parent], capture_output=True, text=True, check=True)
