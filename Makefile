@@ -18,7 +18,7 @@ INSTALL = pip install --quiet --disable-pip-version-check -c constraints.txt
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
-## make demo    fresh environment, install, train MiniLM task after task: SeqLoRA against SLAO (minutes, CPU)
+## make demo    fresh environment, install, MiniLM learns chapter after chapter of the ICD-10-CM (minutes, CPU)
 demo:
 	rm -rf $(DEMO_VENV) build
 	$(PYTHON) -m venv $(DEMO_VENV)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -46,20 +48,18 @@ class SlaoCallback(TrainerCallback):
         self.method, self.task = method, task
         self.trainer: Any = None
         self._watch = Watch(method)
-        self._labelled = ExitStack()
 
     def attach(self, trainer: Any) -> Any:
         """Add the callback to `trainer` (if it is not there) and log through it; a method's penalty joins its loss.
 
-        The penalty needs another `compute_loss`: the instance gets a subclass of its class. A causal language model
-        whose loss is the Trainer's own computes logits at labelled positions alone until the training ends, and then
-        returns none in a training pass (`slao.logits.labelled_only`); why not is logged. Returns `trainer`.
+        The penalty needs another `compute_loss`: the instance gets a subclass of its class. While it trains, a causal
+        language model whose loss is the Trainer's own computes logits at labelled positions alone, and returns none
+        (`slao.logits.labelled_only`); why not is logged. Returns `trainer`.
         """
         from .trainer import WithPenalty
 
-        reason = _own_loss(trainer) or self._labelled.enter_context(labelled_only(trainer.model))
-        if reason is not None:
-            logger.info("logits are computed at every position: %s", reason)
+        if "train" not in vars(trainer):
+            trainer.train = partial(_train, trainer, trainer.train)
 
         if not any(callback is self for callback in trainer.callback_handler.callbacks):
             trainer.add_callback(self)
@@ -104,7 +104,6 @@ class SlaoCallback(TrainerCallback):
         self.method.save(_folder(args, state), {"step": state.global_step})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._labelled.close()
         self._observe(args, kwargs)
         self.method.end_task()
         lam, cosines = self.method.lambdas[-1], self.method.cosines[-1]
@@ -186,13 +185,23 @@ def _has_penalty(method: Method) -> bool:
     return type(method).penalty is not Method.penalty
 
 
+def _train(trainer: Any, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """trainer.train(), with logits at labelled positions alone where that is the same."""
+    own = _own_loss(trainer)
+    with nullcontext(own) if own else labelled_only(trainer.model) as reason:
+        if reason is not None:
+            logger.info("logits are computed at every position: %s", reason)
+        return train(*args, **kwargs)
+
+
 def _own_loss(trainer: Any) -> str | None:
     """Whose loss the trainer computes from the model's output, if not transformers' from the model's own."""
     from .trainer import WithPenalty
 
-    owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind) and kind is not WithPenalty)
-    if owner is not Trainer:
-        return f"{owner.__name__} computes a loss of its own"
+    for step in ("compute_loss", "training_step"):
+        owner = next(kind for kind in type(trainer).__mro__ if step in vars(kind) and kind is not WithPenalty)
+        if owner is not Trainer or step in vars(trainer):
+            return f"{type(trainer).__name__} has a {step} of its own"
     if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
         return "the Trainer computes the loss from them"
     return None

@@ -30,9 +30,20 @@ WINDOWED: dict[str, Any] = {
     "bloom, no positions": lambda: hf.BloomConfig(vocab_size=WORDS, hidden_size=32, n_layer=2, n_head=4),
     "mamba, no cache of keys": lambda: hf.MambaConfig(vocab_size=WORDS, hidden_size=32, num_hidden_layers=2),
 }
+# No prompt's cache serves several answers: positions that cannot be given or count the padding, a state, no decoder.
+UNSHARED: dict[str, Any] = {
+    "bart's decoder": lambda: hf.BartConfig(
+        vocab_size=WORDS, d_model=16, decoder_layers=1, decoder_attention_heads=2, is_decoder=True,
+        is_encoder_decoder=False, dropout=0.0,
+    ),
+    "roberta": lambda: hf.RobertaConfig(
+        **SIZES, intermediate_size=16, is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    ),
+    "rwkv": lambda: hf.RwkvConfig(vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
+}  # fmt: skip
 
 
 def causal(kind: str) -> Any:
     """In training mode, drawn from one seed."""
     torch.manual_seed(0)
-    return hf.AutoModelForCausalLM.from_config((CONFIGS | WINDOWED)[kind]()).train()
+    return hf.AutoModelForCausalLM.from_config((CONFIGS | WINDOWED | UNSHARED)[kind]()).train()

@@ -240,7 +240,7 @@ def test_presets(capsys):
         settings.train_config(found)
     changed = parsed("--preset", "demo", "--epochs", "7", "--set", "methods.slao.init=merged")
     assert changed["train"] == {**parsed("--preset", "demo")["train"], "epochs": 7}
-    assert changed["methods"] == {"seqlora": {}, "slao": {"init": "merged"}}
+    assert changed["methods"] == {**parsed("--preset", "demo")["methods"], "slao": {"init": "merged"}}
     # Another stream does not inherit the options of the preset's.
     assert parsed("--preset", "demo", "--stream", "jsonl", "--stream-path", "x")["stream"] == {
         "name": "jsonl", "path": "x"

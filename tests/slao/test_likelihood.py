@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from causal_models import CONFIGS, WINDOWED, WORDS, causal
+from causal_models import CONFIGS, UNSHARED, WINDOWED, WORDS, causal
 from torch import Tensor
 
 from slao import logits
@@ -34,7 +34,7 @@ def one_by_one(model: Any, lines: list[list[int]], answers: list[list[int]]) -> 
 
 
 @pytest.mark.parametrize("size", [1, 3, 64])
-@pytest.mark.parametrize("kind", [*CONFIGS, *WINDOWED])
+@pytest.mark.parametrize("kind", [*CONFIGS, *WINDOWED, *UNSHARED])
 def test_as_one_by_one(kind, size, monkeypatch):
     model = causal(kind)
     monkeypatch.setattr(logits, "_CHUNK", (5 if size == 3 else 1000) * WORDS)
@@ -46,6 +46,17 @@ def test_as_one_by_one(kind, size, monkeypatch):
 def test_answers_of_one_token():
     model, answers = causal("llama").eval(), [[3], [4], [5]]
     found = log_likelihoods(model, prompts(), answers, 8, 0)
+    assert (found - one_by_one(model, prompts(), answers)).abs().max() <= CLOSE
+
+
+def test_no_more_sequences_at_a_time_than_asked_for():
+    model, seen = causal("llama").eval(), []
+    model.model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(len(given["input_ids"])), with_kwargs=True
+    )
+    answers = [[token, 9, 2] for token in range(10, 30)]
+    found = log_likelihoods(model, prompts(), answers, 4, 0)
+    assert max(seen) <= 4
     assert (found - one_by_one(model, prompts(), answers)).abs().max() <= CLOSE
 
 

@@ -13,7 +13,7 @@ import transformers as hf
 from causal_models import CONFIGS, SIZES, WORDS, causal
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from slao import SLAO, SlaoCallback, logits
 from slao.logits import IGNORED, labelled_only, log_probabilities, why_whole
@@ -139,7 +139,93 @@ def test_blocks_within_blocks():
         assert type(model) is narrowed
 
 
+@pytest.mark.parametrize("kind", ["BartForCausalLM", "T5ForConditionalGeneration", "RobertaForCausalLM"])
+def test_a_model_that_reads_labels_in_another_way_is_left_alone(kind):
+    """A decoder's that are shifted already, an encoder-decoder's; RoBERTa's are the usual ones."""
+    sizes = {"d_model": 16, "decoder_layers": 1, "encoder_layers": 1, "decoder_attention_heads": 2, "vocab_size": WORDS}
+    configs = {
+        "B": lambda: hf.BartConfig(**sizes, encoder_attention_heads=2, is_decoder=True, is_encoder_decoder=False),
+        "T": lambda: hf.T5Config(vocab_size=WORDS, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16,
+                                 decoder_start_token_id=0),
+        "R": lambda: hf.RobertaConfig(**SIZES, intermediate_size=16, is_decoder=True, hidden_dropout_prob=0.0,
+                                      attention_probs_dropout_prob=0.0),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(hf, kind)(configs[kind[0]]()).train()
+    given = {key: value[:1] for key, value in batch("several answers").items()}
+    if kind[0] == "T":
+        model.config.dropout_rate = 0.0
+    if kind[0] == "R":
+        check(model, given)
+        return
+    assert why_whole(model) is not None
+    state = torch.get_rng_state()
+    losses = []
+    for block in (nullcontext(), labelled_only(model)):
+        torch.set_rng_state(state)
+        with block:
+            losses.append(model(**given).loss.item())
+    assert losses[0] == losses[1]
+
+
+def test_copies_and_pickles_are_of_the_models_own_class(tmp_path):
+    model = causal("llama")
+    with labelled_only(model):
+        torch.save(model, tmp_path / "model.pt")
+        copied = deepcopy(model)
+        model.save_pretrained(tmp_path / "saved")
+    for other in (copied, torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert type(other) is hf.LlamaForCausalLM
+        assert other(**batch("left")).logits is not None
+    assert hf.LlamaConfig.from_pretrained(tmp_path / "saved").architectures == ["LlamaForCausalLM"]
+
+
+def test_a_class_that_somebody_swaps_within_the_block_stays():
+    """As FSDP2 does with a bare model."""
+    model = causal("llama")
+    with labelled_only(model):
+        swapped = type("Sharded", (type(model),), {})
+        model.__class__ = swapped
+        assert model(**batch("left")).logits is None
+    assert type(model) is swapped
+    assert model(**batch("left")).logits is not None
+    with labelled_only(model):
+        assert model(**batch("left")).logits is None
+
+
+def test_the_class_is_back_after_an_exception(tmp_path):
+    """A training that breaks off, and one that another Trainer's stands in the way of."""
+
+    class Broken(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    model = get_peft_model(causal("llama"), LoraConfig(r=4, target_modules="all-linear"))
+    method, kind = SLAO(model), type(model.base_model.model)
+    rows = [{key: value[i] for key, value in batch("left").items()} for i in range(3)]
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", max_steps=2)
+    for callbacks in ([Broken()], []):
+        first, second = (Trainer(model, arguments, train_dataset=rows, callbacks=callbacks) for _ in range(2))
+        SlaoCallback(method).attach(first)
+        SlaoCallback(SLAO(model)).attach(second)  # never trained
+        with pytest.raises(KeyboardInterrupt) if callbacks else nullcontext():
+            first.train()
+        assert type(model.base_model.model) is kind
+        if callbacks:
+            method.end_task()
+
+
+class Around(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
 def test_who_is_left_alone_says_why():
+    assert why_whole(Around(causal("llama"))) == "Around is around LlamaForCausalLM, and may read its logits"
+    model = causal("llama")
+    model.register_forward_hook(lambda *args: None)
+    assert why_whole(model) == "a forward hook of LlamaForCausalLM may read its logits"
     encoder = hf.BertModel(hf.BertConfig(**SIZES, intermediate_size=48))
     assert why_whole(encoder) == "BertModel has no decoder with a language-model head over it"
     model = causal("llama")
@@ -175,8 +261,7 @@ def test_a_trainer_of_anyone(checkpointing, tmp_path, caplog, parts):
             trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
             kind = type(model.base_model.model)
             if attach:
-                callback.attach(trainer)
-                assert hasattr(type(model.base_model.model), "slao_whole")
+                callback.attach(callback.attach(trainer))
             trainer.train()
             assert type(model.base_model.model) is kind
         return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -185,7 +270,7 @@ def test_a_trainer_of_anyone(checkpointing, tmp_path, caplog, parts):
     assert max(error_ratio(narrow[name], value) for name, value in plain.items() if value.any()) <= 50 * CLOSE
 
 
-@pytest.mark.parametrize("loss", ["smoothed", "function", "own"])
+@pytest.mark.parametrize("loss", ["smoothed", "function", "own", "step"])
 def test_a_trainer_with_another_loss_is_left_alone(loss, tmp_path, caplog):
     class Mine(Trainer):
         def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
@@ -196,12 +281,15 @@ def test_a_trainer_with_another_loss_is_left_alone(loss, tmp_path, caplog):
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", label_smoothing_factor=smoothing)
     function = (lambda outputs, labels, num_items_in_batch=None: outputs.logits.mean()) if loss == "function" else None
     trainer = (Mine if loss == "own" else Trainer)(model, arguments, compute_loss_func=function)
+    if loss == "step":
+        trainer.training_step = trainer.training_step
     with caplog.at_level(logging.INFO, "slao"):
         SlaoCallback(SLAO(model)).attach(trainer)
-    assert not hasattr(type(model.base_model.model), "slao_whole")
-    (line,) = caplog.messages
-    why = "Mine computes a loss of its own" if loss == "own" else "the Trainer computes the loss from them"
-    assert line == f"logits are computed at every position: {why}"
+        with pytest.raises(ValueError, match="train_dataset"):  # it has none
+            trainer.train()
+    why = {"own": "Mine has a compute_loss of its own", "step": "Trainer has a training_step of its own"}
+    line = why.get(loss, "the Trainer computes the loss from them")
+    assert f"logits are computed at every position: {line}" in caplog.messages
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

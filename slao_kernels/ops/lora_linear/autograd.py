@@ -108,21 +108,22 @@ class LoraLinear(torch.autograd.Function):
         ctx: Any, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *cores: Any
     ) -> Tensor:
         ctx.call, trains = call, weight.requires_grad
+        routed = (B @ routing(cores).to(B.dtype)) if cores else None  # in B's own dtype, rounded once
         if not call.uniform:
             tensors = x, weight, bias, A, B, *cores
             ctx.dtypes = [None, *(None if p is None else p.dtype for p in tensors)]
             x, weight, bias = cast((x, weight, bias), call.dtype)
             if call.factor is not None:
                 A, B = cast((A, B), call.factor)
+        values = B if routed is None else routed.to(B.dtype)
         read, drawn = drop(call, x) if call.dropout else (x, None)
         source = None if read is x else read
-        routed = (B @ routing(cores).to(B.dtype)) if cores else B
         if dispatch.direct():
             products = operators.products_of(call.backend, drawn, call.dropout)
             run = products.wide_forward if call.wide else products.forward
-            y, t = run(x, source, weight, bias, A, routed, call.scaling)
+            y, t = run(x, source, weight, bias, A, values, call.scaling)
         else:
-            op, tensors = torch.ops.slao_kernels.lora_linear, (x, source, weight, bias, A, routed)
+            op, tensors = torch.ops.slao_kernels.lora_linear, (x, source, weight, bias, A, values)
             y, t = op(*tensors, call.scaling, call.wide, call.backend, drawn, call.dropout)
         for_weight = x if trains and source is not None else None
         ctx.save_for_backward(read, t, weight, A, B, drawn, for_weight, *cores)
