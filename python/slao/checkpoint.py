@@ -139,6 +139,17 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, meta
 
 
+def read_head(path: Path) -> dict[str, Any] | None:
+    """The `meta` of a state, without its tensors and unchecked; None where there is none to read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads(file.metadata()["slao"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
+
+
 def settled(tensor: Tensor) -> Tensor:
     """`tensor` as `read_state` gives it: row after row, from a multiple of 64 bytes on. Itself where it is so already.
 

@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--no-shuffle", action="store_true", help="keep the stream's own task order for every seed")
     run.add_argument("--name", help="folder under --runs (default: preset, file or stream name)")
     run.add_argument("--runs", default="runs", help="parent folder of all runs (default: %(default)s)")
+    run.add_argument("--dry-run", action="store_true", help="load and check everything, show it, and write nothing")
     again = run.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue an interrupted run of the same name")
     again.add_argument("--overwrite", action="store_true", help="start afresh in its folder")
@@ -160,6 +161,10 @@ def _run(options: argparse.Namespace) -> int:
         run = Run(completed, folder, resume=options.resume, overwrite=options.overwrite, processes=options.jobs)
     finally:
         noisy()
+    if options.dry_run:
+        if sharding.is_first():
+            print(f"{run.about(rows=True)}\ndry run: nothing was trained or written")
+        return 0
     with stopping.resumable(folder):
         results = run.execute()
     if not sharding.is_first():

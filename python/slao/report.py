@@ -25,12 +25,16 @@ COLUMNS = (
     ("AOPD", "AOPD", True),
     ("tokens_per_second", "tokens/s", False),
     ("train_seconds", "train s", False),
+    ("score_seconds", "score s", False),
+    ("merge_seconds", "merge s", False),
     ("seconds_per_task", "s/task", False),
     ("peak_memory_mb", "peak MB", False),
 )
 # Worked out here; and what is one number over several runs, or only another form of one that is there.
 DERIVED = ("inc_acc", "zero_shot", "MOPD", "AOPD", "seconds_per_task")
 OVER_RUNS = ("MOPD", "AOPD")
+LATER = ("score_seconds", "merge_seconds")  # results of earlier versions have none
+SPLIT = ("train_seconds", *LATER)
 MISSING = "–"
 
 
@@ -110,13 +114,11 @@ def _method(name: str, entry: Any) -> Method:
         if not isinstance(order, list | tuple) or len(order) != size:
             raise ValueError(f"{where}.tasks[{s}] must name the {size} tasks of its matrix")
     values = {
-        key: metrics.as_vector(lists(key, optional=True), f"{where}.{key}")
-        for key, _, _ in COLUMNS
-        if key not in DERIVED
+        key: metrics.as_vector([None] * count if late else lists(key, optional=True), f"{where}.{key}")
+        for key, late in ((key, key in LATER and key not in entry) for key, _, _ in COLUMNS if key not in DERIVED)
     }
     values["inc_acc"] = metrics.as_vector([metrics.incremental_accuracy(m.tolist()) for m in matrices])
-    merging = metrics.as_vector(lists("merge_seconds")) if "merge_seconds" in entry else np.zeros(count)
-    values["seconds_per_task"] = (values["train_seconds"] + merging) / size
+    values["seconds_per_task"] = (values["train_seconds"] + np.nan_to_num(values["merge_seconds"])) / size
     values["zero_shot"] = vectors("zero_shot", optional=True).mean(axis=1)
     lambdas = vectors("lambdas") if entry.get("lambdas") is not None else None
     if lambdas is not None and not np.isfinite(lambdas).all():
@@ -195,10 +197,11 @@ def _summary(method: Method, key: str, digits: int) -> str:
 def _headline(methods: Sequence[Method]) -> tuple[list[str], list[list[str]]]:
     """Header and one row per method, as text; a column that no method has a value for is left out."""
     score = _digits(methods)
+    split = any(np.isfinite(m.values["score_seconds"]).any() for m in methods)
     shown = [
         column
         for column in COLUMNS
-        if column[0] != "train_seconds" and any(np.isfinite(m.values[column[0]]).any() for m in methods)
+        if (split or column[0] not in SPLIT) and any(np.isfinite(m.values[column[0]]).any() for m in methods)
     ]
     kept = any(m.state is not None for m in methods)
     rows = [
@@ -220,7 +223,12 @@ def _kept(method: Method) -> str:
 
 def _per_seed(methods: Sequence[Method]) -> tuple[list[str], list[list[str]]]:
     score = _digits(methods)
-    shown = [column for column in COLUMNS if column[0] not in OVER_RUNS]
+    shown = [
+        column
+        for column in COLUMNS
+        if column[0] not in (*OVER_RUNS, *LATER) or any(np.isfinite(m.values[column[0]]).any() for m in methods)
+    ]
+    shown = [column for column in shown if column[0] not in OVER_RUNS]
     rows = [
         [m.name, str(seed)]
         + [
@@ -246,7 +254,19 @@ def table(results: Mapping[str, Any]) -> str:
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
     lines.insert(1, "  ".join("-" * w for w in widths))
     about = f"{results['stream']} · {results['model']} · {results['metric']} · mean ± std over runs"
-    return "\n".join([about, "", *lines])
+    return "\n".join([about, *unfinished(results), "", *lines])
+
+
+def unfinished(results: Mapping[str, Any]) -> list[str]:
+    """One line that says what of the run is still to come, where something is."""
+    missing = results.get("unfinished") or {}
+    if not isinstance(missing, Mapping):
+        raise ValueError("unfinished must be an object")
+    told = [
+        f"{title} ({done} of {total} tasks)" if done else f"{title} (not begun)"
+        for title, (done, total) in missing.items()
+    ]
+    return [f"unfinished: {', '.join(told)}; scores over all tasks are missing until a run's end"] if told else []
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -264,7 +284,9 @@ def load(run_dir: Path) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{run_dir} has no results.json: let its `slao run` finish, then report again") from None
+        raise ValueError(
+            f"{run_dir} has no results.json: let its `slao run` finish a task, then report again"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read ({reason}): write it again with `slao run`") from None
@@ -288,6 +310,7 @@ def write_report(run_dir: str | Path) -> Path:
     figures += draw_similarity(tables, run_dir / "report")
     page = run_dir / "report.html"
     orders = [[m.name, str(seed), " → ".join(m.tasks[s])] for m in methods for s, seed in enumerate(m.seeds)]
-    text = report_html.page(results, _headline(methods), _per_seed(methods), orders, figures)
+    notes = unfinished(results)
+    text = report_html.page(results, _headline(methods), _per_seed(methods), orders, figures, notes)
     checkpoint.write_atomically(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return page

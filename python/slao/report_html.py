@@ -20,6 +20,7 @@ GLOSSARY = (
     ("FWT", "mean gain over zero-shot on a task just before it is trained."),
     ("zero-shot", "mean score over all tasks before any training."),
     ("MOPD, AOPD", "largest and mean range of a task's final score over task orders, at one seed; lower is better."),
+    ("train s, score s, merge s", "seconds of a run in training steps, in scoring, and around the tasks (merging)."),
     ("kept MB", "adapter and whatever else the method keeps, after the first and after the last task."),
     ("±", "sample standard deviation over runs. Peak memory is that of the process, the largest of the runs."),
 )
@@ -81,12 +82,13 @@ def page(
     per_seed: Table,
     orders: Sequence[Sequence[str]],
     figures: Iterable[Plot],
+    notes: Sequence[str] = (),
 ) -> str:
     """The whole document as text.
 
     results: the checked `results.json` object, of which the heading, settings and versions are shown.
     headline, per_seed: (column titles, rows) of text. orders: rows of (method, seed, task names).
-    figures: read from their PNG files. Everything that comes from outside is escaped.
+    figures: read from their PNG files. notes: lines above the results. Everything that comes from outside is escaped.
     """
     stream, model, metric = (escape(str(results[key])) for key in ("stream", "model", "metric"))
     settings = json.dumps(results.get("settings"), indent=2, ensure_ascii=False)
@@ -97,6 +99,7 @@ def page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{stream}: continual fine-tuning</title><style>{STYLE}</style></head><body>",
         f"<h1>{stream}: continual fine-tuning</h1><p>Model: {model}. Score: {metric}.</p>",
+        *(f"<p><strong>{escape(note)}</strong></p>" for note in notes),
         f"<h2>Results</h2>{_table(headline)}<dl>{glossary}</dl>",
         f"<h2>Each seed</h2>{_table(per_seed)}",
         "<h2>Figures</h2>",

@@ -15,13 +15,13 @@ import torch
 
 from slao_kernels import sharding
 
-from . import checkpoint, places, ranks, sums
+from . import checkpoint, places, preview, ranks, sums
 from .identity import AnotherRun, Identity, differences, flat, identity
 from .prepare import Prepared, check_settings
 from .reading import read_json
+from .result import Result
 from .sweep import Job, jobs, variants
-from .train import Result
-from .workers import Outcome, finished, in_processes, similarity_of, train_job
+from .workers import Outcome, finished, in_processes, similarity_of, so_far, train_job
 
 Say = Callable[[str], None]
 IDENTITY = "identity.json"
@@ -87,6 +87,7 @@ class Run:
                 pairs = built[1].pairs
         self.report = self.prepared[0].report
         self.failed: dict[str, str] = {}
+        self._finished: dict[Job, Result] = {}
         self.identity = identity(settings, self.variants, self.prepared, pairs)
         sharding.on_first(self._check_same_run)
 
@@ -126,6 +127,15 @@ class Run:
         notes = [f"another version, results may differ in their last bits: {line}" for line in versions]
         self.notes += [note for note in notes if note not in self.notes]
 
+    def about(self, rows: bool = False) -> str:
+        """What it will do; rows: and the first row of each task as the model sees it. Before `execute`."""
+        job, built = next(iter(self._ready.items()))
+        prepared = self.prepared[job.variant]
+        told = [preview.block(prepared, job, built, self.jobs, self.folder), *self.notes]
+        if rows:
+            told.append(preview.first_rows(prepared.ordered(job.seed, job.order), built[2]))
+        return "\n".join(told)
+
     def execute(self) -> dict[str, Any]:
         """Train everything that is not trained yet; returns what results.json holds.
 
@@ -137,8 +147,8 @@ class Run:
 
     def _execute(self) -> dict[str, Any]:
         sharding.on_first(self._prepare_folder)
-        self.say("\n".join([self.report, *self.notes]))
-        results: dict[Job, Result] = {}
+        self.say(self.about())
+        results = self._finished
         for number, (job, outcome) in enumerate(self._outcomes(), start=1):
             where = f"[{number}/{len(self.jobs)}] " if len(self.jobs) > 1 else ""
             if isinstance(outcome, ValueError):
@@ -150,9 +160,19 @@ class Run:
             self.say(f"{where}{job.title}: {scores}")
         if not results:
             raise ValueError(next(iter(self.failed.values())))
-        content = self._results({job: results[job] for job in self.jobs if job in results})
-        sharding.on_first(lambda: checkpoint.write_json(self.folder / "results.json", sums.sealed(content)))
+        content = self._results(results)
+        sharding.on_first(lambda: self._write(content))
         return content
+
+    def _write(self, content: dict[str, Any]) -> None:
+        checkpoint.write_json(self.folder / "results.json", sums.sealed(content))
+
+    def _write_so_far(self) -> None:
+        """results.json after a task: what is finished, and what there is of the rest."""
+        others = (job for job in self.jobs if job not in self._finished and job.title not in self.failed)
+        begun = {job: result for job in others if (result := so_far(job, self.folder)) is not None}
+        if results := self._finished | begun:
+            self._write(self._results(results))
 
     def _prepare_folder(self) -> None:
         self._check_folder()  # again: another process may have been here until now
@@ -177,16 +197,18 @@ class Run:
                 missing.append(job)
         if self.processes > 1:
             self._ready.clear()
-            yield from in_processes(self.variants, missing, self.folder, self.processes)
+            yield from in_processes(self.variants, missing, self.folder, self.processes, self._write_so_far)
         else:
+            keep = partial(sharding.on_first, self._write_so_far)
             for job in missing:
-                yield job, train_job(self.prepared[job.variant], job, self.folder, self._ready.pop(job, None))
+                ready = self._ready.pop(job, None)
+                yield job, train_job(self.prepared[job.variant], job, self.folder, ready, keep, self.say)
 
     def _results(self, results: dict[Job, Result]) -> dict[str, Any]:
         from slao_kernels.__main__ import versions
 
         grouped: dict[str, list[Job]] = {}
-        for job in results:
+        for job in (job for job in self.jobs if job in results):
             grouped.setdefault(job.label, []).append(job)
         order = {job.label: (job.variant, list(self.settings["methods"]).index(job.method)) for job in results}
         methods, throughput = {}, {}
@@ -198,26 +220,29 @@ class Run:
                 "seeds": [job.seed for job in own],
                 "orders": [job.order for job in own],
                 "tasks": [run.tasks for run in runs],
-                "matrix": [run.matrix for run in runs],
+                "matrix": [run.whole_matrix() for run in runs],
                 "zero_shot": [run.zero_shot for run in runs],
                 **{key: [summary[key] for summary in summaries] for key in summaries[0]},
                 "lambdas": [[_layers_mean(lam) for lam in run.lambdas] for run in runs],
                 "losses": [run.losses for run in runs],
                 "tokens_per_second": [run.tokens_per_second for run in runs],
                 "train_seconds": [run.train_seconds for run in runs],
+                "score_seconds": [run.score_seconds for run in runs],
                 "merge_seconds": [run.merge_seconds for run in runs],
                 "peak_memory_mb": [run.peak_memory_mb for run in runs],
                 "state_mb": [run.state_mb for run in runs],
             }
-            if self.settings["similarity"]:
+            whole = all(run.finished for run in runs)
+            if self.settings["similarity"] and whole:
                 methods[label]["similarity"] = [similarity_of(job, self.folder) for job in own]
             options = self.settings["methods"][own[0].method]
-            if options.get("method", own[0].method) != "slao":  # no running average
+            if options.get("method", own[0].method) != "slao" or not whole:  # no running average, or part of one
                 del methods[label]["lambdas"]
             throughput[label] = {
                 "tokens_per_second": fmean(run.tokens_per_second for run in runs),
-                "seconds_per_task": fmean(run.train_seconds / len(run.tasks) for run in runs),
-                "merge_seconds_per_task": fmean(run.merge_seconds / len(run.tasks) for run in runs),
+                "seconds_per_task": fmean(run.train_seconds / _tasks(run) for run in runs),
+                "score_seconds_per_task": fmean(run.score_seconds / _tasks(run) for run in runs),
+                "merge_seconds_per_task": fmean(run.merge_seconds / _tasks(run) for run in runs),
                 "peak_memory_mb": max(run.peak_memory_mb for run in runs),
             }
         first = self.prepared[0]
@@ -228,6 +253,11 @@ class Run:
             "methods": methods,
             "throughput": throughput,
             "failed": self.failed,
+            "unfinished": {
+                job.title: [len(results[job].matrix) if job in results else 0, len(self.prepared[0].stream.tasks)]
+                for job in self.jobs
+                if job.title not in self.failed and not (job in results and results[job].finished)
+            },
             "patch": self.report,
             "settings": {**self.settings, "objective": {"name": first.objective_name, **first.objective_options}},
             "processes": self.processes,
@@ -240,6 +270,11 @@ def _occupied(folder: Path) -> bool:
     """Whether there is more in it than what a run left that died before its settings were written."""
     ours = (places.LOCK, IDENTITY)
     return folder.exists() and not all(checkpoint.is_temporary(p) or p.name in ours for p in folder.iterdir())
+
+
+def _tasks(run: Result) -> int:
+    """How many it has trained."""
+    return len(run.matrix) or 1
 
 
 def _layers_mean(lam: float | list[float]) -> float:

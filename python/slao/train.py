@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,14 @@ from torch import nn
 
 from slao_kernels import sharding
 
-from . import checkpoint, metrics, stopping
+from . import checkpoint, stopping
 from .methods import Method
 from .methods.base import STATE_FILE
 from .objectives import Objective
-from .objectives.base import Features, in_batches
+from .objectives.base import Features, heard, in_batches
+from .result import Result, Score
 from .similarity import Similarity
 from .streams import Stream
-
-Score = float | None
 
 
 @dataclass
@@ -90,47 +90,6 @@ _OURS = (
 )
 
 
-@dataclass
-class Result:
-    """One method, one seed. matrix[t][i]: score on task i after task t, None where it was not taken (a method that
-    trains all tasks together has only the last row).
-
-    zero_shot: scores before any training. losses: per task, as the Trainer logged them (every 10 steps).
-    train_seconds: in training steps, evaluation and merging aside. tokens: real (not padding) ones that were trained
-    on. merge_seconds: in begin_task and end_task together (and observe). peak_memory_mb: see `peak_memory_mb`.
-    state_mb: MiB of adapter and whatever else the method keeps, after each task.
-    """
-
-    tasks: list[str]
-    matrix: list[list[Score]] = field(default_factory=list)
-    zero_shot: list[Score] = field(default_factory=list)
-    lambdas: list[Any] = field(default_factory=list)
-    losses: list[list[float]] = field(default_factory=list)
-    tokens: int = 0
-    train_seconds: float = 0.0
-    merge_seconds: float = 0.0
-    peak_memory_mb: float = 0.0
-    state_mb: list[float] = field(default_factory=list)
-
-    @property
-    def finished(self) -> bool:
-        return len(self.matrix) == len(self.tasks)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.train_seconds if self.train_seconds else 0.0
-
-    def summary(self) -> dict[str, Score]:
-        """AA, BWT, ... of a finished run; None where T is too small or entries are missing."""
-        return {
-            "AA": metrics.average_accuracy(self.matrix),
-            "Inc-Acc": metrics.incremental_accuracy(self.matrix),
-            "BWT": metrics.backward_transfer(self.matrix),
-            "forgetting": metrics.forgetting(self.matrix),
-            "FWT": metrics.forward_transfer(self.matrix, self.zero_shot),
-        }
-
-
 def train(
     model: nn.Module,
     method: Method,
@@ -141,6 +100,8 @@ def train(
     seed: int = 0,
     state_dir: str | Path | None = None,
     callbacks: Sequence[Any] = (),
+    on_start: Callable[[Result], None] | None = None,
+    on_score: Callable[[int, float], None] | None = None,
     on_task: Callable[[int, Result], None] | None = None,
     similarity: Similarity | None = None,
 ) -> Result:
@@ -152,7 +113,8 @@ def train(
     its last finished task and ends bit-identical to an uninterrupted run, on the same machine with as many threads
     (torch's own sums depend on both). callbacks: further TrainerCallbacks.
     With several processes each trains on batch_size rows of its own a step, and scores all rows; rank 0 writes.
-    on_task(index, result) is called after each task. Scores use the merged weights.
+    on_start(result) is called before the first task that is trained, on_task(index, result) after each, and, while the
+    tasks are scored, on_score(index, part of it that is done). Scores use the merged weights.
     similarity: a new `Similarity`, which records what each task trained, and beside the state too.
     Raises ValueError, with nothing changed, for a state of another stream or seed, or of a run without similarity, and
     for a task without rows to score.
@@ -180,8 +142,17 @@ def train(
     reset_peak_memory()
     names = tuple(result.tasks)
     objective.running = objective.seen = ()
+
+    def scores(trained: int, config: TrainConfig = config) -> list[Score]:
+        started = time.perf_counter()
+        found = _scores(model, method, objective, stream, trained, config, on_score)
+        result.score_seconds += time.perf_counter() - started
+        return found
+
     if not result.zero_shot:
-        result.zero_shot = _scores(model, method, objective, stream, 0, config)
+        result.zero_shot = scores(0)
+    if on_start is not None:
+        on_start(result)
     stages = [("joint", stream.tasks)] if method.together else [(task.name, (task,)) for task in stream.tasks]
     if method.together and config.max_steps > 0:
         config = replace(config, max_steps=config.max_steps * len(stream.tasks))
@@ -213,7 +184,7 @@ def train(
         result.merge_seconds += time.perf_counter() - started
         result.lambdas = list(method.lambdas)
         result.matrix += [[None] * len(stream.tasks) for _ in tasks[1:]]  # the scores that there never were
-        result.matrix.append(_scores(model, method, objective, stream, len(result.matrix) + 1, config))
+        result.matrix.append(scores(len(result.matrix) + 1))
         result.state_mb.append(method.state_bytes() / 2**20)
         result.peak_memory_mb = max(result.peak_memory_mb, peak_memory_mb())
         if state_dir is not None:
@@ -245,15 +216,22 @@ def _observe(model: nn.Module, method: Method, objective: Objective, features: F
 
 
 def _scores(
-    model: nn.Module, method: Method, objective: Objective, stream: Stream, trained: int, config: TrainConfig
+    model: nn.Module,
+    method: Method,
+    objective: Objective,
+    stream: Stream,
+    trained: int,
+    config: TrainConfig,
+    on_score: Callable[[int, float], None] | None,
 ) -> list[Score]:
     """After the first `trained` tasks; the zero-shot row, after none, is whole."""
     scored = trained if trained and config.evaluate == "seen" else len(stream.tasks)
+    found: list[Score] = [None] * len(stream.tasks)
     with method.merged():
-        return [
-            objective.score(model, task, getattr(task, config.score_on), config.eval_batch_size) if i < scored else None
-            for i, task in enumerate(stream.tasks)
-        ]
+        for i, task in enumerate(stream.tasks[:scored]):
+            with heard(None if on_score is None else partial(on_score, i)):
+                found[i] = objective.score(model, task, getattr(task, config.score_on), config.eval_batch_size)
+    return found
 
 
 def seed_everything(seed: int) -> None:

@@ -8,8 +8,8 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -19,36 +19,56 @@ import torch
 from slao_kernels import sharding
 
 from . import stopping, sums
-from .checkpoint import read_state
+from .checkpoint import read_head, read_state
 from .methods.base import STATE_FILE
 from .prepare import Prepared
+from .result import Result
 from .similarity import Similarity
 from .sweep import Job, Variant
-from .train import Result, train
+from .train import train
 
 Outcome = Result | ValueError
+_LOOK_EVERY = 1.0  # seconds; a task takes many
 
 
-def train_job(prepared: Prepared, job: Job, folder: Path, ready: Any = None) -> Outcome:
+def train_job(
+    prepared: Prepared,
+    job: Job,
+    folder: Path,
+    ready: Any = None,
+    keep: Callable[[], object] | None = None,
+    say: Callable[[str], object] = print,
+) -> Outcome:
     """Train one job and export its adapter into `folder`; what ends its training (it diverged) is returned.
 
-    ready: the (model, method, objective) of `Prepared.build`, where they are at hand.
+    ready: the (model, method, objective) of `Prepared.build`, where they are at hand. keep: is called after each task,
+    when that is saved. say: what a line is printed with.
     """
-    from .progress import RunProgress
+    from .progress import RunProgress, Work
 
     model, method, objective = ready or prepared.build(job.method, job.seed, job.order)
     stream = prepared.ordered(job.seed, job.order)
-    progress = RunProgress(job.title, ["joint"] if method.together else [task.name for task in stream.tasks])
+    config = prepared.config_of(job.method)
+    progress = RunProgress(job.title, Work.of(stream, config, method.together), say)
+
+    def after(index: int, result: Result) -> None:
+        progress.on_task(index, result)
+        if keep is not None:
+            keep()
+
     try:
         result = train(
             model,
             method,
             stream,
             objective,
-            prepared.config_of(job.method),
+            config,
             seed=job.seed,
             state_dir=folder / "state" / job.folder,
             callbacks=[progress],
+            on_start=progress.on_start,
+            on_score=progress.on_score,
+            on_task=after,
             similarity=Similarity() if prepared.settings["similarity"] else None,
         )
     except ValueError as error:
@@ -74,14 +94,26 @@ def finished(job: Job, folder: Path) -> Result | None:
     return result if result.finished and sums.is_whole(folder / "adapters" / job.folder) else None
 
 
+def so_far(job: Job, folder: Path) -> Result | None:
+    """The result of a job, finished or not, as its last task left it: read from the head of its state alone."""
+    path = folder / "state" / job.folder / STATE_FILE
+    head = None if not path.is_file() else read_head(path)
+    return None if head is None else Result(**head["extra"]["result"])
+
+
 def similarity_of(job: Job, folder: Path) -> dict[str, Any]:
     """The table of what the finished job recorded (setting `similarity`)."""
     place = folder / "state" / job.folder
     return Similarity.read(place, read_state(place / STATE_FILE)[1]["extra"].get("similarity")).table()
 
 
-def in_processes(variants: list[Variant], jobs: list[Job], folder: Path, count: int) -> Iterator[tuple[Job, Outcome]]:
-    """Train `jobs` in `count` processes, each with its share of the cores; yields them as they end."""
+def in_processes(
+    variants: list[Variant], jobs: list[Job], folder: Path, count: int, keep: Callable[[], object]
+) -> Iterator[tuple[Job, Outcome]]:
+    """Train `jobs` in `count` processes, each with its share of the cores; yields them as they end.
+
+    keep: is called when one of them has saved a task.
+    """
     context = multiprocessing.get_context("spawn")  # a forked torch hangs in its thread pool
     threads = max(1, torch.get_num_threads() // count)
     stop = context.Event()
@@ -90,7 +122,7 @@ def in_processes(variants: list[Variant], jobs: list[Job], folder: Path, count: 
         running: dict[Future[str], Job] = {
             pool.submit(_work, json.dumps(variants[job.variant].settings), job, str(folder)): job for job in jobs
         }
-        for future in as_completed(running):
+        for future in _ended(running, folder, keep):
             job = running[future]
             try:
                 content = json.loads(future.result())
@@ -105,6 +137,23 @@ def in_processes(variants: list[Variant], jobs: list[Job], folder: Path, count: 
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _ended(running: dict[Future[str], Job], folder: Path, keep: Callable[[], object]) -> Iterator[Future[str]]:
+    """Each as it ends. Meanwhile their states are looked at: a pipe could block, half written by one that dies."""
+    waiting, seen = set(running), _saved_at(running.values(), folder)
+    while waiting:
+        done, waiting = wait(waiting, timeout=_LOOK_EVERY, return_when=FIRST_COMPLETED)
+        yield from done
+        now = _saved_at(running.values(), folder)
+        if now != seen and waiting:
+            keep()
+        seen = now
+
+
+def _saved_at(jobs: Iterable[Job], folder: Path) -> dict[str, int]:
+    paths = {job.folder: folder / "state" / job.folder / STATE_FILE for job in jobs}
+    return {name: path.stat().st_mtime_ns for name, path in paths.items() if path.is_file()}
 
 
 def _begin(threads: int, stop: Any) -> None:

@@ -66,7 +66,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 def outcome(folder: Path) -> dict[str, Any]:
     """What a run computed, without what its clock and memory said."""
-    measured = ("tokens_per_second", "train_seconds", "merge_seconds", "peak_memory_mb")
+    measured = ("tokens_per_second", "train_seconds", "merge_seconds", "score_seconds", "peak_memory_mb")
     return {
         label: {key: value for key, value in method.items() if key not in measured}
         for label, method in results(folder)["methods"].items()
@@ -292,7 +292,7 @@ def test_report_is_written_again_and_bad_folders_are_refused(finished, tmp_path,
     folder = tmp_path / "again"
     folder.mkdir()
     assert f"there is no directory {tmp_path / 'none'}" in refused(["report", str(tmp_path / "none")], capsys)
-    assert "has no results.json: let its `slao run` finish" in refused(["report", str(folder)], capsys)
+    assert "has no results.json: let its `slao run` finish a task" in refused(["report", str(folder)], capsys)
     (folder / "results.json").write_text("{")
     assert "cannot be read" in refused(["report", str(folder)], capsys)
     (folder / "results.json").write_text("{}")

@@ -19,7 +19,7 @@ from slao.streams import make_stream
 from slao.sweep import jobs, variants
 from slao.train import TrainConfig, train
 
-MEASURED = ("tokens_per_second", "train_seconds", "merge_seconds", "peak_memory_mb")
+MEASURED = ("tokens_per_second", "train_seconds", "merge_seconds", "score_seconds", "peak_memory_mb")
 
 
 def settings(**changes: Any) -> dict[str, Any]:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import sys
-from dataclasses import replace
-
 import pytest
 import torch
 from peft import PeftModel
 
 from slao.methods import Joint, SeqLoRA
-from slao.progress import RunProgress
-from slao.streams import Stream
 from slao.train import TrainConfig, seed_everything
 from slao.trainer import make_trainer, training_arguments
 
@@ -187,29 +181,6 @@ def test_tokens_are_counted_without_padding(tiny, kind):
             options = f"Option : {' , '.join(task.labels)} {row.prompt} Answer : {row.answer} [EOS]"
             expected += 2 * len(tokenizer(row.prompt if kind == "bert" else options)["input_ids"])
     assert job.result.tokens == expected
-
-
-def test_callbacks_and_progress(tiny, monkeypatch):
-    """One bar over all tasks: its total is that of all steps, and it reaches it."""
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    tasks = tiny.stream().tasks
-    unequal = [replace(task, train=tiny.rows(task.labels, n)) for task, n in zip(tasks, (8, 4, 12), strict=True)]
-    job = tiny.Job(tasks=Stream("unequal", tuple(unequal)))
-    progress = RunProgress("slao seed 0", [task.name for task in job.stream.tasks])
-    totals = []
-    config = TrainConfig(batch_size=4, epochs=2)
-    job.train(config, callbacks=[progress], on_task=lambda i, r: totals.append((progress.bar.n, progress.bar.total)))
-    assert totals == [(4, 12), (6, 8), (12, 12)], "what is left is taken to be like the running task"
-    progress.close()
-    for number, name in enumerate(("first", "second", "third"), 1):
-        assert f"slao seed 0 task {number}/3 {name}" in screen.getvalue()
-    assert progress.bar is None
 
 
 BAD = {

@@ -50,6 +50,19 @@ class Objective(ABC):
     def score(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
         """The task's metric of the model on `rows`, without training it."""
 
+    def shown(self, task: Task, features: dict[str, Any]) -> list[tuple[str, str]]:
+        """(what it is, text) of the parts of a row of `features`, for a person."""
+        ids, label = features.get("input_ids"), features.get("labels")
+        tokenizer: Any = getattr(self, "tokenizer", None)
+        read = repr(tokenizer.decode(ids)) if ids is not None and tokenizer is not None else "an image"
+        labels: Sequence[str] = getattr(self, "labels", ())
+        learned = [("LEARNS", f"the label {labels[label]!r}")] if isinstance(label, int) else []
+        return [("reads", read), *learned]
+
+    def outputs(self, model: nn.Module, rows: int, longest: int) -> int:
+        """How many numbers the model gives for `rows` rows of `longest` tokens, where that is worth counting."""
+        return 0
+
     @classmethod
     def check(cls, stream: Stream, **options: Any) -> None:
         """ValueError for options and data that it takes with no model; asked before one is loaded, and when made."""
@@ -113,15 +126,34 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
         model.train(training)
 
 
+_listener: Callable[[float], None] | None = None
+
+
+@contextmanager
+def heard(listener: Callable[[float], None] | None) -> Iterator[None]:
+    """Within the block `in_batches` calls `listener` after each batch with the part of the rows that is done."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
+
+
 def in_batches(
     features: Features, size: int, collate: Callable[[Features], dict[str, Tensor]], device: torch.device
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """(indices into `features`, batch on `device`), longest rows first: little padding, and memory peaks early."""
+    """(indices into `features`, batch on `device`), longest rows first: little padding, and memory peaks early.
+
+    Within `heard` it says how far it has come.
+    """
     order = sorted(range(len(features)), key=lambda i: -len(features[i].get("input_ids", ())))  # images: as they are
     for start in range(0, len(order), size):
         indices = order[start : start + size]
         batch = collate([features[i] for i in indices])
         yield indices, {key: value.to(device) for key, value in batch.items()}
+        if _listener is not None:
+            _listener(min(1.0, (start + size) / len(order)))
 
 
 def positions(model: nn.Module) -> int | None:

@@ -14,7 +14,7 @@ from ..streams import Row, Stream, Task
 from ..streams.base import METRICS
 from .base import Features, Objective, check_candidates, evaluating, in_batches, positions, room
 from .likelihood import log_likelihoods
-from .prompts import Prompts
+from .prompts import Prompts, told_apart
 from .text_scores import text_score
 
 
@@ -107,6 +107,12 @@ class CausalLM(Objective):
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         loss: Tensor = model(**batch).loss
         return loss
+
+    def shown(self, task: Task, features: dict[str, Any]) -> list[tuple[str, str]]:
+        return told_apart(self.tokenizer, features["input_ids"], features["labels"])
+
+    def outputs(self, model: nn.Module, rows: int, longest: int) -> int:
+        return rows * longest * int(model.get_output_embeddings().weight.shape[0])
 
     def score(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
         score = self._score_generated if _generates(task) else self._score_labels

@@ -176,6 +176,19 @@ def supervised(prompt: list[int], answer: list[int]) -> dict[str, Any]:
     return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
 
+def told_apart(tokenizer: Any, ids: list[int], labels: list[int]) -> list[tuple[str, str]]:
+    """("reads" or "LEARNS", the text of these tokens) of each stretch of a row, in order."""
+    cuts = [i for i in range(1, len(ids)) if (labels[i] == IGNORED) != (labels[i - 1] == IGNORED)]
+    told, before = [], ""
+    for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
+        # Of the whole beginning: some tokenizers leave out the space of a text's first token.
+        whole = tokenizer.decode(ids[:end])
+        text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids[start:end])
+        told.append(("reads" if labels[start] == IGNORED else "LEARNS", f"{end - start} tokens {text!r}"))
+        before = whole
+    return told
+
+
 def template_text(name: str, given: str | None) -> str | None:
     """The template that a setting says: itself, or what stands in the file of that name, which has no brace."""
     if given is None or "{" in given:

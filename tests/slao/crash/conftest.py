@@ -53,7 +53,7 @@ def server() -> Iterator[Server]:
     started.close()
 
 
-MEASURED = ("tokens_per_second", "train_seconds", "merge_seconds", "peak_memory_mb")
+MEASURED = ("tokens_per_second", "train_seconds", "merge_seconds", "score_seconds", "peak_memory_mb")
 
 
 class Small:

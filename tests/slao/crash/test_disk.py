@@ -37,8 +37,7 @@ def test_full_at_an_event(small, tools, whole, events, tmp_path, number):
 LIMITS = {
     500: "identity.json",
     2000: "state/seqlora-0/slao_state.safetensors",
-    2800: "state/slao-0/slao_state.safetensors",
-    5000: "results.json",
+    2800: "results.json",
     30000: "report/averages.png",
     200000: "report.html",
 }
