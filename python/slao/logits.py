@@ -88,6 +88,13 @@ def why_whole(model: nn.Module) -> str | None:
     return None
 
 
+def most_logits(model: nn.Module, positions: int) -> int:
+    """How many logits a training pass holds at a time, at most, if every position is labelled."""
+    causal: Any = causal_model(model)
+    words: int = causal.config.get_text_config().vocab_size
+    return positions * words if why_whole(model) else min(positions * words, max(words, _CHUNK))
+
+
 def _calls_loss_function(kind: type) -> bool:
     """Whether its forward pass leaves the loss to `self.loss_function`, which takes labels that are shifted already."""
     for owner in kind.__mro__:

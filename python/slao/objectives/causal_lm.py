@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..logits import IGNORED
+from ..logits import IGNORED, most_logits
 from ..streams import Row, Stream, Task
 from ..streams.base import METRICS
 from .base import Features, Objective, check_candidates, evaluating, in_batches, positions, room
@@ -112,7 +112,7 @@ class CausalLM(Objective):
         return told_apart(self.tokenizer, features["input_ids"], features["labels"])
 
     def outputs(self, model: nn.Module, rows: int, longest: int) -> int:
-        return rows * longest * int(model.get_output_embeddings().weight.shape[0])
+        return most_logits(model, rows * longest)
 
     def score(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
         score = self._score_generated if _generates(task) else self._score_labels
