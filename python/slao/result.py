@@ -19,7 +19,7 @@ class Result:
     train_seconds: in training steps, evaluation and merging aside. tokens: real (not padding) ones that were trained
     on. merge_seconds: in begin_task and end_task together (and observe). score_seconds: in scoring, that before the
     first task included. peak_memory_mb: see `peak_memory_mb`. state_mb: MiB of adapter and whatever else the method
-    keeps, after each task.
+    keeps, after each task. answers: to TrainConfig.ask, before training and after each task (joint: after all).
     """
 
     tasks: list[str]
@@ -33,6 +33,7 @@ class Result:
     score_seconds: float = 0.0
     peak_memory_mb: float = 0.0
     state_mb: list[float] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:

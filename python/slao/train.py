@@ -37,7 +37,8 @@ class TrainConfig:
     (forward transfer needs it), "seen" only those trained so far. score_on: "test" rows, or "validation" rows to
     choose settings by. trainer: "transformers", or "trl" for TRL's
     SFTTrainer (causal language models). arguments: anything else that transformers.TrainingArguments takes, or
-    trl.SFTConfig.
+    trl.SFTConfig. ask: a text as in a row of the first task (causal language models): what the merged model says to it
+    before training and after each task is kept in the result's `answers`.
     """
 
     epochs: float = 1.0
@@ -56,6 +57,7 @@ class TrainConfig:
     score_on: str = "test"
     trainer: str = "transformers"
     arguments: dict[str, Any] = field(default_factory=dict)
+    ask: str = ""
 
     def __post_init__(self) -> None:
         if self.evaluate not in ("all", "seen"):
@@ -120,6 +122,7 @@ def train(
     for a task without rows to score.
     """
     config = config or TrainConfig()
+    check_ask(config, type(objective))
     if empty := [task.name for task in stream.tasks if not getattr(task, config.score_on)]:
         raise ValueError(f"task {empty[0]!r} has no {config.score_on} rows to score; set score_on to the other split")
     result = Result([task.name for task in stream.tasks])
@@ -146,6 +149,9 @@ def train(
     def scores(trained: int, config: TrainConfig = config) -> list[Score]:
         started = time.perf_counter()
         found = _scores(model, method, objective, stream, trained, config, on_score)
+        if config.ask:
+            with method.merged():
+                result.answers.append(objective.answer(model, stream.tasks[0], config.ask))
         result.score_seconds += time.perf_counter() - started
         return found
 
@@ -195,6 +201,12 @@ def train(
         if on_task is not None:
             on_task(index, result)
     return result
+
+
+def check_ask(config: TrainConfig, kind: type[Objective]) -> None:
+    """ValueError for a question to a model that says nothing."""
+    if config.ask and not kind.answers:
+        raise ValueError(f"train.ask would do nothing: {kind.name} scores, and generates no text; leave it out")
 
 
 def _saved(path: Path) -> dict[str, Any] | None:

@@ -21,7 +21,8 @@ class Objective(ABC):
     """What a model is trained to do, and how well it does it; see the subclasses.
 
     metrics: what `score` can return, each in [0, 1]; a task names the one it wants. own_loss: whether `loss` replaces
-    the one the model returns itself. notes: lines for whoever starts a run, such as that rows are cut.
+    the one the model returns itself. answers: whether there is an `answer`. notes: lines for whoever starts a run, such
+    as that rows are cut.
     running, seen: names of the tasks being trained (joint training has them all), and of those trained so far, these
     included; `slao.train` keeps them.
     """
@@ -29,6 +30,7 @@ class Objective(ABC):
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
     own_loss: ClassVar[bool]
+    answers: ClassVar[bool] = False
     images: ClassVar[bool] = False  # whether it reads images, else texts
     notes: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
@@ -45,6 +47,10 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The mean loss of a batch; called only where `own_loss`."""
+
+    def answer(self, model: nn.Module, task: Task, text: str) -> str:
+        """What the model says to a text as it stands in a row of the task; called only where `answers`."""
+        raise NotImplementedError
 
     @abstractmethod
     def score(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:

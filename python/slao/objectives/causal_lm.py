@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ class CausalLM(Objective):
     name = "causal_lm"
     metrics = METRICS
     own_loss = False
+    answers = True
 
     def __init__(
         self,
@@ -127,21 +128,29 @@ class CausalLM(Objective):
         return sum(candidates[guess] == row.answer for guess, row in zip(best, rows, strict=True)) / len(rows)
 
     def _score_generated(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
-        features = [{"input_ids": self._prompt(task, row, self._reserved, self.eval_candidates)} for row in rows]
         score, total = text_score(task.metric), 0.0
+        for i, text in self._continued(model, task, rows, self._new_tokens[task.name], batch_size):
+            total += max(score(text, right) for right in (rows[i].answer, *rows[i].references))
+        return total / len(rows)
+
+    def answer(self, model: nn.Module, task: Task, text: str) -> str:
+        if task.kind == "messages":
+            raise ValueError(f"train.ask takes a row of the first task, and those of {task.name!r} are conversations")
+        row = replace(task.train[0], prompt=text)
+        ((_, found),) = self._continued(model, task, [row], self._longest_answer(task), 1)
+        return found.strip()
+
+    def _continued(
+        self, model: nn.Module, task: Task, rows: Sequence[Row], most: int, batch_size: int
+    ) -> Iterator[tuple[int, str]]:
+        """The number of each row and its greedy continuation, up to its end token and of at most `most` tokens."""
+        features = [{"input_ids": self._prompt(task, row, self._reserved, self.eval_candidates)} for row in rows]
         with evaluating(model) as device:
             for indices, batch in in_batches(features, batch_size, lambda f: self._pad_batch(f, left=True), device):
-                generated = model.generate(
-                    **batch,
-                    max_new_tokens=self._new_tokens[task.name],
-                    do_sample=False,
-                    pad_token_id=self._pad,
-                    eos_token_id=self._stops,
-                )[:, batch["input_ids"].shape[1] :]
-                texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
-                for i, text in zip(indices, texts, strict=True):
-                    total += max(score(text, right) for right in (rows[i].answer, *rows[i].references))
-        return total / len(rows)
+                ends: dict[str, Any] = {"pad_token_id": self._pad, "eos_token_id": self._stops}
+                found = model.generate(**batch, max_new_tokens=most, do_sample=False, **ends)
+                new = found[:, batch["input_ids"].shape[1] :]
+                yield from zip(indices, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
 
     def _answer(self, text: str, task: Task) -> list[int]:
         return self.prompts.answer(text, task.train[0].verbatim)
