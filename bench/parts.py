@@ -41,7 +41,7 @@ WHOLE = {
     "tests": [Call("tests", "tests -m gpu", 1200)],
     "kernels": [Call("bench", of("lora_kernels"), 600)],
     "layers": [Call("bench", of("lora_linear"), 900)],
-    "steps": [Call("bench", of("training_step"), 1200)],
+    "steps": [Call("bench", of("training_step"), 1200), Call("bench", of("language_model"), 300)],
     "rest": [Call("bench", of(name), 300) for name in REST],
     "host": [Call("bench", of("host"), 300, "cpu")],
     "tune": [Call("script", f"{TUNER} --seconds 540", 600)],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from slao.methods import Joint, SeqLoRA
+from slao.methods import SLAO, Joint, SeqLoRA
 from slao.train import TrainConfig, seed_everything
 from slao.trainer import make_trainer, training_arguments
 
@@ -209,3 +209,28 @@ def test_the_settings_reach_the_trainer():
     assert (found.num_train_epochs, found.per_device_train_batch_size, found.learning_rate) == (3, 5, 0.5)
     assert (found.lr_scheduler_type, found.weight_decay, found.gradient_accumulation_steps) == ("cosine", 0.1, 7)
     assert (found.seed, found.data_seed, found.use_cpu, found.report_to) == (11, 11, True, [])
+
+
+@pytest.mark.parametrize("method", [SLAO, Joint])
+def test_what_the_model_is_asked_it_answers_before_and_after_every_task(tiny, method):
+    """As a row of the first task, by the merged weights: with λ = 0 they are those of the first task throughout."""
+    options = {"schedule": 0.0, "merge": "AB"} if method is SLAO else {}
+    job = tiny.Job("llama", method, **options)
+    task, said = job.stream.tasks[0], []
+    config = TrainConfig(batch_size=4, learning_rate=3e-2, epochs=20, ask=task.test[0].prompt)
+    result = job.train(config, on_task=lambda index, result: said.append(result.answers[-1]))
+    before, *after = result.answers
+    assert after == said == after[:1] * (3 if method is SLAO else 1)
+    assert before != after[0]
+    ids = job.objective.features(task, task.test[:1])[0]
+    ids = [number for number, label in zip(ids["input_ids"], ids["labels"], strict=True) if label == -100]
+    new: list[int] = []
+    with job.method.merged(), torch.no_grad():
+        while len(new) < 2 and job.objective.tokenizer.eos_token_id not in new:  # the longest answer: a word, the end
+            new.append(int(job.model.eval()(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()))
+    assert job.objective.tokenizer.decode(new, skip_special_tokens=True).strip() == after[-1]
+
+
+def test_a_model_that_says_nothing_is_not_asked(tiny):
+    with pytest.raises(ValueError, match=r"^train\.ask would do nothing: label_matching scores, and generates no text"):
+        tiny.Job().train(TrainConfig(ask="anything"))
