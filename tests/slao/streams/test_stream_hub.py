@@ -4,7 +4,9 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 
+from slao.objectives import CausalLM
 from slao.streams import make_stream
 from slao.streams.sources import SOURCES
 from slao.streams.standard_cl import ORDERS, long_sequence, standard_cl
@@ -67,6 +69,30 @@ def test_the_long_sequence():
     )
     assert found["WiC"].test[0].prompt.startswith("word: test word 0 0\ntest sentence1 0 0")
     assert (found["SST-2"].test[0].answer, found["SST-2"].test[-1].answer) == ("Bad", "Good")
+
+
+@pytest.mark.parametrize(("make", "order"), [(standard_cl, "O1"), (long_sequence, "O4")])
+def test_tasks_are_read_and_scored_by_a_decoder(tiny, make, order):
+    """Each row as the papers have it, and the label that transformers' own logits, row by row, find most likely."""
+    stream = make(order=order, rows=4, validation_per_label=0, test_per_label=1, load=load)
+    model, tokenizer = tiny.base("llama", seed=1), tiny.characters()
+    objective = CausalLM(model, tokenizer, stream, max_length=1500)
+    for task in stream.tasks:
+        start = f"<bos>{task.instruction}\n" if task.instruction else "<bos>"
+        start += f"Option: {', '.join(task.labels)}\n"
+        for row, features in zip(task.train, objective.features(task, task.train), strict=True):
+            assert tiny.told(features, tokenizer) == f"{start}{row.prompt}\nAnswer:[[ {row.answer}<eos>]]"
+        rows, hits = task.test[:2], 0
+        for row in rows:
+            scores = {}
+            for label in task.labels:
+                ids = tokenizer(f"{start.removeprefix('<bos>')}{row.prompt}\nAnswer: {label}<eos>")["input_ids"]
+                with torch.no_grad():
+                    steps = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)[:-1]
+                chosen = steps[torch.arange(len(ids) - 1), ids[1:]]
+                scores[label] = chosen[-len(label) - 2 :].sum().item()
+            hits += max(scores, key=scores.__getitem__) == row.answer
+        assert objective.score(model, task, rows, 8) == hits / len(rows)
 
 
 def test_the_orders_hold_the_same_rows():
