@@ -25,7 +25,7 @@ def run(out: Path, budget: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=580)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_dry_run(tmp_path):
     done = run(tmp_path / "out", 500)
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "out" / "log").read_text()[-4000:]

@@ -249,7 +249,7 @@ def test_hangs(benchmark):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_was_measured_survives_a_bench_that_hangs(tmp_path, capfd):
     """It is interrupted at the deadline, what is left of the parts does not begin, and the table says all of it."""
     shutil.copy(gpu.ROOT / "bench" / "conftest.py", tmp_path)

@@ -35,7 +35,7 @@ def test_what_ends_in_time_is_left_alone():
     assert limits.run(python("raise SystemExit(7)"), 60) == limits.Ended(7)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("processes", [0, 2])
 def test_pytest_is_interrupted_and_writes_its_report(tmp_path, processes):
     if processes and importlib.util.find_spec("xdist") is None:

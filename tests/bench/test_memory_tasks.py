@@ -9,6 +9,7 @@ import memory_tasks
 import pytest
 
 MB = 2**20
+pytestmark = pytest.mark.exhaustive
 
 
 @pytest.fixture(scope="module")

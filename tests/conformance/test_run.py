@@ -45,7 +45,7 @@ def main():
     return module.main
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_runner(tmp_path, main, capsys):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_small.py").write_text(HEAD + TESTS)

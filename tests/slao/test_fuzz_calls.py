@@ -243,7 +243,9 @@ class Twins:
             close(scaling * B @ A, exact, self.worst, 1 + exact.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("name", ["slao", "clora", "inclora"])
+@pytest.mark.parametrize(
+    "name", ["slao", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("clora", "inclora"))]
+)
 def test_any_sequence_of_calls(name, tmp_path):
     done: Counter[str] = Counter()
 

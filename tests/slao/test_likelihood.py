@@ -11,7 +11,7 @@ from causal_models import CONFIGS, UNSHARED, WINDOWED, WORDS, causal
 from torch import Tensor
 
 from slao import logits
-from slao.objectives.likelihood import log_likelihoods
+from slao.objectives.likelihood import log_likelihoods, most_likely
 
 # One begins another, two begin alike, one stands twice, one is a single token.
 ANSWERS = [[7, 8, 9, 2], [7, 8, 2], [7, 2], [11, 2], [12, 13, 14, 15, 2], [11, 20, 2], [2], [7, 8, 9, 2]]
@@ -39,8 +39,11 @@ def test_as_one_by_one(kind, size, monkeypatch):
     model = causal(kind)
     monkeypatch.setattr(logits, "_CHUNK", (5 if size == 3 else 1000) * WORDS)
     found = log_likelihoods(model, prompts(), ANSWERS, size, 0)
+    best = most_likely(model, prompts(), ANSWERS, size, 0)
     assert model.training
-    assert (found - one_by_one(model.eval(), prompts(), ANSWERS)).abs().max() <= CLOSE
+    expected = one_by_one(model.eval(), prompts(), ANSWERS)
+    assert (found - expected).abs().max() <= CLOSE
+    assert (expected.amax(1) - expected[torch.arange(len(best)), best]).max() <= CLOSE
 
 
 def test_answers_of_one_token():
@@ -68,3 +71,30 @@ def test_a_prompt_is_run_once_and_what_answers_share_once():
     log_likelihoods(model, [[5] * 20, [6] * 20], ANSWERS, 64, 0)
     # [7, 8, 9], [12, 13, 14, 15] and [11, 20] after each of two prompts, padded to four.
     assert [tuple(shape) for shape in seen] == [(2, 20), (6, 4)]
+
+
+@pytest.mark.parametrize("sharp", [1, 100])
+def test_answers_that_cannot_be_the_best_are_not_run(sharp):
+    """A model that is sure runs its own answer alone; one that is not, also what that one's whole leaves open."""
+    model, seen, line, draw = causal("llama").eval(), [], prompts()[0], random.Random(1)
+    model.lm_head.weight.data *= sharp
+    own = model.generate(torch.tensor([line]), max_new_tokens=4, do_sample=False)[0, len(line) :].tolist()
+    others = [token for token in range(40, 60) if token != own[0]]
+    answers = [own, *([token, *(draw.randrange(5, WORDS) for _ in range(3))] for token in others)]
+    lines = [line, line]
+    expected = one_by_one(model, lines, answers)
+    logp = model(input_ids=torch.tensor([line])).logits[0, -1].log_softmax(-1)
+    further = int((logp[others] >= expected[0, 0]).sum())
+    model.model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(len(given["input_ids"])), with_kwargs=True
+    )
+    assert most_likely(model, lines, answers, 64, 0) == expected.argmax(1).tolist()
+    assert seen == [2, 2, *([2 * further] if further else [])]
+    assert (further == 0) == (sharp == 100)
+
+
+def test_of_equal_answers_the_first_counts():
+    model = causal("llama").eval()
+    assert most_likely(model, prompts(), [[3, 4], [7, 8, 2], [7, 8, 2]], 8, 0) == [
+        int(row[1] >= row[0]) for row in one_by_one(model, prompts(), [[3, 4], [7, 8, 2]])
+    ]

@@ -169,7 +169,6 @@ def test_an_unwritable_cache(tree, tmp_path, monkeypatch):
     assert "cannot be kept in" in refused(tree[0], tmp_path)
 
 
-@pytest.mark.slow
 def test_killed_then_two_at_once(tree, tmp_path):
     packed, _, site = tree
     code = f"from slao.pretrained_gemma import *; print(gemma(Packed(*{list(vars(packed).values())!r})))"
@@ -196,7 +195,6 @@ def test_killed_then_two_at_once(tree, tmp_path):
     assert load_model(folders.pop(), "causal_lm", "auto", "cpu").dtype == torch.bfloat16
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(find_spec(Packed().package) is None, reason='needs pip install "slao_kernels[gemma]" (240 MB)')
 @pytest.mark.exhaustive
 def test_the_real_one(tmp_path, monkeypatch):

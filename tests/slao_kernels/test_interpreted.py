@@ -37,7 +37,6 @@ TOGETHER = [
 EACH = [{file: counts} for files in TOGETHER for file, counts in files.items() if counts[1]]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of Triton's kernels run on the GPU here")
 @pytest.mark.parametrize(

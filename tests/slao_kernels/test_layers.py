@@ -224,7 +224,6 @@ def test_compile(kind):
     assert report.fallbacks == {}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora_bias", "subclass of nn.Linear"])
 def test_lora_bias_by_inductor(kind):
     """torch 2.13 has miscompiled scaled additions inside autograd functions, and Inductor before 2.11 LoRA's gradients:

@@ -13,7 +13,7 @@ from ..logits import IGNORED, most_logits
 from ..streams import Row, Stream, Task
 from ..streams.base import METRICS
 from .base import Features, Objective, check_candidates, evaluating, in_batches, positions, room
-from .likelihood import log_likelihoods
+from .likelihood import most_likely
 from .prompts import Prompts, told_apart
 from .text_scores import text_score
 
@@ -124,7 +124,7 @@ class CausalLM(Objective):
         answers = [self._answer(label, task) for label in candidates]
         longest = max(map(len, answers))  # so that all candidates of a row follow the very same prompt
         prompts = [self._prompt(task, row, longest, self.eval_candidates) for row in rows]
-        best = log_likelihoods(model, prompts, answers, batch_size, self._pad).argmax(1).tolist()
+        best = most_likely(model, prompts, answers, batch_size, self._pad)
         return sum(candidates[guess] == row.answer for guess, row in zip(best, rows, strict=True)) / len(rows)
 
     def _score_generated(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:

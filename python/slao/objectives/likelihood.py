@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..logits import Places, causal_model, log_probabilities
@@ -23,21 +24,40 @@ def log_likelihoods(
 ) -> Tensor:
     """(prompts, answers), fp32: Σ log p(token | prompt, the answer's tokens before it); no prompt, no answer is empty.
 
-    At most batch_size sequences are held at a time. Answers that begin alike share what they have in common: the first
+    At most batch_size sequences are run at a time. Answers that begin alike share what they have in common: the first
     tokens of all are read off the prompt, and of the rest each beginning that is no part of another is run once. Where
-    the model keeps no cache that can be repeated, every prompt is run with every answer.
+    the model keeps no cache that can be copied, every prompt is run with every answer.
     """
+    return _totals(model, prompts, answers, batch_size, pad, best_alone=False)
+
+
+def most_likely(
+    model: nn.Module, prompts: Sequence[Tokens], answers: Sequence[Tokens], batch_size: int, pad: int
+) -> list[int]:
+    """The place in `answers` of each prompt's most likely one, the first of equals: the argmax of `log_likelihoods`.
+
+    An answer is given up as soon as its first token alone is less likely than another answer as a whole, since further
+    tokens only make it less so: a model that has learned its task runs little more than the right one.
+    """
+    best: list[int] = _totals(model, prompts, answers, batch_size, pad, best_alone=True).argmax(1).tolist()
+    return best
+
+
+def _totals(
+    model: nn.Module, prompts: Sequence[Tokens], answers: Sequence[Tokens], batch_size: int, pad: int, best_alone: bool
+) -> Tensor:
+    """As `log_likelihoods`; best_alone: of an answer that cannot be the best only its first token's, which is more."""
     result = torch.zeros(len(prompts), len(answers))
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # little padding
     paths = _paths(answers)
-    step = max(1, batch_size // max(1, len(paths)))
+    step = batch_size if best_alone else max(1, batch_size // max(1, len(paths)))
     shares = _shares(model)
     with evaluating(model) as device:
         for start in range(0, len(order), step):
             rows = order[start : start + step]
             some, found = [prompts[row] for row in rows], None
             if shares:
-                found = _Shared(model, some, pad, device).log_likelihoods(answers, paths, batch_size)
+                found = _Shared(model, some, answers, paths, pad, device).totals(batch_size, best_alone)
                 shares = found is not None
             if found is None:
                 found = _one_by_one(model, some, answers, batch_size, pad, device)
@@ -78,62 +98,84 @@ def _counted(causal: nn.Module) -> bool:
 class _Shared:
     """A batch of prompts, padded on the left, and the answers after it."""
 
-    def __init__(self, model: nn.Module, prompts: list[Tokens], pad: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: list[Tokens],
+        answers: Sequence[Tokens],
+        paths: list[Tokens],
+        pad: int,
+        device: torch.device,
+    ) -> None:
         self.model, self.pad, self.device, self.count = model, pad, device, len(prompts)
         self.counted = _counted(causal_model(model))
         self.ids = _padded(prompts, pad, left=True)
         self.mask = _padded([[1] * len(prompt) for prompt in prompts], 0, left=True)
+        self.answers, self.paths = answers, paths
+        # The path that the rest of each answer is read off; None where there is no rest.
+        self.path_of = [
+            next((number for number, path in enumerate(paths) if len(a) > 1 and path[: len(a) - 1] == a[:-1]), None)
+            for a in answers
+        ]
 
-    def log_likelihoods(self, answers: Sequence[Tokens], paths: list[Tokens], batch_size: int) -> Tensor | None:
-        """(prompts, answers); None where the model's cache cannot be repeated after all."""
-        total, cache = self._first(answers)
-        size = max(1, batch_size // self.count)
-        for start in range(0, len(paths), size):
-            some = paths[start : start + size]
-            own = copy.deepcopy(cache) if len(paths) > size else cache
-            try:
-                own.batch_repeat_interleave(len(some))
-                self._rest(total, own, answers, some)
-            except (AttributeError, IndexError, ValueError, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
-                    raise
-                name = type(causal_model(self.model)).__name__
-                logger.warning("%s runs every prompt with every answer: its cache cannot be repeated (%s)", name, error)
+    def totals(self, batch_size: int, best_alone: bool) -> Tensor | None:
+        """(prompts, answers), as `_totals`; None where the model's cache cannot be copied after all."""
+        total, cache = self._first()
+        whole = torch.tensor([path is None for path in self.path_of]).repeat(self.count, 1)
+        if best_alone:  # the answer with the best beginning goes first: few others can beat it
+            if not self._rest(total, whole, cache, F.one_hot(total.argmax(1), len(self.answers)).bool(), batch_size):
                 return None
-        return total
+            least = total.masked_fill(~whole, -torch.inf).amax(1, keepdim=True)
+            wanted = ~(total < least)
+        else:
+            wanted = torch.ones_like(whole)
+        return total if self._rest(total, whole, cache, wanted, batch_size) else None
 
-    def _first(self, answers: Sequence[Tokens]) -> tuple[Tensor, Any]:
+    def _first(self) -> tuple[Tensor, Any]:
         """The log-probability of each answer's first token, (prompts, answers), and the prompts' cache."""
-        firsts = sorted({answer[0] for answer in answers})
+        firsts = sorted({answer[0] for answer in self.answers})
         place = {token: number for number, token in enumerate(firsts)}
         found = torch.arange(self.count), torch.full((self.count,), self.ids.shape[1] - 1)
         reads = torch.arange(self.count).repeat_interleave(len(firsts)), torch.tensor(firsts).repeat(self.count)
         logp, outputs = self._read(found, *reads, self._inputs(self.ids, self.mask))
-        total = logp.view(self.count, len(firsts))[:, [place[answer[0]] for answer in answers]]
+        total = logp.view(self.count, len(firsts))[:, [place[answer[0]] for answer in self.answers]]
         return total, getattr(outputs, "past_key_values", None)
 
-    def _rest(self, total: Tensor, cache: Any, answers: Sequence[Tokens], paths: list[Tokens]) -> None:
-        """Add to `total` what is read off these paths, run after copies of the prompts' cache: (prompt, path)."""
-        reads = []  # (answer, its token, the path and the place on it that it is read off)
-        for answer, line in enumerate(answers):
-            path = next((number for number, other in enumerate(paths) if other[: len(line) - 1] == line[:-1]), None)
-            if path is not None:
-                reads += [(answer, token, (path, place)) for place, token in enumerate(line[1:])]
-        if not reads:
-            return
-        cells = sorted({cell for _, _, cell in reads})
-        index = {cell: number for number, cell in enumerate(cells)}
-        of_prompt = torch.arange(self.count).repeat_interleave
-        lines, columns = (torch.tensor(column).repeat(self.count) for column in zip(*cells, strict=True))
-        found = of_prompt(len(cells)) * len(paths) + lines, columns
-        at = torch.tensor([index[cell] for _, _, cell in reads]).repeat(self.count)
-        tokens = torch.tensor([token for _, token, _ in reads]).repeat(self.count)
-        tails = _padded(paths, self.pad).repeat(self.count, 1)
-        mask = _padded([[1] * len(path) for path in paths], 0).repeat(self.count, 1)
-        mask = torch.cat([self.mask.repeat_interleave(len(paths), 0), mask], 1)
-        given = self._inputs(tails, mask) | {"past_key_values": cache}
-        logp, _ = self._read(found, of_prompt(len(reads)) * len(cells) + at, tokens, given)
-        total.index_add_(1, torch.tensor([answer for answer, _, _ in reads]), logp.view(self.count, len(reads)))
+    def _rest(self, total: Tensor, whole: Tensor, cache: Any, wanted: Tensor, batch_size: int) -> bool:
+        """Make the totals that are wanted whole, and what shares their paths. False: the cache has no copies."""
+        cells = {(self.path_of[answer], row) for row, answer in (wanted & ~whole).nonzero().tolist()}
+        pairs = sorted((path, row) for path, row in cells if path is not None)
+        for start in range(0, len(pairs), batch_size):
+            some = pairs[start : start + batch_size]
+            try:
+                own = copy.deepcopy(cache)
+                own.batch_select_indices(torch.tensor([row for _, row in some], device=self.device))
+                self._run(total, own, some)
+            except (AttributeError, IndexError, ValueError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
+                    raise
+                name = type(causal_model(self.model)).__name__
+                logger.warning("%s runs every prompt with every answer: its cache cannot be copied (%s)", name, error)
+                return False
+            for path, row in some:
+                whole[row] |= torch.tensor([other == path for other in self.path_of])
+        return True
+
+    def _run(self, total: Tensor, cache: Any, pairs: list[tuple[int, int]]) -> None:
+        """Add to `total` what is read off these (path, prompt), run after their prompts' cache."""
+        places: dict[tuple[int, int], int] = {}  # (pair, place on its path) -> its number
+        reads = []
+        for pair, (path, row) in enumerate(pairs):
+            for number, answer in enumerate(self.answers):
+                for place, token in enumerate(answer[1:] if self.path_of[number] == path else ()):
+                    reads.append((row, number, places.setdefault((pair, place), len(places)), token))
+        rows, numbers, at, tokens = (torch.tensor(column) for column in zip(*reads, strict=True))
+        found = tuple(torch.tensor(column) for column in zip(*places, strict=True))
+        paths, prompts = [self.paths[path] for path, _ in pairs], [row for _, row in pairs]
+        mask = torch.cat([self.mask[prompts], _padded([[1] * len(path) for path in paths], 0)], 1)
+        given = self._inputs(_padded(paths, self.pad), mask) | {"past_key_values": cache}
+        logp, _ = self._read((found[0], found[1]), at, tokens, given)
+        total.index_put_((rows, numbers), logp, accumulate=True)
 
     def _inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         """What the decoder takes; the mask also covers the cache. Padding has no position of its own."""
