@@ -1,10 +1,11 @@
 """A small language model with a large vocabulary as users train and score it: logits where they are read, against all.
 
 The geometry is Gemma 3 270M's (18 layers, 640 wide, 262,144 words, tied embeddings) with random weights, or the model
-itself with --model gemma-3-270m. `step`: forward, backward, AdamW on 8 rows of 48 prompt and 4 answer tokens; "PEFT" is
-a model as PEFT makes it under transformers' own loss, "PEFT, labelled" the same within `slao.logits.labelled_only`,
-"ours" is patched too. Peaks are of a step, above what lies in memory before it. `score`: four prompts with 15
-candidates of four tokens each; "all logits" runs every prompt with every candidate and has the logits of all positions.
+itself with --model gemma-3-270m. `step`: forward, backward, AdamW on 8 rows of 48 prompt and 4 answer tokens, r = 8;
+"PEFT" is a model as PEFT makes it under transformers' own loss, "PEFT, labelled" the same within
+`slao.logits.labelled_only`, "ours" is patched too. Peaks are of a step, above what lies in memory before it. `score`:
+four prompts with 15 candidates of four tokens each; "all logits" runs every prompt with every candidate and has the
+logits of all positions; "best" finds the most likely candidate alone.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from race import best, interleave, record
 from torch import Tensor, nn
 
 from slao.logits import labelled_only
-from slao.objectives.likelihood import log_likelihoods
+from slao.objectives.likelihood import log_likelihoods, most_likely
 from slao.train import peak_memory_mb, reset_peak_memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TARGETS: dict[str, Any] = {"qv": ["q_proj", "v_proj"], "all-linear": "all-linear"}
+RANK = 8
 ROWS, PROMPT, ANSWER = 8, 48, 4
 CANDIDATES = 15
 
@@ -85,7 +87,7 @@ def test_step(dtype: str, targets: str, benchmark: Any, device: str, request: py
         skip_on_a_cpu(device, request.config)
     model = base(DTYPES[dtype], request.config).to(device)
     given = batch(model.config.vocab_size, device)
-    made = {name: adapted(twin(model), TARGETS[targets]) for name in ("PEFT", "PEFT, labelled", "ours")}
+    made = {name: adapted(twin(model), TARGETS[targets], r=RANK) for name in ("PEFT", "PEFT, labelled", "ours")}
     fused(made["ours"])
     steps = {name: Step(contestant, given) for name, contestant in made.items()}
     with ExitStack() as blocks:
@@ -135,7 +137,13 @@ def test_score(length: int, benchmark: Any, device: str, request: pytest.Fixture
     expected, found = whole(), ours()
     assert relative(found, expected) <= 1e-4
     assert torch.equal(found.argsort(1), expected.argsort(1))
-    races = interleave(benchmark, {"all logits": whole, "ours": ours}, device, 3)
+
+    def best_one() -> list[int]:
+        return most_likely(model, prompts, answers, 64, 0)
+
+    assert best_one() == expected.argmax(1).tolist()
+    races = interleave(benchmark, {"all logits": whole, "ours": ours, "best": best_one}, device, 3)
     record(benchmark, races, "all logits", device)
     benchmark.extra_info["all logits / ours"] = best(races, lambda race: race["all logits"] / race["ours"])
     benchmark.extra_info["largest relative difference"] = float(((found - expected) / expected).abs().max())
+    benchmark.extra_info["all logits / best"] = best(races, lambda race: race["all logits"] / race["best"])

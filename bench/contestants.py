@@ -22,13 +22,13 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
-def adapted(model: nn.Module, targets: str | list[str], base_dtype: bool = False) -> nn.Module:
+def adapted(model: nn.Module, targets: str | list[str], base_dtype: bool = False, r: int = RANK) -> nn.Module:
     """`model` with PEFT's LoRA, changed in place: adapters in fp32 as PEFT makes them, or in the base's dtype.
 
     A and B are random, the same for all of one geometry: with PEFT's B = 0 a wrong branch would look right. Their
     values are bf16's, so that both precisions start from the same adapter.
     """
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
+    config = LoraConfig(r=r, lora_alpha=ALPHA, target_modules=targets)
     model = get_peft_model(model, config, autocast_adapter_dtype=not base_dtype).base_model.model
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
