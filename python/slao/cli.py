@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import stopping
+from . import cli_merging, stopping
 from .failures import explain
 
 # flag -> setting; the value is parsed as YAML, so 3, 0.5, true and [a, b] mean what they say.
@@ -76,20 +75,8 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--markdown", action="store_true", help="print the table as Markdown instead")
     cosines = commands.add_parser("interference", help="cosines of the task vectors of saved PEFT adapters")
     cosines.add_argument("adapters", nargs="+", metavar="FOLDER", help="as save_pretrained writes it")
-    merge = commands.add_parser("merge", help="merge saved PEFT adapters, oldest first, into one PEFT folder")
-    merge.add_argument("adapters", nargs="+", metavar="FOLDER", help="as save_pretrained writes it")
-    merge.add_argument("-o", "--out", required=True, metavar="FOLDER", help="to be made; must not exist")
-    merge.add_argument(
-        "--method", default="slao", help="slao (default), linear, svd, ties, dare_ties, magmax, opcm, knots"
-    )
-    merge.add_argument("--weights", help="comma-separated, one an adapter (not slao)")
-    merge.add_argument("--rank", type=int, help="of the result (svd, magmax, opcm, knots)")
-    merge.add_argument("--density", type=float, help="part of the entries that is kept (ties, dare_ties, knots)")
-    merge.add_argument("--lambda-schedule", help="inv_sqrt (default), inverse, adaptive or a number (slao)")
-    merge.add_argument("--seed", type=int, help="of dare_ties")
-    merge.add_argument(
-        "--beside", help="what becomes of heads, biases, tokens: keep (the last one's) or merge (averaged)"
-    )
+    cli_merging.add_merge(commands)
+    cli_merging.add_fold(commands)
     commands.add_parser("info", help="versions, devices, and the backend each op takes here")
     return top
 
@@ -177,22 +164,6 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if run.failed else 0
 
 
-def _merge(options: argparse.Namespace) -> int:
-    from .merging import merge_adapters
-
-    try:
-        weights = None if options.weights is None else [float(weight) for weight in options.weights.split(",")]
-    except ValueError:
-        raise ValueError(f"--weights takes numbers, such as 0.5,0.3,0.2; got {options.weights!r}") from None
-    schedule: str | float | None = options.lambda_schedule
-    with contextlib.suppress(ValueError):  # a name
-        schedule = None if schedule is None else float(schedule)
-    given: dict[str, Any] = {"weights": weights, "rank": options.rank, "density": options.density, "schedule": schedule}
-    given |= {"seed": options.seed, "beside": options.beside}
-    print(merge_adapters(options.adapters, options.out, options.method, **given, progress=True))
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 128 and the signal's number where Ctrl-C or SIGTERM ended it."""
     try:
@@ -227,7 +198,9 @@ def _command(argv: Sequence[str] | None) -> int:
             print(interference_table(options.adapters))
             return 0
         if options.command == "merge":
-            return _merge(options)
+            return cli_merging.merge(options)
+        if options.command == "fold":
+            return cli_merging.fold(options)
         from slao_kernels.__main__ import describe
 
         print(describe())

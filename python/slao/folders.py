@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,14 @@ class Source:
     """A folder with an adapter: its config, its layers in the file's order, and their tensors on demand.
 
     beside: take one that trains heads, biases or tokens beside A and B; `parts` has their shapes and dtypes by the keys
-    of the file.
+    of the file. more: fields of a config under which a layer is more than A and B that are taken as well; `parts` then
+    has whatever else the file holds.
     Raises ValueError when the folder holds no adapter in safetensors, or one that adds more than B A to its base.
     """
 
-    def __init__(self, folder: str | Path, beside: bool = False) -> None:
+    def __init__(self, folder: str | Path, beside: bool = False, more: Collection[str] = ()) -> None:
         self.folder = Path(folder)
-        self.config: dict[str, Any] = read_config(self.folder, beside)
+        self.config: dict[str, Any] = read_config(self.folder, beside, more)
         self.path = self.folder / "adapter_model.safetensors"
         init = changes_base(self.config.get("init_lora_weights"))
         if init is not None:
@@ -85,7 +86,7 @@ class Source:
         self._file: Any = None
         self._read = 0
         self.parts: dict[str, tuple[tuple[int, ...], str]] = {}
-        self.layers = {layer.name: layer for layer in self._layers()}
+        self.layers = {layer.name: layer for layer in self._layers(bool(more))}
 
     def _open(self) -> Any:
         from safetensors import safe_open
@@ -95,7 +96,7 @@ class Source:
         except Exception as error:
             raise ValueError(f"{self.path} cannot be read: {error}") from error
 
-    def _layers(self) -> list[Layer]:
+    def _layers(self, anything: bool) -> list[Layer]:
         file = self._file = self._open()
         keys = list(file.keys())
         rest = set(keys)
@@ -118,7 +119,7 @@ class Source:
                 )
         if not found:
             raise ValueError(f"{self.path} holds no LoRA layers")
-        if foreign := sorted(key for key in rest if not is_beside(key, self.config)):
+        if foreign := sorted(key for key in rest if not (anything or is_beside(key, self.config))):
             raise ValueError(f"{self.path} holds more than A and B, which are merged: {', '.join(foreign[:3])}")
         for key in sorted(rest):
             piece = file.get_slice(key)
@@ -174,9 +175,9 @@ def scaling(config: Mapping[str, Any], name: str, r: int) -> float:
     return alpha / (r**0.5 if config.get("use_rslora") else r)
 
 
-def read_config(folder: Path, beside: bool = False) -> dict[str, Any]:
-    """adapter_config.json of a LoRA that trains A and B only (and, with `beside`, something beside them); else
-    ValueError."""
+def read_config(folder: Path, beside: bool = False, taken: Collection[str] = ()) -> dict[str, Any]:
+    """adapter_config.json of a LoRA that trains A and B only (and, with `beside`, something beside them; what the
+    fields `taken` stand for, too); else ValueError."""
     path = folder / "adapter_config.json"
     if not path.exists():
         raise ValueError(f"{folder} holds no adapter: there is no adapter_config.json")
@@ -195,9 +196,10 @@ def read_config(folder: Path, beside: bool = False) -> dict[str, Any]:
     ranks = [config.get("r", 1), *(config.get("rank_pattern") or {}).values()]
     if min(ranks) < 1:
         raise ValueError(f"{path}: a rank of {min(ranks)}; ranks are at least 1")
-    more = more_than_pairs(config)
+    more = [field for field in more_than_pairs(config) if field not in taken]
     if more:
-        raise ValueError(f"{path} has {', '.join(more)}: more than A and B, which alone are compared or merged")
+        what = "which is not folded" if taken else "which alone are compared or merged"
+        raise ValueError(f"{path} has {', '.join(more)}: more than A and B, {what}")
     for key in trains_beside(config):
         typed(f"{path}: {key}", config[key], _BESIDE[key])
         if not beside:

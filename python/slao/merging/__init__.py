@@ -1,9 +1,11 @@
-"""Offline merges: saved PEFT adapters in, one plain PEFT adapter out, a layer in memory at a time."""
+"""Offline merges: saved PEFT adapters in, one plain PEFT adapter out, a layer in memory at a time; and folds of them
+into their base."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -19,6 +21,9 @@ from ..schedules import MergeStats, Schedule, make_schedule
 from . import beside as parts
 from . import factors, product
 from .factors import Pair
+from .fold import Folded, dtype_of, plan, single, summed, write
+from .fold_base import Base
+from .fold_verify import tokens_of, verified
 from .output import DTYPES, TensorFile, whole_folder, write_config
 from .product import Cut
 from .source import Source, check
@@ -118,6 +123,55 @@ def merge_adapters(
             file.close()
         write_config(scratch / "adapter_config.json", last.config, None if method == "slao" else ranks)
     return Merged(target, method, ranks, lost)
+
+
+def fold_model(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    method: str | None = None,
+    *,
+    dtype: str | None = None,
+    untie: bool = False,
+    verify: str | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Folded:
+    """Fold the adapters, oldest first, into the model in the folder `base`: a new folder `out` that transformers loads.
+
+    Works on files: safetensors in, safetensors of the same names out, one tensor in memory at a time; arithmetic in
+    fp32, rounded once. method: of several adapters, one of `merge_adapters`, "slao" unless said. "svd" without a rank
+    is the weighted sum itself, rounded once, with nothing cut; the others fold what `merge_adapters` makes. options:
+    the ones of that: weights, rank, density, schedule, seed, beside. dtype: "float32", "bfloat16", "float16" or
+    "float64", of all floating weights; by default each keeps its own. untie: write a head that is tied to the input
+    embedding apart where the adapter changes one of them alone. verify: a prompt, for which the logits of base with
+    adapters and of the folded model are compared (`Folded.verified`).
+    `out` appears when it is whole. docs/fold.md says what is treated and what is refused.
+    Raises ValueError, with nothing written, for what is refused; OSError where the disk does not take it.
+    """
+    method = method or ("svd" if len(adapters) == 1 else "slao")
+    given = {name: options.pop(name, None) for name in ("weights", "rank", "density", "schedule", "seed", "beside")}
+    if options:
+        raise TypeError(f"fold_model takes no {', '.join(options)}")
+    beside = given.pop("beside")
+    completed = _options(method, **given, count=len(adapters))
+    model, target, to = Base(base), Path(out), dtype_of(dtype)
+    asked = None if verify is None else tokens_of(model, verify)
+    note = {"method": method, "adapters": [Path(folder).resolve().name for folder in adapters], **completed}
+    exact = method == "svd" and given["rank"] is None
+    made = plan(model, *summed(adapters, completed["weights"], beside), to, untie) if exact else None
+    with whole_folder(target) as scratch:
+        folders, weights, merged = [Path(folder) for folder in adapters], completed.get("weights", []), None
+        if made is None:
+            folders, weights = [scratch / ".adapter"], [1.0]
+            merged = merge_adapters(adapters, folders[0], method, beside=beside, progress=progress, **given)
+            made = plan(model, *single(folders[0]), to, untie)
+        left = write(made, scratch, note, progress)
+        told = None if asked is None else verified(made, folders, weights, scratch, *asked)
+        if merged is not None:
+            shutil.rmtree(folders[0])
+    lost = merged.lost if merged is not None and method in _CUT else None
+    return Folded(target, method, made, left, lost, told)
 
 
 def _merge(

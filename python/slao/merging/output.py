@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,22 @@ _MINE = ".merge-"  # in the names of what is not whole yet, which others than a 
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
-_NAMES |= {torch.bool: "BOOL"}
+_NAMES |= {torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 class TensorFile:
     """safetensors, written in a stream: names, shapes and dtypes first, since the header needs them, then the data.
 
-    tensors: name -> (shape, dtype), in the order in which `write` will be given them.
+    tensors: name -> (shape, dtype), in the order in which `write` will be given them. note: how they were merged, or
+    the whole metadata.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], note: str) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", "slao_merge": note}}
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], note: str | Mapping[str, str]
+    ) -> None:
+        metadata = {"format": "pt", "slao_merge": note} if isinstance(note, str) else dict(note)
+        header: dict[str, Any] = {"__metadata__": metadata}
         self.where: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
         end = 0
         for name, (shape, dtype) in tensors.items():
@@ -54,10 +58,15 @@ class TensorFile:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """The next tensor; rounded to the dtype and brought into the shape that were announced."""
-        start, shape, dtype = self.where[name]
-        if self._file.tell() != self._start + start:
+        _, shape, dtype = self.where[name]
+        self.write_bytes(name, [_bytes(tensor.detach().to(dtype).reshape(shape))])
+
+    def write_bytes(self, name: str, blocks: Iterable[memoryview]) -> None:
+        """The next tensor, as it lies in memory, block after block."""
+        if self._file.tell() != self._start + self.where[name][0]:
             raise RuntimeError(f"{name} is written out of its turn")
-        self._file.write(_bytes(tensor.detach().to(dtype).reshape(shape)))
+        for block in blocks:
+            self._file.write(block)
 
     def rescale(self, name: str, factor: float) -> None:
         """Multiply what was written under `name`."""
