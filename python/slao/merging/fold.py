@@ -105,6 +105,8 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 def single(folder: str | Path) -> Sum:
     """One adapter, of all kinds that a fold treats."""
     source = Source(folder, beside=True, more=MORE)
+    if source.config.get("layer_replication"):
+        raise ValueError(f"{folder} has layer_replication: its layers are more than the base's, and no fold has them")
     return [source], [1.0], source.part
 
 

@@ -86,6 +86,21 @@ def test_a_merge_that_does_not_fit_leaves_nothing(small, tools, whole, tmp_path)
     assert (out / "adapter_model.safetensors").is_file()
 
 
+def test_a_fold_that_does_not_fit_leaves_nothing(small, tools, whole, saved_bert, tmp_path):
+    before = files(saved_bert)
+    for out in (tmp_path / "out", tmp_path / "new" / "out"):
+        words = ["fold", str(saved_bert), str(whole / "adapters" / "seqlora-0"), "-o", str(out)]
+        assert "File too large" in tools.complaint(small.server.run(words, tmp_path / "log", fsize=10_000))
+        for at in (2, 4):
+            assert "No space left" in tools.complaint(small.server.run(words, tmp_path / "log", at=at, how="full"))
+        assert not out.exists()
+        assert not list(out.parent.glob(".*"))
+    assert files(saved_bert) == before
+    answer = small.server.run(words, tmp_path / "log")
+    assert answer["code"] == 0, answer["err"]
+    assert (out / "model.safetensors").is_file()
+
+
 def locked(folder: Path) -> None:
     """Nobody may write in it or below."""
     for path in [folder, *folder.rglob("*")]:

@@ -1,4 +1,4 @@
-"""Tiny bases and adapters of every kind for the tests of `slao fold`; conftest.py hands this module out as a fixture."""
+"""Tiny bases and adapters of every kind for the tests of `slao fold`; conftest.py hands it out as a fixture."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """By plain transformers, which may miss nothing and find nothing that it does not know."""
     kind = getattr(hf, json.loads((folder / "config.json").read_text())["architectures"][0])
     model, told = kind.from_pretrained(folder, output_loading_info=True, dtype="auto")
-    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"], told
+    assert not any(told[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
     return model.to(dtype).eval()
 
 

