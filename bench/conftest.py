@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rounds", default=None, type=int, help="at most so many rounds: figures are then worth little")
     parser.addoption("--peft-svd", default="", help="shapes, see bench/bench_weighted_merge.py (slow)")
     parser.addoption("--merge-dtype", default="float32", help="of the adapters on the disk, see bench/disk_merge.py")
+    parser.addoption("--blocks", default=None, type=int, help="of the model on the disk, see bench/disk_fold.py")
     parser.addoption("--lines", default=None, help="a file that gets a line of JSON for every bench as it ends")
     parser.addoption("--rivals", default="axolotl,unsloth", help="on a GPU, where installed; see bench/rivals.py")
 

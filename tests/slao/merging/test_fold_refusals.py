@@ -143,7 +143,7 @@ def test_a_base_of_another_kind(made, folds, tmp_path, capsys):
     assert main(["fold", str(base), str(made / "adapter"), "-o", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert "the base has no weight for base_model.model.model.layers.0" in err
-    assert "and 4 more: was the adapter trained on another model?" in err
+    assert "and 4 more: was the adapter trained on another model, or with a head that these files lack?" in err
 
 
 def test_what_is_there_stays(made, tmp_path, capsys):
@@ -191,6 +191,17 @@ def test_what_is_copied(made, tmp_path, capsys):
         assert not (tmp_path / "out" / name).is_symlink()
     for name in [*left, ".git", "vocab.txt", "folder"]:
         assert not (tmp_path / "out" / name).exists()
+
+
+def test_one_file_beside_an_index(made, folds, tmp_path):
+    """transformers takes the one file; the index and its shards are left, and that is said."""
+    base = tmp_path / "base"
+    shutil.copytree(made / "base", base)
+    save_file(folds.load(base).state_dict(), base / "model.safetensors", metadata={"format": "pt"})
+    folded = fold_model(base, [made / "adapter"], tmp_path / "out")
+    names = [path.name for path in base.iterdir() if path.name.startswith("model") and path.name != "model.safetensors"]
+    assert folded.left == dict.fromkeys(names, "weights that are not folded")
+    assert not list((tmp_path / "out").glob("*.index.json"))
 
 
 def test_a_base_without_the_heads_prefix(made, folds, tmp_path):

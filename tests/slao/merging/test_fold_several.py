@@ -65,13 +65,17 @@ def test_a_method_is_a_merge_and_a_fold(method, folds, tmp_path):
     assert not (tmp_path / "out" / ".adapter").exists()
 
 
-def test_one_adapter_times_a_weight(folds, tmp_path):
-    base, (adapter, *_) = three(folds, tmp_path)
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_one_adapter_times_a_weight(kind, folds, tmp_path):
+    """lora_bias is a part of the product, and is weighted as that is."""
+    base = folds.save_base(kind, tmp_path / "base", shard="1MB")
+    bias = {"lora_bias": True, "target_modules": ["query", "value"]} if kind == "bert" else {}
+    adapter = folds.save_lora(kind, tmp_path / "adapter", **bias)
     fold_model(base, [adapter], tmp_path / "out", weights=[-0.5])
     fold_model(base, [adapter], tmp_path / "whole")
     old, half, whole = weights(base), weights(tmp_path / "out"), weights(tmp_path / "whole")
-    for name in read_adapter(adapter):
-        key = f"{name}.weight"
+    assert sum(not torch.equal(old[key], whole[key]) for key in old) == (8 if bias else 4)
+    for key in old:
         expected = old[key].double() - 0.5 * (whole[key].double() - old[key].double())
         assert float((half[key] - expected).norm() / expected.norm()) < CLOSE
 
@@ -114,10 +118,10 @@ def test_verify(dtype, more, told, tmp_path, capsys):
 
 def test_verify_finds_another_model(told, folds, tmp_path, capsys, monkeypatch):
     """An adapter whose alpha changes between the fold and the comparison, by a tenth."""
-    from slao import merging
+    from slao.merging import fold
 
     base, (adapter, *_) = told
-    whole = merging.verified
+    whole = fold.verified
 
     def later(made, folders, *rest):
         path = adapter / "adapter_config.json"
@@ -128,7 +132,7 @@ def test_verify_finds_another_model(told, folds, tmp_path, capsys, monkeypatch):
         finally:
             path.write_text(before)
 
-    monkeypatch.setattr(merging, "verified", later)
+    monkeypatch.setattr(fold, "verified", later)
     capsys.readouterr()
     assert main(["fold", str(base), str(adapter), "-o", str(tmp_path / "out"), "--verify", "red cat"]) == 1
     out, err = capsys.readouterr()
@@ -142,6 +146,18 @@ def test_verify_needs_a_tokenizer_first(folds, tmp_path, capsys):
     capsys.readouterr()
     assert main(["fold", str(base), str(adapters[0]), "-o", str(tmp_path / "out"), "--verify", "red"]) == 2
     assert "slao: --verify needs the tokenizer of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_replicated_layers_of_several(folds, tmp_path):
+    """The names of the replicated model's first layers are the base's."""
+    base, adapters = three(folds, tmp_path)
+    for folder in adapters:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "layer_replication": [[0, 2], [1, 2]]}))
+    for method in ("svd", "slao"):
+        with pytest.raises(ValueError, match="has layer_replication"):
+            fold_model(base, adapters, tmp_path / "out", method)
     assert not (tmp_path / "out").exists()
 
 

@@ -21,6 +21,9 @@ APART = {
     "LoRA of a head": ("gemma", {"target_modules": ["lm_head", "q_proj"]}),
     "LoRA of GPT-2's embedding": ("gpt2", {"target_modules": ["wte", "c_attn"]}),
     "tokens and a head": ("gemma", {"trainable_token_indices": [3, 7], "modules_to_save": ["lm_head"]}),
+    "tokens of each": ("gemma", {"trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [5]}}),
+    # PEFT ties again by the names embed_tokens and lm_head alone
+    "a name that PEFT does not tie": ("gpt2", {"target_modules": ["wte", "c_attn"], "ensure_weight_tying": True}),
 }
 
 
@@ -52,11 +55,19 @@ def test_one_alone_is_refused_or_untied(case, folds, tmp_path, capsys):
     assert error_ratio(folds.answer(folds.load(base)), expected) > 0.01
 
 
-@pytest.mark.parametrize("options", [{"trainable_token_indices": [3, 100]}, {"modules_to_save": ["embed_tokens"]},
-                                     {"target_modules": ["embed_tokens", "q_proj"]}], ids=str)  # fmt: skip
-def test_both_alike_stay_tied(options, folds, tmp_path, capsys):
+ALIKE = {
+    "tokens": {"trainable_token_indices": [3, 100]},
+    "tokens by both names": {"trainable_token_indices": {"embed_tokens": [3, 100], "lm_head": [3, 100]}},
+    "an embedding": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "a head": {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    "LoRA": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_both_alike_stay_tied(case, folds, tmp_path, capsys):
     base = folds.save_base("gemma", tmp_path / "base")
-    adapter = folds.save_lora("gemma", tmp_path / "adapter", **options, ensure_weight_tying=True)
+    adapter = folds.save_lora("gemma", tmp_path / "adapter", **ALIKE[case])
     fold_model(base, [adapter], tmp_path / "out")
     found = folds.load(tmp_path / "out")
     assert found.get_input_embeddings().weight.data_ptr() == found.get_output_embeddings().weight.data_ptr()
@@ -79,6 +90,42 @@ def test_a_resized_vocabulary(kind, folds, tmp_path):
         t.nbytes for name in set(index["weight_map"].values()) for t in load_file(tmp_path / "out" / name).values()
     ]
     assert index["metadata"]["total_size"] == sum(sizes)
+
+
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}], ids=["tokens", "tokens and a head"])
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_tokens_of_a_resized_vocabulary(kind, more, folds, tmp_path):
+    """What TRL's trainer does where a chat template brings tokens."""
+    options = {"trainable_token_indices": [3, 128, 130], **more}
+    base = folds.save_base(kind, tmp_path / "base")
+    adapter = folds.save_lora(kind, tmp_path / "adapter", rows=131, **options)
+    fold_model(base, [adapter], tmp_path / "out", untie=kind == "gemma" and bool(more))
+    found = folds.load(tmp_path / "out")
+    assert found.config.vocab_size == 131
+    tied = found.get_input_embeddings().weight.data_ptr() == found.get_output_embeddings().weight.data_ptr()
+    assert tied == (kind == "gemma" and not more)
+    expected = folds.answer(folds.adapted(base, adapter, rows=131))
+    assert error_ratio(folds.answer(found), expected) < ANSWERS
+
+
+@pytest.mark.parametrize("stored", [["lm_head.weight"], ["lm_head.weight", "model.embed_tokens.weight"]], ids=str)
+def test_it_is_stored_under_the_heads_name_or_both(stored, folds, tmp_path):
+    base = folds.save_base("gemma", tmp_path / "base", shard="1MB")
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    embedding = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors | {name: embedding.clone() for name in stored}, path, metadata={"format": "pt"})
+    tokens = folds.save_lora("gemma", tmp_path / "tokens", trainable_token_indices=[3, 100])
+    lora = folds.save_lora("gemma", tmp_path / "lora", target_modules=["embed_tokens", "q_proj"])
+    fold_model(base, [tokens], tmp_path / "tied")
+    with pytest.raises(ValueError, match="are one parameter"):
+        fold_model(base, [lora], tmp_path / "apart")
+    fold_model(base, [lora], tmp_path / "apart", untie=True)
+    for name, adapter, ties in (("tied", tokens, True), ("apart", lora, False)):
+        found = folds.load(tmp_path / name)
+        same = found.get_input_embeddings().weight.data_ptr() == found.get_output_embeddings().weight.data_ptr()
+        assert same == ties
+        assert error_ratio(folds.answer(found), folds.answer(folds.adapted(base, adapter))) < ANSWERS
 
 
 def test_half_of_a_resized_vocabulary_is_refused(folds, tmp_path):

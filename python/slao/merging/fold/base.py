@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reading import inside, read_json
-from .output import DTYPES
+from ...reading import inside, read_json
+from ..output import DTYPES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _BLOCK = 16 << 20  # bytes of an unchanged tensor that are held at once

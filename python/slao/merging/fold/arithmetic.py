@@ -11,8 +11,8 @@ from torch import Tensor
 
 from slao_kernels import fold_
 
-from ..folders import Source
-from .fold_skeleton import Piece
+from ...folders import Source
+from .skeleton import Piece
 
 Part = Callable[[], Tensor]  # what an adapter has beside A and B, read when it is needed
 
@@ -48,8 +48,10 @@ class Change:
 def changed(weight: Tensor, change: Change, piece: Piece, dtype: torch.dtype) -> Tensor:
     """The stored tensor `weight`, which is written into, or what replaces it, after `change`, in `dtype`."""
     if change.value is not None:
-        weight = _part(change.value(), piece).clone()
-    if weight.dtype != dtype or change.magnitude is not None or change.plus:
+        weight = _part(change.value(), piece)
+        if change.low or change.magnitude is not None or change.rows is not None:
+            weight = weight.clone()  # what a file holds is not written into
+    if (weight.dtype != dtype and change.low) or change.magnitude is not None or change.plus:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if change.low:
         _fold(weight, change, piece)

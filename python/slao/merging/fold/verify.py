@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reading import read_json
-from .fold import Plan
-from .fold_base import Base
+from ...reading import read_json
+from .base import Base
+from .plan import Plan
 
 # The largest of a vocabulary's errors differs between two drawings of the same rounding, by 1.4 at most in twenty
 # drawings on each tiny model of the tests, and an fp32 GEMM adds up to 2^-19 of the largest logit in another order.

@@ -1,4 +1,4 @@
-"""Which weights the base's files hold, by the model's own names: the model on the meta device, which has no weights."""
+"""Which weights the base's files hold, by the model's own names: from the model on the meta device, without weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Piece:
 
 class Skeleton:
     """shapes: of the parameters and buffers that a checkpoint holds, by the model's names. pieces: what the files hold
-    of each; absent where a parameter is tied to another one, or not stored. tied: name -> what it shares memory with.
+    of each; absent where a parameter is not stored. groups: the names of parameters that are one, the owner first.
+    tied: name of one that is not stored itself -> the stored one of its group.
 
     Raises ValueError where transformers does not have the architecture.
     """
@@ -38,10 +39,17 @@ class Skeleton:
         self.model = _on_meta(base)
         state = self.model.state_dict()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
         self.pieces: dict[str, list[Piece]] = {}
         self.odd: dict[str, str] = {}  # what is stored in a way that no delta can be cut for
         self._find(state)
+        ties: dict[str, list[str]] = {}
+        for name, owner in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            ties.setdefault(owner, [owner]).append(name)
+        self.groups = list(ties.values())
+        self.tied: dict[str, str] = {}
+        for group in self.groups:
+            stored = [name for name in group if name in self.pieces]
+            self.tied |= {name: stored[0] for name in group if stored and name not in stored}
 
     @property
     def prefix(self) -> str:
@@ -155,5 +163,6 @@ def missing(names: Iterable[str], folder: Path) -> ValueError:
     listed = list(names)
     more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
     return ValueError(
-        f"{folder}: the base has no weight for {', '.join(listed[:4])}{more}: was the adapter trained on another model?"
+        f"{folder}: the base has no weight for {', '.join(listed[:4])}{more}: was the adapter trained on another "
+        "model, or with a head that these files lack?"
     )

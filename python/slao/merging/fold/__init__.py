@@ -1,0 +1,98 @@
+"""Adapters folded into their base: a model's folder and adapters' folders in, a model's folder out.
+
+In the order of reading: `base` and `skeleton` (what the base's files hold, and by which names the model knows it),
+`changes` and `ties` (what the adapters make of it), `plan` (what will be written), `arithmetic` (one tensor), `write`
+and `verify`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..merge import CUT, completed, merge_adapters
+from ..output import whole_folder
+from .base import Base
+from .plan import Plan, dtype_of, plan, single, summed
+from .verify import Verified, tokens_of, verified
+from .write import write
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What `fold_model` wrote. left: of the base's folder what was not copied, and why. lost: the part of the merge
+    (norms) that its rank left out, None where nothing was cut. verified: where a prompt was given."""
+
+    folder: Path
+    method: str
+    plan: Plan
+    left: dict[str, str]
+    lost: float | None
+    verified: Verified | None
+
+    def __str__(self) -> str:
+        made = self.plan
+        lines = [f"{self.folder}: {len(made.changes)} weights changed by {self.method}, {made.size / 1e9:.2f} GB"]
+        if self.lost is not None:
+            lines[0] += f"; cut to a rank, which leaves out {self.lost:.2%} of the merge (norms)"
+        if made.untied is not None:
+            lines.append(f"untied: {made.untied} is written apart, and tie_word_embeddings is false")
+        if made.rows is not None:
+            lines.append(f"resized: vocab_size is {made.rows}")
+        if self.left:
+            lines.append("not copied: " + ", ".join(f"{name} ({why})" for name, why in self.left.items()))
+        if self.verified is not None:
+            lines.append(str(self.verified))
+        return "\n".join(lines)
+
+
+def fold_model(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    method: str | None = None,
+    *,
+    dtype: str | None = None,
+    untie: bool = False,
+    verify: str | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Folded:
+    """Fold the adapters, oldest first, into the model in the folder `base`: a new folder `out` that transformers loads.
+
+    Works on files: safetensors in, safetensors of the same names out, one tensor in memory at a time; arithmetic in
+    fp32, rounded once. method: of several adapters, one of `merge_adapters`, "slao" unless said. "svd" without a rank
+    is the weighted sum itself, rounded once, with nothing cut; the others fold what `merge_adapters` makes. options:
+    the ones of that: weights, rank, density, schedule, seed, beside. dtype: "float32", "bfloat16", "float16" or
+    "float64", of all floating weights; by default each keeps its own. untie: write a head that is tied to the input
+    embedding apart where the adapter changes one of them alone. verify: a prompt, for which the logits of base with
+    adapters and of the folded model are compared (`Folded.verified`).
+    `out` appears when it is whole. docs/fold.md says what is treated and what is refused.
+    Raises ValueError, with nothing written, for what is refused; OSError where the disk does not take it.
+    """
+    method = method or ("svd" if len(adapters) == 1 else "slao")
+    given = {name: options.pop(name, None) for name in ("weights", "rank", "density", "schedule", "seed", "beside")}
+    if options:
+        raise TypeError(f"fold_model takes no {', '.join(options)}")
+    beside = given.pop("beside")
+    all_options = completed(method, **given, count=len(adapters))
+    model, target, to = Base(base), Path(out), dtype_of(dtype)
+    asked = None if verify is None else tokens_of(model, verify)
+    note = {"method": method, "adapters": [Path(folder).resolve().name for folder in adapters], **all_options}
+    exact = method == "svd" and given["rank"] is None
+    made = plan(model, summed(adapters, all_options["weights"], beside), to, untie) if exact else None
+    with whole_folder(target) as scratch:
+        folders, weights, merged = [Path(folder) for folder in adapters], all_options.get("weights", []), None
+        if made is None:
+            folders, weights = [scratch / ".adapter"], [1.0]
+            merged = merge_adapters(adapters, folders[0], method, beside=beside, progress=progress, **given)
+            made = plan(model, single(folders[0]), to, untie)
+        left = write(made, scratch, note, progress)
+        told = None if asked is None else verified(made, folders, weights, scratch, *asked)
+        if merged is not None:
+            shutil.rmtree(folders[0])
+    lost = merged.lost if merged is not None and method in CUT else None
+    return Folded(target, method, made, left, lost, told)
