@@ -23,6 +23,7 @@ from slao import settings as run_settings
 from slao import sums
 from slao.folders import interference_table, read_adapter
 from slao.merging import merge_adapters
+from slao.merging.fold.base import INDEX, SINGLE, Base
 from slao.reading import parse_json, parse_yaml
 from slao.streams.jsonl import jsonl
 from slao.sweep import jobs, variants
@@ -239,6 +240,22 @@ def headers(draw: Any) -> bytes:
 def test_safetensors_headers(weights):
     with folder() as root:
         used(root, json.dumps(CONFIG).encode(), weights)
+
+
+@given(headers(), st.none() | VALUES | st.dictionaries(TEXTS, st.just("part.safetensors") | VALUES, max_size=3))
+@fuzzed
+def test_a_bases_headers_and_index(weights, places):
+    """What is read of a tensor has the shape that its header says, and nothing is read but of the folder's files."""
+    with folder() as root:
+        (root / "config.json").write_text("{}")
+        (root / (SINGLE if places is None else "part.safetensors")).write_bytes(weights)
+        if places is not None:
+            (root / INDEX).write_text(json.dumps({"weight_map": places}))
+        with one_line():
+            base = Base(root)
+            for stored in base.tensors.values():
+                assert base.read(stored).shape == stored.shape
+                assert sum(map(len, base.blocks(stored))) == stored.size
 
 
 @given(st.lists(st.tuples(st.text("0123456789abcdef", min_size=60, max_size=66), TEXTS), max_size=3), st.data())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ ADAPTERS = {
     "Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
     "a square Conv1D": ("gpt2", {"target_modules": ["attn.c_proj"]}),
     "a patch convolution": ("vit", {"target_modules": ["projection", "query"]}),
+    "an encoder and a decoder": ("t5", {"target_modules": ["q", "v", "wi"]}),
     "convolutions": ("resnet", {"target_modules": ["convolution"]}),
 }  # fmt: skip
 
@@ -125,3 +127,15 @@ def test_a_chosen_dtype(folds, tmp_path):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     before = json.loads((base / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] * 2 == before["metadata"]["total_size"]
+
+
+def test_a_base_of_another_name_is_said(folds, tmp_path):
+    """No reason to refuse it: folders are renamed and moved."""
+    base, adapter = folds.save_base("llama", tmp_path / "base"), folds.save_lora("llama", tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    content = json.loads(path.read_text())
+    for name in ("meta/base", "Base", str(base)):
+        path.write_text(json.dumps({**content, "base_model_name_or_path": name}))
+        assert "another base" not in str(fold_model(base, [adapter], tmp_path / f"out {Path(name).parent.name}"))
+    path.write_text(json.dumps({**content, "base_model_name_or_path": "meta/other"}))
+    assert "the adapter names another base, meta/other: are" in str(fold_model(base, [adapter], tmp_path / "other"))

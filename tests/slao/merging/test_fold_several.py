@@ -149,6 +149,28 @@ def test_verify_needs_a_tokenizer_first(folds, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_verify_of_several_heads_is_refused(told, folds, tmp_path, capsys):
+    base, _ = told
+    adapters = [folds.save_lora("llama", tmp_path / f"h{seed}", seed, modules_to_save=["lm_head"]) for seed in (1, 2)]
+    words = [
+        "fold",
+        str(base),
+        *map(str, adapters),
+        "-o",
+        str(tmp_path / "out"),
+        "--beside",
+        "merge",
+        "--verify",
+        "red",
+    ]
+    capsys.readouterr()
+    assert main([*words, "--method", "svd"]) == 2
+    assert "verify compares with PEFT, which answers with one adapter's heads" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "--method", "linear"]) == 0  # one merged adapter
+    assert "which rounding explains" in capsys.readouterr().out
+
+
 def test_replicated_layers_of_several(folds, tmp_path):
     """The names of the replicated model's first layers are the base's."""
     base, adapters = three(folds, tmp_path)

@@ -42,6 +42,8 @@ class Folded:
             lines.append(f"untied: {made.untied} is written apart, and tie_word_embeddings is false")
         if made.rows is not None:
             lines.append(f"resized: vocab_size is {made.rows}")
+        if made.others:
+            lines.append(f"the adapter names another base, {', '.join(made.others)}: are its weights the same?")
         if self.left:
             lines.append("not copied: " + ", ".join(f"{name} ({why})" for name, why in self.left.items()))
         if self.verified is not None:
@@ -79,10 +81,12 @@ def fold_model(
         raise TypeError(f"fold_model takes no {', '.join(options)}")
     beside = given.pop("beside")
     all_options = completed(method, **given, count=len(adapters))
+    exact = method == "svd" and given["rank"] is None
+    if verify is not None and exact and len(adapters) > 1 and beside is not None:
+        raise ValueError("verify compares with PEFT, which answers with one adapter's heads and tokens: leave it out")
     model, target, to = Base(base), Path(out), dtype_of(dtype)
     asked = None if verify is None else tokens_of(model, verify)
     note = {"method": method, "adapters": [Path(folder).resolve().name for folder in adapters], **all_options}
-    exact = method == "svd" and given["rank"] is None
     made = plan(model, summed(adapters, all_options["weights"], beside), to, untie) if exact else None
     with whole_folder(target) as scratch:
         folders, weights, merged = [Path(folder) for folder in adapters], all_options.get("weights", []), None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...reading import inside, read_json
+from ...reading import inside, parse_json, read_json
 from ..output import DTYPES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,7 +31,7 @@ class Stored:
 
     @property
     def size(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Base:
@@ -109,13 +109,14 @@ class Base:
             size = int.from_bytes(file.read(8), "little")
             text = file.read(size) if 8 + size <= length and size <= _LONGEST_HEADER else b""
         try:
-            header: dict[str, Any] = json.loads(text)
-            self.metadata[name] = dict(header.pop("__metadata__", None) or {})
-            entries = {key: (tuple(e["shape"]), e["dtype"], *e["data_offsets"]) for key, e in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError):
+            header: dict[str, Any] = parse_json(text.decode(), str(path))
+            metadata = dict(header.pop("__metadata__", None) or {})
+            entries = {key: _entry(**entry) for key, entry in header.items()}
+        except (ValueError, TypeError, AttributeError):
             raise ValueError(f"{path} is no safetensors file, or cut short; download it again") from None
+        self.metadata[name] = {key: value for key, value in metadata.items() if isinstance(value, str)}
         found, end = [], 0
-        for key, (shape, dtype, start, stop) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
+        for key, (start, stop, shape, dtype) in sorted(entries.items(), key=lambda entry: entry[1]):
             if dtype not in DTYPES:
                 raise ValueError(
                     f"{path}: {key} is stored as {dtype}, expected one of {', '.join(DTYPES)}; if the model is "
@@ -141,6 +142,14 @@ class Base:
 def sections(config: dict[str, Any]) -> list[dict[str, Any]]:
     """The config and those within it, of the text model of a multimodal one and its like."""
     return [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
+
+
+def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[int, int, tuple[int, ...], str]:
+    """start, stop, shape and dtype of an entry of a header. ValueError or TypeError for what is none."""
+    start, stop = data_offsets
+    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in (start, stop, *shape)):
+        raise ValueError(dtype)
+    return start, stop, tuple(shape), dtype
 
 
 def _fill(file: Any, view: memoryview, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,14 +49,14 @@ class Step:
 
     @property
     def size(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass
 class Plan:
     """files: name -> key -> step, in the order of writing. changes: by the model's names of its parameters. dtype: of
     all floating weights, None where each keeps its own. untied: the head that is written apart from the embedding.
-    rows: of a resized embedding."""
+    rows: of a resized embedding. others: bases that the adapters name, which have another name than this one."""
 
     base: Base
     changes: dict[str, Change]
@@ -63,6 +64,7 @@ class Plan:
     dtype: torch.dtype | None = None
     untied: str | None = None
     rows: int | None = None
+    others: list[str] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -121,7 +123,15 @@ def plan(base: Base, what: Sum, dtype: torch.dtype | None = None, untie: bool = 
                 key = skeleton.stored_name(apart[name], stored.key)
                 steps[key] = _step(piece, made.changes.get(apart[name]), dtype)
     made.rows = _resized(made, skeleton)
+    made.others = _others(base.folder, what.sources)
     return made
+
+
+def _others(base: Path, sources: Sequence[Source]) -> list[str]:
+    folder = base.resolve()
+    names = {folder.name.lower(), folder.parent.parent.name.rpartition("--")[2].lower()}  # of the hub's cache
+    named = dict.fromkeys(str(source.config.get("base_model_name_or_path") or "") for source in sources)
+    return [each for each in named if each and Path(each).name.lower() not in names]
 
 
 def _step(piece: Piece, change: Change | None, dtype: torch.dtype | None) -> Step:

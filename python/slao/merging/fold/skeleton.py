@@ -106,7 +106,10 @@ class Skeleton:
             else:
                 parts.setdefault(name, {}).setdefault(pattern, []).append(stored)
         for name, found in parts.items():
-            converter = next(each for each in self._converters if set(found) <= set(each.source_patterns))
+            converters = (each for each in self._converters if set(found) <= set(each.source_patterns))
+            if (converter := next(converters, None)) is None:
+                self.odd[name] = "several steps"
+                continue
             kinds = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
             ordered = [found[pattern] for pattern in converter.source_patterns if pattern in found]
             if len(converter.target_patterns) > 1 or kinds not in _TAKEN or len(ordered) < len(found):
