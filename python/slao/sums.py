@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,10 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_sums(folder: Path) -> None:
-    """SHA256SUMS of all files that lie in `folder` itself."""
-    lines = "".join(f"{_of_file(folder / name)}  {name}\n" for name in _names(folder))
+def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """SHA256SUMS of all files that lie in `folder` itself. known: name -> checksum of those whose writer made it."""
+    found = known or {}
+    lines = "".join(f"{found.get(name) or _of_file(folder / name)}  {name}\n" for name in _names(folder))
     checkpoint.write_atomically(folder / SUMS, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,9 @@ class TensorFile:
         text += b" " * (-len(text) % 8)  # the data is to start aligned
         self._start = 8 + len(text)
         self._file = open(path, "w+b")  # noqa: SIM115 (closed by close)
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._digest: Any = hashlib.sha256()
+        self._hashing = ThreadPoolExecutor(1)
+        self._append(memoryview(len(text).to_bytes(8, "little") + text))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """The next tensor; rounded to the dtype and brought into the shape that were announced."""
@@ -66,7 +70,13 @@ class TensorFile:
         if self._file.tell() != self._start + self.where[name][0]:
             raise RuntimeError(f"{name} is written out of its turn")
         for block in blocks:
-            self._file.write(block)
+            self._append(block)
+
+    def _append(self, block: memoryview) -> None:
+        # Beside the writing, which waits for the disk: a checksum over a large file costs as much again.
+        hashed = self._hashing.submit(self._digest.update, block)
+        self._file.write(block)
+        hashed.result()
 
     def rescale(self, name: str, factor: float) -> None:
         """Multiply what was written under `name`."""
@@ -76,11 +86,15 @@ class TensorFile:
         tensor = torch.frombuffer(data, dtype=dtype)
         self._file.seek(self._start + start)
         self._file.write(_bytes((tensor.double() * factor).to(dtype)))
+        self._digest = None
 
-    def close(self) -> None:
+    def close(self) -> str | None:
+        """Returns the file's SHA-256, None where `rescale` has changed what was written."""
+        self._hashing.shutdown()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        return None if self._digest is None else str(self._digest.hexdigest())
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -88,9 +102,9 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, known: Mapping[str, str] | None = None) -> Iterator[Path]:
     """A folder beside `target` that becomes `target` if the block ends well, and vanishes if it does not; so do those
-    that killed processes left for the same `target`.
+    that killed processes left for the same `target`. known: checksums of its files, which the block may fill.
 
     Raises ValueError when `target` exists and is not an empty folder.
     """
@@ -101,7 +115,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     scratch, lock = _locked_folder(target)
     try:
         yield scratch
-        write_sums(scratch)
+        write_sums(scratch, known)
         os.chmod(scratch, 0o777 & ~umask())  # mkdtemp makes folders private
         sync_folder(scratch)
         if target.exists():

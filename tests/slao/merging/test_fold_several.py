@@ -112,7 +112,7 @@ def test_verify(dtype, more, told, tmp_path, capsys):
     assert found is not None, line
     difference, allowed = map(float, found.groups())
     eps = torch.finfo(getattr(torch, dtype)).eps
-    assert difference <= allowed < 20 * eps
+    assert difference <= allowed < 20 * eps + 2**-19  # the rounding's, and a GEMM's in fp32
     assert difference > 0.05 * eps, "as little as that is no rounding"
 
 

@@ -20,7 +20,6 @@ APART = {
     "LoRA of an embedding": ("gemma", {"target_modules": ["embed_tokens", "q_proj"]}),
     "LoRA of a head": ("gemma", {"target_modules": ["lm_head", "q_proj"]}),
     "LoRA of GPT-2's embedding": ("gpt2", {"target_modules": ["wte", "c_attn"]}),
-    "tokens and a head": ("gemma", {"trainable_token_indices": [3, 7], "modules_to_save": ["lm_head"]}),
     "tokens of each": ("gemma", {"trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [5]}}),
     # PEFT ties again by the names embed_tokens and lm_head alone
     "a name that PEFT does not tie": ("gpt2", {"target_modules": ["wte", "c_attn"], "ensure_weight_tying": True}),
@@ -53,6 +52,16 @@ def test_one_alone_is_refused_or_untied(case, folds, tmp_path, capsys):
     expected = folds.answer(folds.adapted(base, adapter))
     assert error_ratio(folds.answer(found), expected) < ANSWERS
     assert error_ratio(folds.answer(folds.load(base)), expected) > 0.01
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize("untie", [False, True])
+def test_tokens_and_a_tied_head_of_its_own(more, untie, folds, tmp_path):
+    """The first does not run in PEFT; in the second the rows' place is before the delta."""
+    base = folds.save_base("gemma", tmp_path / "base")
+    adapter = folds.save_lora("gemma", tmp_path / "adapter", trainable_token_indices=[3, 7], **more)
+    with pytest.raises(ValueError, match="trains tokens, and lm_head.weight besides"):
+        fold_model(base, [adapter], tmp_path / "out", untie=untie)
 
 
 ALIKE = {
@@ -92,18 +101,17 @@ def test_a_resized_vocabulary(kind, folds, tmp_path):
     assert index["metadata"]["total_size"] == sum(sizes)
 
 
-@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}], ids=["tokens", "tokens and a head"])
-@pytest.mark.parametrize("kind", ["llama", "gemma"])
+@pytest.mark.parametrize(("kind", "more"), [("gemma", {}), ("llama", {}), ("llama", {"modules_to_save": ["lm_head"]})])
 def test_tokens_of_a_resized_vocabulary(kind, more, folds, tmp_path):
     """What TRL's trainer does where a chat template brings tokens."""
     options = {"trainable_token_indices": [3, 128, 130], **more}
     base = folds.save_base(kind, tmp_path / "base")
     adapter = folds.save_lora(kind, tmp_path / "adapter", rows=131, **options)
-    fold_model(base, [adapter], tmp_path / "out", untie=kind == "gemma" and bool(more))
+    fold_model(base, [adapter], tmp_path / "out")
     found = folds.load(tmp_path / "out")
     assert found.config.vocab_size == 131
     tied = found.get_input_embeddings().weight.data_ptr() == found.get_output_embeddings().weight.data_ptr()
-    assert tied == (kind == "gemma" and not more)
+    assert tied == (kind == "gemma")
     expected = folds.answer(folds.adapted(base, adapter, rows=131))
     assert error_ratio(folds.answer(found), expected) < ANSWERS
 

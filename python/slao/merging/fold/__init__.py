@@ -16,9 +16,9 @@ from typing import Any
 from ..merge import CUT, completed, merge_adapters
 from ..output import whole_folder
 from .base import Base
-from .plan import Plan, dtype_of, plan, single, summed
+from .plan import Plan, dtype_of, plan_of, single, summed
 from .verify import Verified, tokens_of, verified
-from .write import write
+from .write import write_model
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,15 @@ def fold_model(
     model, target, to = Base(base), Path(out), dtype_of(dtype)
     asked = None if verify is None else tokens_of(model, verify)
     note = {"method": method, "adapters": [Path(folder).resolve().name for folder in adapters], **all_options}
-    made = plan(model, summed(adapters, all_options["weights"], beside), to, untie) if exact else None
-    with whole_folder(target) as scratch:
+    made = plan_of(model, summed(adapters, all_options["weights"], beside), to, untie) if exact else None
+    sums: dict[str, str] = {}
+    with whole_folder(target, sums) as scratch:
         folders, weights, merged = [Path(folder) for folder in adapters], all_options.get("weights", []), None
         if made is None:
             folders, weights = [scratch / ".adapter"], [1.0]
             merged = merge_adapters(adapters, folders[0], method, beside=beside, progress=progress, **given)
-            made = plan(model, single(folders[0]), to, untie)
-        left = write(made, scratch, note, progress)
+            made = plan_of(model, single(folders[0]), to, untie)
+        left = write_model(made, scratch, note, sums, progress)
         told = None if asked is None else verified(made, folders, weights, scratch, *asked)
         if merged is not None:
             shutil.rmtree(folders[0])

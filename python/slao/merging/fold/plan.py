@@ -96,7 +96,7 @@ def summed(folders: Sequence[str | Path], weights: Sequence[float], beside: str 
     return Sum(sources, weights, lambda key: parts.merged(sources, key, beside, shares))
 
 
-def plan(base: Base, what: Sum, dtype: torch.dtype | None = None, untie: bool = False) -> Plan:
+def plan_of(base: Base, what: Sum, dtype: torch.dtype | None = None, untie: bool = False) -> Plan:
     """What becomes of the base. Raises ValueError, with the reason, for what cannot be folded."""
     last = what.sources[-1]
     for source in what.sources:

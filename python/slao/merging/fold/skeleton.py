@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .fold_base import Base, Stored
+from .base import Base, Stored
 
 
 @dataclass(frozen=True)

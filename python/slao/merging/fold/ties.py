@@ -32,6 +32,12 @@ def settle(changes: dict[str, Change], source: Source, skeleton: Skeleton, untie
                 f"{' and '.join(group)} are one parameter, and the adapter changes {touched[0]} apart from the rest: "
                 "no plain checkpoint of this model can hold both"
             )
+        more = [name for name in touched if changes[name].low or _own_copy(name, source)]
+        if more and any(changes[name].rows for name in touched):
+            raise ValueError(
+                f"{entry} and {head} are one parameter (tie_word_embeddings), of which the adapter trains tokens, and "
+                f"{more[0]} besides: PEFT has no one answer to which of both the tokens' rows are; train one of them"
+            )
         if not untie:
             one = "both, differently" if len(touched) > 1 else f"{touched[0]} alone"
             raise ValueError(
@@ -47,7 +53,8 @@ def settle(changes: dict[str, Change], source: Source, skeleton: Skeleton, untie
 
 def _together(group: list[str], changes: dict[str, Change], source: Source, entry: str | None) -> Change | None:
     """The one change of all, if training kept them one parameter: what has its own A and B, or its own copy
-    (modules_to_save), was trained apart, unless PEFT tied it again (ensure_weight_tying)."""
+    (modules_to_save), was trained apart, unless PEFT tied it again (ensure_weight_tying). PEFT keeps the tokens of a
+    tied head the embedding's, but not the other way round."""
     touched = [name for name in group if name in changes]
     if _tied_again(touched, source):
         return changes[touched[0]]
@@ -60,8 +67,10 @@ def _together(group: list[str], changes: dict[str, Change], source: Source, entr
     if any(not _equal(values[0], other) for other in values[1:]):
         return None
     rows = [change.rows for change in found if change.rows is not None]
-    if rows and (len(rows) > 1 or entry not in touched or any(_own_copy(name, source) for name in touched)):
-        return None  # tokens of each, or of the head alone
+    if rows and (changes.get(str(entry), Change()).rows is None or any(_own_copy(name, source) for name in touched)):
+        return None
+    if any(indices != rows[0][1] or not torch.equal(part(), rows[0][0]()) for part, indices in rows[1:]):
+        return None
     return replace((values or found)[0], rows=rows[0] if rows else None)
 
 

@@ -27,8 +27,11 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 _BLOCK = 1 << 22  # entries that are looked through for NaN at once, since a sum of 16-bit numbers makes an fp32 copy
 
 
-def write(made: Plan, target: Path, note: Mapping[str, Any], progress: bool = False) -> dict[str, str]:
-    """The folded model into the folder `target`; returns what of the base's folder was not copied, and why.
+def write_model(
+    made: Plan, target: Path, note: Mapping[str, Any], sums: dict[str, str], progress: bool = False
+) -> dict[str, str]:
+    """The folded model into the folder `target`; returns what of the base's folder was not copied, and why. `sums` gets
+    the checksums of the weights' files.
 
     Raises ValueError for a result that is not finite, and before all else where the disk has no room.
     """
@@ -47,7 +50,8 @@ def write(made: Plan, target: Path, note: Mapping[str, Any], progress: bool = Fa
                     _write(file, key, step, base)
                     bar.update(step.size)
             finally:
-                file.close()
+                digest = file.close()
+            sums |= {} if digest is None else {name: digest}
     index = _index(made)
     if index is not None:
         _write_json(target / INDEX, index)
