@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import stopping
+from . import cli_cutting, stopping
 from .failures import explain
 
 # flag -> setting; the value is parsed as YAML, so 3, 0.5, true and [a, b] mean what they say.
@@ -90,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--beside", help="what becomes of heads, biases, tokens: keep (the last one's) or merge (averaged)"
     )
+    cli_cutting.add_commands(commands)
     commands.add_parser("info", help="versions, devices, and the backend each op takes here")
     return top
 
@@ -228,6 +229,9 @@ def _command(argv: Sequence[str] | None) -> int:
             return 0
         if options.command == "merge":
             return _merge(options)
+        if options.command in ("compress", "extract"):
+            print(options.act(options))
+            return 0
         from slao_kernels.__main__ import describe
 
         print(describe())
