@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from slao.merging.extract import _TOLERANCE
+from slao.merging.dense import TOLERANCE
 from slao.merging.product import leading
 from slao_kernels import orthogonal_init_
 
@@ -53,7 +53,7 @@ def sample(kind: str, m: int, n: int) -> Tensor:
 def main(shapes: list[str]) -> None:
     torch.set_num_threads(1)
     engines: dict[str, Callable[[Tensor, int], Parts]] = {
-        "leading": lambda matrix, rank: leading(matrix, rank, _TOLERANCE),
+        "leading": lambda matrix, rank: leading(matrix, rank, TOLERANCE),
         "power, 1": lambda matrix, rank: power(matrix, rank, 1),
         "power, 2": lambda matrix, rank: power(matrix, rank, 2),
     }

@@ -88,8 +88,10 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--lambda-schedule", help="inv_sqrt (default), inverse, adaptive or a number (slao)")
     merge.add_argument("--seed", type=int, help="of dare_ties")
     merge.add_argument(
-        "--beside", help="what becomes of heads, biases, tokens: keep (the last one's) or merge (averaged)"
+        "--beside",
+        help="what becomes of heads, biases, tokens, embeddings: keep (the last one's), first, or merge (averaged)",
     )
+    cli_cutting.add_merge_flags(merge)
     cli_cutting.add_commands(commands)
     commands.add_parser("info", help="versions, devices, and the backend each op takes here")
     return top
@@ -189,7 +191,7 @@ def _merge(options: argparse.Namespace) -> int:
     with contextlib.suppress(ValueError):  # a name
         schedule = None if schedule is None else float(schedule)
     given: dict[str, Any] = {"weights": weights, "rank": options.rank, "density": options.density, "schedule": schedule}
-    given |= {"seed": options.seed, "beside": options.beside}
+    given |= {"seed": options.seed, "beside": options.beside, **cli_cutting.merge_flags(options)}
     print(merge_adapters(options.adapters, options.out, options.method, **given, progress=True))
     return 0
 

@@ -1,4 +1,5 @@
-"""The commands that cut deltas to a rank: `slao compress` and `slao extract`."""
+"""The commands that cut deltas to a rank: `slao compress` and `slao extract`; and what `slao merge` is told about
+adapters that do not match."""
 
 from __future__ import annotations
 
@@ -25,6 +26,19 @@ def add_commands(commands: Any) -> None:
         help="embeddings, norms, biases that differ: save (default; as modules_to_save) or leave (named, left out)",
     )
     extract.add_argument("--dtype", default="float32", help="of A and B: float32 (default), bfloat16, float16, float64")
+
+
+def add_merge_flags(merge: argparse.ArgumentParser) -> None:
+    merge.add_argument("--union", action="store_true", help="adapters may have other layers; an absent one is zero")
+    merge.add_argument(
+        "--same-base", action="append", metavar="A=B", help="A and B are names of one base (may be given several times)"
+    )
+    merge.add_argument("--base", metavar="FOLDER", help="the base model, which DoRA adapters need (svd alone)")
+
+
+def merge_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """As `merge_adapters` names them."""
+    return {"union": options.union, "same_base": options.same_base or (), "base": options.base}
 
 
 def _common(parser: argparse.ArgumentParser, act: Callable[[argparse.Namespace], str]) -> None:

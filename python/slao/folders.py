@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from slao_kernels.inventory import changes_base, is_beside, more_than_pairs, trains_beside
+from slao_kernels.inventory import changes_base, is_beside, is_embedding, more_than_pairs, trains_beside
 from slao_kernels.ops import checks
 
 from . import sums
+from .pickled import PickledFile
 from .reading import inside, read_json
 from .typed import typed
 
@@ -35,6 +36,7 @@ _BESIDE: dict[str, Any] = {
     "trainable_token_indices": list[int] | dict[str, list[int]],
     "bias": str,
 }
+_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
 
@@ -62,14 +64,18 @@ class Source:
     """A folder with an adapter: its config, its layers in the file's order, and their tensors on demand.
 
     beside: take one that trains heads, biases or tokens beside A and B; `parts` has their shapes and dtypes by the keys
-    of the file.
-    Raises ValueError when the folder holds no adapter in safetensors, or one that adds more than B A to its base.
+    of the file. more: fields of a config under which a layer is more than A and B that are taken as well; `parts` then
+    has whatever else the file holds.
+    The weights are adapter_model.safetensors, or, where there is none, adapter_model.bin, read as in `PickledFile`.
+    Raises ValueError when the folder holds no adapter in one of these, or one that adds more than B A to its base.
     """
 
-    def __init__(self, folder: str | Path, beside: bool = False) -> None:
+    def __init__(self, folder: str | Path, beside: bool = False, more: Collection[str] = ()) -> None:
         self.folder = Path(folder)
-        self.config: dict[str, Any] = read_config(self.folder, beside)
-        self.path = self.folder / "adapter_model.safetensors"
+        self.config: dict[str, Any] = read_config(self.folder, beside, more)
+        self.path = self.folder / _WEIGHTS[0]
+        if not self.path.is_file() and (self.folder / _WEIGHTS[1]).is_file():
+            self.path = self.folder / _WEIGHTS[1]
         init = changes_base(self.config.get("init_lora_weights"))
         if init is not None:
             raise ValueError(
@@ -79,15 +85,17 @@ class Source:
             )
         if not inside(self.path, self.folder).is_file():
             raise ValueError(
-                f"{self.folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True"
+                f"{self.folder} has no {_WEIGHTS[0]} and no {_WEIGHTS[1]}; save the adapter with PEFT's save_pretrained"
             )
         sums.check(self.folder, ("adapter_config.json", self.path.name))
         self._file: Any = None
         self._read = 0
         self.parts: dict[str, tuple[tuple[int, ...], str]] = {}
-        self.layers = {layer.name: layer for layer in self._layers()}
+        self.layers = {layer.name: layer for layer in self._layers(bool(more), beside)}
 
     def _open(self) -> Any:
+        if self.path.suffix == ".bin":
+            return PickledFile(self.path)
         from safetensors import safe_open
 
         try:
@@ -95,7 +103,7 @@ class Source:
         except Exception as error:
             raise ValueError(f"{self.path} cannot be read: {error}") from error
 
-    def _layers(self) -> list[Layer]:
+    def _layers(self, anything: bool, beside: bool) -> list[Layer]:
         file = self._file = self._open()
         keys = list(file.keys())
         rest = set(keys)
@@ -118,8 +126,10 @@ class Source:
                 )
         if not found:
             raise ValueError(f"{self.path} holds no LoRA layers")
-        if foreign := sorted(key for key in rest if not is_beside(key, self.config)):
-            raise ValueError(f"{self.path} holds more than A and B, which are merged: {', '.join(foreign[:3])}")
+        extra = [key for key in rest if not (anything or is_beside(key, self.config))]
+        if foreign := sorted(key for key in extra if not (beside and is_embedding(key))):
+            hint = " (pass --beside keep, merge or first)" if all(map(is_embedding, extra)) else ""
+            raise ValueError(f"{self.path} holds more than A and B, which are merged: {', '.join(foreign[:3])}{hint}")
         for key in sorted(rest):
             piece = file.get_slice(key)
             self.parts[key] = tuple(piece.get_shape()), piece.get_dtype()
@@ -131,6 +141,12 @@ class Source:
         strange = [dtype for dtype in dtypes if dtype not in ("F64", "F32", "BF16", "F16")]
         if strange:
             raise ValueError(f"{self.path}: {name} is stored as {strange[0]}, expected F64, F32, BF16 or F16")
+
+    @property
+    def beside(self) -> list[str]:
+        """What there is beside A and B: fields of the config, and "embeddings" that PEFT saved along."""
+        along = any(is_embedding(key) and not is_beside(key, self.config) for key in self.parts)
+        return [*trains_beside(self.config), *(["embeddings"] if along else [])]
 
     def read(self, name: str) -> tuple[Tensor, Tensor]:
         """A (r, n) and B (m, r) of a layer, a convolution's flattened. Not to be written into. ValueError for NaN."""
@@ -174,9 +190,9 @@ def scaling(config: Mapping[str, Any], name: str, r: int) -> float:
     return alpha / (r**0.5 if config.get("use_rslora") else r)
 
 
-def read_config(folder: Path, beside: bool = False) -> dict[str, Any]:
-    """adapter_config.json of a LoRA that trains A and B only (and, with `beside`, something beside them); else
-    ValueError."""
+def read_config(folder: Path, beside: bool = False, taken: Collection[str] = ()) -> dict[str, Any]:
+    """adapter_config.json of a LoRA that trains A and B only (and, with `beside`, something beside them; what the
+    fields `taken` stand for, too); else ValueError."""
     path = folder / "adapter_config.json"
     if not path.exists():
         raise ValueError(f"{folder} holds no adapter: there is no adapter_config.json")
@@ -195,15 +211,17 @@ def read_config(folder: Path, beside: bool = False) -> dict[str, Any]:
     ranks = [config.get("r", 1), *(config.get("rank_pattern") or {}).values()]
     if min(ranks) < 1:
         raise ValueError(f"{path}: a rank of {min(ranks)}; ranks are at least 1")
-    more = more_than_pairs(config)
+    more = [field for field in more_than_pairs(config) if field not in taken]
     if more:
-        raise ValueError(f"{path} has {', '.join(more)}: more than A and B, which alone are compared or merged")
+        what = "which is not folded or merged" if taken else "which alone are compared or merged"
+        hint = " (slao merge takes a DoRA by --method svd --base FOLDER)" if more == ["use_dora"] else ""
+        raise ValueError(f"{path} has {', '.join(more)}: more than A and B, {what}{hint}")
     for key in trains_beside(config):
         typed(f"{path}: {key}", config[key], _BESIDE[key])
         if not beside:
             raise ValueError(
-                f"{path} has {key}: more than A and B; merge it with --beside keep (the last adapter's is kept), or "
-                "--beside merge (it is averaged)"
+                f"{path} has {key}: more than A and B; merge it with --beside keep (the last adapter's is kept), "
+                "--beside first, or --beside merge (it is averaged)"
             )
     return config
 
@@ -231,7 +249,7 @@ def interference_table(folders: Sequence[str | Path]) -> str:
     for index, name in enumerate(names):
         cells = " ".join(f"{value:6.3f}" for value in whole.cosines[0, index].tolist())
         lines.append(f"{index + 1:>3} {name:<{width}} {cells} {whole.norms[0, index].item():7.4g}")
-    beside = {name: ", ".join(trains_beside(source.config)) for name, source in zip(names, sources, strict=True)}
+    beside = {name: ", ".join(source.beside) for name, source in zip(names, sources, strict=True)}
     if said := [f"{fields} of {name}" for name, fields in beside.items() if fields]:
         lines.append(f"not looked at, since it has no B A: {'; '.join(said)}")
     return "\n".join(lines)

@@ -46,7 +46,7 @@ def compress_adapter(
     if keep is None and rank is not None and rank >= own:
         raise ValueError(f"rank {rank} cuts nothing: the layers of {folder} have ranks up to {own}")
     names = [key for layer in source.layers.values() for key in layer.keys] + list(source.parts)
-    note = {"method": "compress", "adapters": [source.folder.resolve().name], "rank": rank, "keep": keep}
+    note = {"method": "compress", "rank": rank, "keep": keep}
     with whole_folder(target) as scratch, torch.no_grad():
         cuts = {name: _cut(source, name, limit) for name in source.layers} if one_rank else {}
         uniform = _uniform(cuts)
@@ -67,7 +67,8 @@ def compress_adapter(
             file.close()
         ranks = {name: layer.rank for name, layer in layers.items()}
         write_config(scratch / "adapter_config.json", source.config, ranks)
-        made = CutAdapter(target, layers)
+        copied = (f"copied as it is: {', '.join(source.beside)}",) if source.beside else ()
+        made = CutAdapter(target, layers, copied)
         made.record(scratch)
     return made
 

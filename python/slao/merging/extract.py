@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from slao_kernels.ops import checks
 
-from . import product
-from .cuts import CutAdapter, CutLayer, Limit, balanced
+from . import dense
+from .cuts import CutAdapter, CutLayer, Limit
 from .factors import Pair
 from .growing import GrowingFile
 from .output import whole_folder, write_config
@@ -23,9 +21,6 @@ from .weights import Weights
 BESIDE = ("save", "leave")
 _KEY = "base_model.model."
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_TOLERANCE = 5e-3  # of `product.leading`: residuals within 1 % of the best (bench/engines_svd.py)
-_FIRST_RANK = 16  # that a search for a rank begins with
-_PART = 4 << 20  # entries that are widened at once
 
 
 def extract_adapter(
@@ -149,9 +144,9 @@ class _Rest:
 
     def look_at(self, name: str) -> None:
         pair = self._two.read(name)
-        if pair is None or not (size := _norm(*pair)):
+        if pair is None or not (size := dense.norm(*pair)):
             return
-        self._found[name] = _Saved(size, _norm(pair[1]))
+        self._found[name] = _Saved(size, dense.norm(pair[1]))
         skeleton = self._two.skeleton
         owner, _, attribute = name.rpartition(".")
         if self._beside == "leave":
@@ -209,17 +204,6 @@ def _factor_keys(name: str) -> tuple[str, str]:
     return f"{_KEY}{layer}.lora_A.weight", f"{_KEY}{layer}.lora_B.weight"
 
 
-def _norm(tensor: Tensor, other: Tensor | None = None) -> float:
-    """‖tensor − other‖ in fp64, a part at a time."""
-    parts = tensor.flatten().split(_PART)
-    others = [None] * len(parts) if other is None else other.flatten().split(_PART)
-    squares = [
-        float((part.double() - (0 if its is None else its.double())).square().sum())
-        for part, its in zip(parts, others, strict=True)
-    ]
-    return math.sqrt(sum(squares))
-
-
 def _write_layers(
     file: GrowingFile, two: _Two, names: list[str], limit: Limit, dtype: torch.dtype, progress: bool
 ) -> dict[str, CutLayer]:
@@ -228,46 +212,23 @@ def _write_layers(
     found: dict[str, CutLayer] = {}
     for name in tqdm(names, unit="layer", leave=False, disable=None if progress else True):
         pair = two.read(name)
-        if pair is None or not _norm(*pair):
+        if pair is None or not dense.norm(*pair):
             continue
         wide = torch.float64 if torch.float64 in (pair[0].dtype, pair[1].dtype) else torch.float32
         delta = pair[0].to(wide) - pair[1].to(wide)
         del pair
         if two.skeleton.linear(name):
             delta = delta.T
-        A, B = (part.to(dtype) for part in cut(delta, limit))
+        A, B = (part.to(dtype) for part in dense.cut(delta, limit))
         if checks.not_finite([A, B]):
             raise ValueError(f"A or B of {name} overflows {dtype}: pass a wider --dtype. Nothing was written.")
         for key, tensor in zip(_factor_keys(name), (A, B), strict=True):
             file.write(key, tensor)
-        norm = _norm(delta)
-        found[name.removesuffix(".weight")] = CutLayer(len(A), norm, residual(delta, A, B) / norm)
+        norm = dense.norm(delta)
+        found[name.removesuffix(".weight")] = CutLayer(len(A), norm, dense.residual(delta, A, B) / norm)
     if not found:
         raise ValueError(f"no linear layer of {two.tuned.path} differs from {two.base.path}: there is no LoRA to make")
     return found
-
-
-def cut(delta: Tensor, limit: Limit) -> Pair:
-    """A (r, n) and B (m, r) of a delta (m, n), fp32 or fp64, in its dtype."""
-    m, n = delta.shape
-    most = limit.most((m, n))
-    rank = most if limit.keep is None else min(most, _FIRST_RANK)
-    total = _norm(delta) ** 2
-    while True:
-        U, S, V = product.leading(delta, rank, _TOLERANCE)
-        if rank == most or limit.keep is None or float(S.double().square().sum()) >= limit.keep * total:
-            break
-        rank = min(2 * rank, most)
-    r = limit.chosen(S, total)
-    return balanced(V[:, :r].T, U[:, :r] * S[:r])
-
-
-def residual(delta: Tensor, A: Tensor, B: Tensor) -> float:
-    """‖delta − B A‖, a few rows at a time."""
-    rows = max(1, _PART // delta.shape[1])
-    wide = A.double()
-    parts = zip(delta.split(rows), B.split(rows), strict=True)
-    return math.sqrt(sum(float((part.double() - b.double() @ wide).square().sum()) for part, b in parts))
 
 
 def _write_config(folder: Path, two: _Two, made: CutAdapter, rest: _Rest, base: str) -> None:

@@ -16,7 +16,8 @@ from slao import sums
 from slao.cli import main
 from slao.folders import read_adapter
 from slao.merging import cuts
-from slao.merging.extract import cut, extract_adapter, residual
+from slao.merging.dense import cut, residual
+from slao.merging.extract import extract_adapter
 from slao_kernels.testing import tiny_model
 
 TIED = {"tie_word_embeddings": True}
