@@ -206,7 +206,14 @@ def spoil(tuned: Path, base: Path, how: str) -> None:
         (base / "config.json").unlink()
     save_file(tensors, path, metadata={"format": "pt"})
     (tuned / "config.json").write_text(json.dumps(config))
-    if how == "cut":
+    if how in ("a link", "no weight_map"):
+        other = tuned / "part.safetensors" if how == "no weight_map" else tuned.parent / "elsewhere.safetensors"
+        path.rename(other)
+        if how == "a link":
+            path.symlink_to(other)
+        else:
+            (tuned / "model.safetensors.index.json").write_text("[]")
+    elif how == "cut":
         path.write_bytes(path.read_bytes()[:-100])
     elif how == "pickle":
         path.rename(tuned / "pytorch_model.bin")
@@ -226,6 +233,8 @@ BAD = {
     "the same": "no linear layer of",
     "no config": "could not be loaded as a model folder or hub name",
     "cut": "cannot be read",
+    "a link": "leads out of its folder",
+    "no weight_map": "model.safetensors.index.json has no weight_map from tensors to files",
     "pickle": "has its weights in a pickle (pytorch_model.bin)",
     "absent": "there is no model folder and no safetensors file at",
 }
