@@ -51,7 +51,7 @@ class Exact:
         problems.raise_if_any()
 
     def _why_not(self, name: str, shape: tuple[int, int], key: str) -> str | None:
-        weight = f"{name}.weight"
+        weight = self._skeleton.weight_of(name)
         if weight not in self._keys:
             return f"finds no weight in {self._weights.path}: the adapter belongs to another model"
         transposed = self._skeleton.linear(weight)
@@ -74,8 +74,9 @@ class Exact:
 
     def delta(self, name: str, weights: Sequence[float]) -> Tensor:
         """(m, n): Σ weight (W' − W), in fp64 a few rows at a time, kept in fp32 (fp64 where W, A or B is)."""
-        weight = self._weights.read(self._keys[f"{name}.weight"])
-        weight = weight.T if self._skeleton.linear(f"{name}.weight") else weight
+        own = self._skeleton.weight_of(name)
+        weight = self._weights.read(self._keys[own])
+        weight = weight.T if self._skeleton.linear(own) else weight
         having = [index for index, source in enumerate(self._sources) if name in source.layers]
         factors = {index: self._sources[index].read(name) for index in having}
         wide = any(t.dtype == torch.float64 for t in (weight, *(each for pair in factors.values() for each in pair)))

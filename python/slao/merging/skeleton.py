@@ -101,6 +101,13 @@ class Skeleton:
                 raise ValueError(f"{what}: {name} is {shape}, its config says {self.shape(name)}")
         return keys
 
+    def weight_of(self, layer: str) -> str:
+        """The name of a layer's weight, also where an adapter has been trained on the model without its head, or on one
+        with a head where this one has none; the plain name if there is none."""
+        plain, prefix = f"{layer}.weight", f"{self._prefix}."
+        found = (name for name in (plain, prefix + plain, plain.removeprefix(prefix)) if name in self._state)
+        return next(found, plain)
+
     def linear(self, name: str) -> bool | None:
         """Whether `name` is the weight of a linear layer of its own: False for one (m, n), True for one that is stored
         transposed (`Conv1D`); None for anything else, and for a weight that is tied to another."""
