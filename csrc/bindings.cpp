@@ -40,6 +40,18 @@ void fold(const py::buffer& table, const py::buffer& scalings, int threads, cons
   SLAO_CALL(chosen, fold(records.data(), int64_t(records.size()), threads));
 }
 
+// sizes: matrices a stack; G: the address of fp64 numbers, rows² of each stack.
+void gram(const py::buffer& table, const py::buffer& sizes, uintptr_t G, int threads, const std::string& isa) {
+  const auto m = slao::matrices_of(table, 1);
+  const auto stacks = slao::buffer_of<int64_t>(sizes, "sizes");
+  int64_t total = 0;
+  for (int64_t s = 0; s < stacks.size; ++s) total += stacks.data[s];
+  if (total != m.size) throw std::invalid_argument("sizes do not add up to the matrices");
+  const Isa chosen = isa_of(isa);
+  py::gil_scoped_release release;
+  SLAO_CALL(chosen, gram(m.data, stacks.data, stacks.size, reinterpret_cast<double*>(G), threads));
+}
+
 // triangles and kept may be empty: R is not wanted, the matrices are not copied.
 bool orthogonal_init(const py::buffer& table, const py::buffer& triangles, const py::buffer& kept,
                      const py::buffer& status, int threads, const std::string& isa) {
@@ -57,10 +69,11 @@ bool orthogonal_init(const py::buffer& table, const py::buffer& triangles, const
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Whole-model kernels over tables of raw pointers. Call slao_kernels' ops, not this.";
-  module.attr("abi") = 5;
+  module.attr("abi") = 6;
   module.def("best_isa", [] { return kNames[int(slao::best_isa())]; });
   module.def("scaled_merge", &scaled_merge);
   module.def("fold", &fold);
+  module.def("gram", &gram);
   module.def("orthogonal_init", &orthogonal_init);
   slao::define_lora(module);
   module.def("use_lora_isa", &use_lora_isa);

@@ -107,6 +107,11 @@ def forced() -> str | None:
     return _forced
 
 
+def wished() -> str:
+    """The backend that `use_backend`, or else SLAO_KERNELS_BACKEND, asks for; "auto" where neither does."""
+    return _forced or _environment
+
+
 def choose(op: str, device_type: str, wish: str = "auto") -> str:
     """The name of the backend that `op` takes on `device_type` now.
 

@@ -141,6 +141,15 @@ def is_beside(key: str, config: Mapping[str, Any]) -> bool:
     )
 
 
+def is_embedding(key: str) -> bool:
+    """Whether `key`, of a file that PEFT wrote, is a whole embedding or head: PEFT saves those with an adapter that
+    targets them, or after their vocabulary has changed, and no config names them (`save_embedding_layers`)."""
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
+
+    parts = [part for part in key.split(".") if part != "base_layer"]
+    return len(parts) > 1 and parts[-2] in EMBEDDING_LAYER_NAMES and parts[-1] in ("weight", "bias")
+
+
 def changes_base(init: object) -> str | None:
     """The name of an init (`init_lora_weights`) that changes the base weight; None for one that does not."""
     name = str(init).lower()

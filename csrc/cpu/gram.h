@@ -14,6 +14,9 @@ constexpr int64_t short_sum(int64_t r) { return r <= 16 ? 16 : 8; }
 constexpr int64_t kShorts = 8;
 // Columns of all rows that are multiplied while they are in the cache: 16 KiB of fp32 at r = 16.
 template <typename T> constexpr int64_t kChunk = sizeof(T) == 8 ? 1024 : min<int64_t>(1024, 64 * Lanes<T>::n);
+// Between rows of scratch, so that the rows that are read side by side do not share the cache's few places of one
+// address modulo 4 KiB.
+template <typename T> constexpr int64_t kPitch = kChunk<T> + 64 / int64_t(sizeof(T));
 
 // kTile × kTile dot products of `count` columns, `length` of them on end, added to the vectors in `acc`; kDiagonal: the
 // lower triangle of x xᵀ.
@@ -49,41 +52,65 @@ template <typename T> class Gram {
   Gram(Arena& arena, int64_t r)
       : r_(r), length_(sizeof(T) == 8 ? kColumns : short_sum(r) * n), tiles_((r + kTile - 1) / kTile),
         padded_(tiles_ * kTile), vectors_(tiles_ * (tiles_ + 1) / 2 * kTile * kTile),
-        acc_(arena.take<V>(vectors_)), scratch_(arena.take<T>(r * kColumns)), zeros_(arena.take<T>(kColumns)),
+        acc_(arena.take<V>(vectors_)), scratch_(arena.take<T>(r * kPitch<T>)), zeros_(arena.take<T>(kColumns)),
         rows_(arena.take<const T*>(padded_)), next_(arena.take<const T*>(padded_ + 2)) {}
 
-  // G (r, r), row-major: the lower triangle is written.
-  void operator()(const Matrix& m, double* G) {
+  // G (r, r), row-major: the lower triangle is written, zeros above it.
+  void operator()(const Matrix& m, double* G) { (*this)(&m, 1, G); }
+
+  // Of `parts` matrices of as many columns each, one below another, r rows in all.
+  void operator()(const Matrix* m, int64_t parts, double* G) {
     fill(acc_, vectors_, V{});
     fill(G, r_ * r_, 0.0);
     // Rows are padded to whole tiles with zeros, and the last columns to a whole vector: no remainders below.
     fill(zeros_, kColumns, T(0));
     fill<const T*>(next_, padded_ + 2, zeros_);
     fill<const T*>(rows_, padded_, zeros_);
-    const bool direct = m.col_stride == 1 && m.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32);
+    const int64_t cols = m->cols;
+    bool direct = true;
+    for (int64_t p = 0; p < parts; ++p)
+      direct = direct && m[p].col_stride == 1 && m[p].dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32);
     int64_t in_run = 0;
-    for (int64_t begin = 0; begin < m.cols;) {
-      int64_t count = min(kColumns, m.cols - begin);
+    for (int64_t begin = 0; begin < cols;) {
+      int64_t count = min(kColumns, cols - begin), at = 0;
       if (direct && count >= n) {
         count = count / n * n;
-        const T* data = (const T*)m.data + begin;
-        for (int64_t i = 0; i < r_; ++i) rows_[i] = data + i * m.row_stride;
-        for (int64_t i = 0; i < r_; ++i) next_[i] = rows_[i] + (begin + count < m.cols ? count : 0);
+        for (int64_t p = 0; p < parts; ++p) {
+          const T* data = (const T*)m[p].data + begin;
+          for (int64_t i = 0; i < m[p].rows; ++i) rows_[at++] = data + i * m[p].row_stride;
+        }
+        for (int64_t i = 0; i < r_; ++i) next_[i] = rows_[i] + (begin + count < cols ? count : 0);
       } else {
+        for (int64_t p = 0; p < parts; ++p) {
+          load(m[p], begin, count, scratch_ + at * kPitch<T>);
+          at += m[p].rows;
+        }
         for (int64_t i = 0; i < r_; ++i) {
-          T* row = scratch_ + i * kColumns;
-          load_span(m, i, begin, count, row);
+          T* row = scratch_ + i * kPitch<T>;
           fill(row + count, round_up(count, n) - count, T(0));
           rows_[i] = row;
         }
       }
       multiply(round_up(count, n));
       begin += count;
-      if ((sizeof(T) == 4 && (in_run += count) >= kShorts * length_) || begin == m.cols) flush(G), in_run = 0;
+      if ((sizeof(T) == 4 && (in_run += count) >= kShorts * length_) || begin == cols) flush(G), in_run = 0;
     }
   }
 
  private:
+  // Columns begin to begin + count of all rows of m, one below another. A transposed matrix is read in memory's order.
+  void load(const Matrix& m, int64_t begin, int64_t count, T* to) {
+    if (m.row_stride != 1 || m.col_stride == 1) {
+      for (int64_t i = 0; i < m.rows; ++i) load_span(m, i, begin, count, to + i * kPitch<T>);
+      return;
+    }
+    with_type(m.dtype, [&](auto d) {
+      const auto* from = (const decltype(d)*)m.data + begin * m.col_stride;
+      for (int64_t j = 0; j < count; ++j, from += m.col_stride)
+        for (int64_t i = 0; i < m.rows; ++i) to[i * kPitch<T> + j] = T(widen(from[i]));
+    });
+  }
+
   void multiply(int64_t count) {
     V* acc = acc_;
     const T* const* ahead = next_;

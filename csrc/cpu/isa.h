@@ -16,6 +16,7 @@
   namespace slao::isa {                                                                                             \
   void scaled_merge(const MergeRecord* records, int64_t count, int threads);                                        \
   void fold(const FoldRecord* records, int64_t count, int threads);                                                 \
+  void gram(const Matrix* matrices, const int64_t* sizes, int64_t count, double* G, int threads);                   \
   bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, const Matrix* kept, Status* status,          \
                        int64_t count, int threads);                                                                 \
   }

@@ -75,8 +75,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--markdown", action="store_true", help="print the table as Markdown instead")
     cosines = commands.add_parser("interference", help="cosines of the task vectors of saved PEFT adapters")
     cosines.add_argument("adapters", nargs="+", metavar="FOLDER", help="as save_pretrained writes it")
-    cli_merging.add_merge(commands)
-    cli_merging.add_fold(commands)
+    cli_merging.add_commands(commands)
     commands.add_parser("info", help="versions, devices, and the backend each op takes here")
     return top
 
@@ -197,10 +196,8 @@ def _command(argv: Sequence[str] | None) -> int:
 
             print(interference_table(options.adapters))
             return 0
-        if options.command == "merge":
-            return cli_merging.merge(options)
-        if options.command == "fold":
-            return cli_merging.fold(options)
+        if hasattr(options, "act"):
+            return int(options.act(options))
         from slao_kernels.__main__ import describe
 
         print(describe())

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,26 @@ from slao_kernels import inventory, sharding
 from slao_kernels.adapters import LoraPair
 
 from . import checkpoint, sums
+from .merging.cuts import RECORD, CutAdapter, Limit
+from .reading import read_json
 
+_CUT = "cut"
 _PREFIX = "base_model.model."  # of every key in a file of PEFT's
 
 
-def save_adapter(model: nn.Module, folder: str | Path, adapter: str = "default", *, stacked: int = 1) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    adapter: str = "default",
+    *,
+    stacked: int = 1,
+    limit: Limit | None = None,
+) -> CutAdapter | None:
     """Write adapter_config.json and adapter_model.safetensors of `adapter` into `folder`.
 
     stacked: the weights, as they are now, have that many times the configured rank in every layer (pairs stacked on
-    one another); rank and alpha are then written such that the scaling stays what it is.
+    one another); rank and alpha are then written such that the scaling stays what it is. limit: how far every layer is
+    cut (`compress_adapter`); what that lost is returned, on the rank that writes, and is in layers.json.
 
     The files are written beside `folder` first and moved in when complete, the weights last. Loads with
     `PeftModel.from_pretrained` where this library is not installed.
@@ -34,12 +46,16 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: str = "default",
     B; an error on one rank is raised on all.
     """
     model, outer = sharding.unwrap(model), model
+    made = None
     with sharding.together():
         _check(model, adapter, outer, stacked)
+        if limit is not None:
+            _check_cut(model, adapter)
     whole = _gathered(outer, adapter) if sharding.is_sharded(outer) else None
     with sharding.together():
         if sharding.is_first():
-            _write(model, Path(folder), adapter, whole, stacked)
+            made = _write(model, Path(folder), adapter, whole, stacked, limit)
+    return made
 
 
 def _check(model: nn.Module, adapter: str, outer: nn.Module, stacked: int) -> None:
@@ -57,6 +73,15 @@ def _check(model: nn.Module, adapter: str, outer: nn.Module, stacked: int) -> No
     if parts and sharding.is_sharded(outer):
         names = ", ".join(part.name for part in parts[:4])
         raise ValueError(f"the model is sharded and its adapter has {names}: only A and B can be exported then")
+
+
+def _check_cut(model: nn.Module, adapter: str) -> None:
+    config: Any = model.peft_config
+    given = config[adapter].to_dict()
+    init = inventory.changes_base(given.get("init_lora_weights"))
+    why = inventory.more_than_pairs(given) + ([f"init_lora_weights={init!r}"] if init is not None else [])
+    if why:
+        raise ValueError(f"the adapter has {', '.join(why)}, so its layers are more than A and B, which alone are cut")
 
 
 def _gathered(model: nn.Module, adapter: str) -> dict[str, Tensor]:
@@ -77,7 +102,14 @@ def _keys(pair: LoraPair, adapter: str) -> list[str]:
     return [f"{pair.name}.lora_embedding_{f}" if embedding else f"{pair.name}.lora_{f}.weight" for f in "AB"]
 
 
-def _write(model: nn.Module, target: Path, adapter: str, whole: dict[str, Tensor] | None, stacked: int) -> None:
+def _write(
+    model: nn.Module,
+    target: Path,
+    adapter: str,
+    whole: dict[str, Tensor] | None,
+    stacked: int,
+    limit: Limit | None,
+) -> CutAdapter | None:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -97,18 +129,34 @@ def _write(model: nn.Module, target: Path, adapter: str, whole: dict[str, Tensor
                 _save_config(model, configs[adapter], scratch)
                 source = scratch
         _complete(source / "adapter_model.safetensors", inventory.beside(model, adapter))
-        names = sorted(path.name for path in source.iterdir() if path.is_file())
-        (target / sums.SUMS).unlink(missing_ok=True)
+        made = None if limit is None else _cut(source, target, limit)
+        source = source if made is None else source / _CUT
+        names = sorted(path.name for path in source.iterdir() if path.is_file() and path.name != sums.SUMS)
+        for stale in (sums.SUMS, RECORD):
+            (target / stale).unlink(missing_ok=True)
         for name in sorted(names, key=lambda name: name.startswith("adapter_model")):
             with open(source / name, "rb") as file:
                 os.fsync(file.fileno())
             os.chmod(source / name, 0o666 & ~checkpoint.umask())  # safetensors makes files private
             os.replace(source / name, target / name)
         checkpoint.sync_folder(target)
+        return made
     except (OSError, SafetensorError) as error:
         raise checkpoint.cannot_write(target, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _cut(source: Path, target: Path, limit: Limit) -> CutAdapter | None:
+    """The adapter in `source`, cut, in a folder in there. None where its ranks are within the limit as they are."""
+    from .merging.compress import compress_adapter
+
+    config = read_json(source / "adapter_config.json")
+    largest = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    if limit.keep is None and limit.rank is not None and largest <= limit.rank:
+        return None
+    made = compress_adapter(source, source / _CUT, rank=limit.rank, keep=limit.keep)
+    return replace(made, folder=target)
 
 
 def _complete(path: Path, parts: list[inventory.Part]) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from slao_kernels.inventory import changes_base, is_beside, more_than_pairs, trains_beside
+from slao_kernels.inventory import changes_base, is_beside, is_embedding, more_than_pairs, trains_beside
 from slao_kernels.ops import checks
 
 from . import sums
+from .pickled import PickledFile
 from .reading import inside, read_json
 from .typed import typed
 
@@ -35,6 +36,7 @@ _BESIDE: dict[str, Any] = {
     "trainable_token_indices": list[int] | dict[str, list[int]],
     "bias": str,
 }
+_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
 
@@ -64,13 +66,16 @@ class Source:
     beside: take one that trains heads, biases or tokens beside A and B; `parts` has their shapes and dtypes by the keys
     of the file. more: fields of a config under which a layer is more than A and B that are taken as well; `parts` then
     has whatever else the file holds.
-    Raises ValueError when the folder holds no adapter in safetensors, or one that adds more than B A to its base.
+    The weights are adapter_model.safetensors, or, where there is none, adapter_model.bin, read as in `PickledFile`.
+    Raises ValueError when the folder holds no adapter in one of these, or one that adds more than B A to its base.
     """
 
     def __init__(self, folder: str | Path, beside: bool = False, more: Collection[str] = ()) -> None:
         self.folder = Path(folder)
         self.config: dict[str, Any] = read_config(self.folder, beside, more)
-        self.path = self.folder / "adapter_model.safetensors"
+        self.path = self.folder / _WEIGHTS[0]
+        if not self.path.is_file() and (self.folder / _WEIGHTS[1]).is_file():
+            self.path = self.folder / _WEIGHTS[1]
         init = changes_base(self.config.get("init_lora_weights"))
         if init is not None:
             raise ValueError(
@@ -80,15 +85,17 @@ class Source:
             )
         if not inside(self.path, self.folder).is_file():
             raise ValueError(
-                f"{self.folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True"
+                f"{self.folder} has no {_WEIGHTS[0]} and no {_WEIGHTS[1]}; save the adapter with PEFT's save_pretrained"
             )
         sums.check(self.folder, ("adapter_config.json", self.path.name))
         self._file: Any = None
         self._read = 0
         self.parts: dict[str, tuple[tuple[int, ...], str]] = {}
-        self.layers = {layer.name: layer for layer in self._layers(bool(more))}
+        self.layers = {layer.name: layer for layer in self._layers(bool(more), beside)}
 
     def _open(self) -> Any:
+        if self.path.suffix == ".bin":
+            return PickledFile(self.path)
         from safetensors import safe_open
 
         try:
@@ -96,7 +103,7 @@ class Source:
         except Exception as error:
             raise ValueError(f"{self.path} cannot be read: {error}") from error
 
-    def _layers(self, anything: bool) -> list[Layer]:
+    def _layers(self, anything: bool, beside: bool) -> list[Layer]:
         file = self._file = self._open()
         keys = list(file.keys())
         rest = set(keys)
@@ -119,8 +126,10 @@ class Source:
                 )
         if not found:
             raise ValueError(f"{self.path} holds no LoRA layers")
-        if foreign := sorted(key for key in rest if not (anything or is_beside(key, self.config))):
-            raise ValueError(f"{self.path} holds more than A and B, which are merged: {', '.join(foreign[:3])}")
+        extra = [key for key in rest if not (anything or is_beside(key, self.config))]
+        if foreign := sorted(key for key in extra if not (beside and is_embedding(key))):
+            hint = " (pass --beside keep, merge or first)" if all(map(is_embedding, extra)) else ""
+            raise ValueError(f"{self.path} holds more than A and B, which are merged: {', '.join(foreign[:3])}{hint}")
         for key in sorted(rest):
             piece = file.get_slice(key)
             self.parts[key] = tuple(piece.get_shape()), piece.get_dtype()
@@ -132,6 +141,12 @@ class Source:
         strange = [dtype for dtype in dtypes if dtype not in ("F64", "F32", "BF16", "F16")]
         if strange:
             raise ValueError(f"{self.path}: {name} is stored as {strange[0]}, expected F64, F32, BF16 or F16")
+
+    @property
+    def beside(self) -> list[str]:
+        """What there is beside A and B: fields of the config, and "embeddings" that PEFT saved along."""
+        along = any(is_embedding(key) and not is_beside(key, self.config) for key in self.parts)
+        return [*trains_beside(self.config), *(["embeddings"] if along else [])]
 
     def read(self, name: str) -> tuple[Tensor, Tensor]:
         """A (r, n) and B (m, r) of a layer, a convolution's flattened. Not to be written into. ValueError for NaN."""
@@ -198,14 +213,15 @@ def read_config(folder: Path, beside: bool = False, taken: Collection[str] = ())
         raise ValueError(f"{path}: a rank of {min(ranks)}; ranks are at least 1")
     more = [field for field in more_than_pairs(config) if field not in taken]
     if more:
-        what = "which is not folded" if taken else "which alone are compared or merged"
-        raise ValueError(f"{path} has {', '.join(more)}: more than A and B, {what}")
+        what = "which is not folded or merged" if taken else "which alone are compared or merged"
+        hint = " (slao merge takes a DoRA by --method svd --base FOLDER)" if more == ["use_dora"] else ""
+        raise ValueError(f"{path} has {', '.join(more)}: more than A and B, {what}{hint}")
     for key in trains_beside(config):
         typed(f"{path}: {key}", config[key], _BESIDE[key])
         if not beside:
             raise ValueError(
-                f"{path} has {key}: more than A and B; merge it with --beside keep (the last adapter's is kept), or "
-                "--beside merge (it is averaged)"
+                f"{path} has {key}: more than A and B; merge it with --beside keep (the last adapter's is kept), "
+                "--beside first, or --beside merge (it is averaged)"
             )
     return config
 
@@ -233,7 +249,7 @@ def interference_table(folders: Sequence[str | Path]) -> str:
     for index, name in enumerate(names):
         cells = " ".join(f"{value:6.3f}" for value in whole.cosines[0, index].tolist())
         lines.append(f"{index + 1:>3} {name:<{width}} {cells} {whole.norms[0, index].item():7.4g}")
-    beside = {name: ", ".join(trains_beside(source.config)) for name, source in zip(names, sources, strict=True)}
+    beside = {name: ", ".join(source.beside) for name, source in zip(names, sources, strict=True)}
     if said := [f"{fields} of {name}" for name, fields in beside.items() if fields]:
         lines.append(f"not looked at, since it has no B A: {'; '.join(said)}")
     return "\n".join(lines)

@@ -77,7 +77,7 @@ def load_model(path: str, objective: str, dtype: str, device: str) -> nn.Module:
     if dtype != "auto":
         kind = getattr(torch, dtype)
     loader = AutoModelForCausalLM if causal else AutoModel
-    model: nn.Module = _from_pretrained(loader, path, dtype=kind, use_safetensors=True)
+    model: nn.Module = from_pretrained(loader, path, dtype=kind, use_safetensors=True)
     try:
         return model.to(device)
     except RuntimeError as error:
@@ -106,7 +106,7 @@ def load_tokenizer(path: str) -> Any:
 
     if _sees(_config(path)):
         return None
-    tokenizer = _from_pretrained(AutoTokenizer, path)
+    tokenizer = from_pretrained(AutoTokenizer, path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -130,8 +130,8 @@ def _config(path: str) -> Any:
     from transformers import AutoConfig
 
     if Path(path).is_dir():
-        _check_folder(Path(path))
-    config = _from_pretrained(AutoConfig, path)
+        check_folder(Path(path))
+    config = from_pretrained(AutoConfig, path)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{path!r} is a sequence-to-sequence model ({config.model_type}), which no objective here trains: take a "
@@ -140,7 +140,7 @@ def _config(path: str) -> Any:
     return config
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """ValueError for weights in a pickle, and for files, or parts of weights, that lie elsewhere."""
     names = [path.name for path in folder.iterdir()]
     for name in names:
@@ -168,7 +168,7 @@ def _sees(config: Any) -> bool:
     return hasattr(config, "image_size") and not hasattr(config, "vocab_size")
 
 
-def _from_pretrained(loader: Any, path: str, **options: Any) -> Any:
+def from_pretrained(loader: Any, path: str, **options: Any) -> Any:
     """What `loader` makes of the folder or hub name; no code of its own is run. Whatever goes wrong in it is about that
     folder: a ValueError of one line."""
     try:

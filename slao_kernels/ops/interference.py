@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from . import checks, several
+from . import checks, gram, several
 
 # A squared norm below this part of ‖A‖² ‖B‖² is what the roundings of a sum that is zero leave.
 _ROUNDING = 2.0**-46
@@ -67,8 +67,8 @@ def interference(adapters: Sequence[several.Adapter], *, model: nn.Module | None
         return Interference([], torch.zeros(0, count, count, dtype=torch.float64))
     with torch.no_grad():
         rows: list[Tensor] = [layers[0].As[0]] * len(layers)
-        for members, A, B in several.stacks(layers):
-            for index, row in zip(members, _traces(A, B, layers[members[0]].ranks), strict=True):
+        for members, left, right in _products(layers):
+            for index, row in zip(members, _traces(left, right, layers[members[0]].ranks), strict=True):
                 rows[index] = row
         factors = torch.tensor([layer.scalings for layer in layers], dtype=torch.float64)
         factors = factors.to(rows[0].device, non_blocking=True)
@@ -76,9 +76,17 @@ def interference(adapters: Sequence[several.Adapter], *, model: nn.Module | None
     return Interference([layer.name for layer in layers], gram)
 
 
-def _traces(A: Tensor, B: Tensor, ranks: tuple[int, ...]) -> Tensor:
-    """(L, T, T) of stacks A (L, R, n), B (L, m, R): tr((Bᵢᵀ Bⱼ)(Aⱼ Aᵢᵀ)) sums block (i, j) of Bᵀ B ∘ A Aᵀ."""
-    left, right = A @ A.mT, B.mT @ B
+def _products(layers: list[several.Layer]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """(indices of layers of the same ranks, their A Aᵀ, their Bᵀ B), (L, R, R) in fp64."""
+    if gram.has(layers[0].As[0].device):
+        yield from several.grams(layers)
+        return
+    for members, A, B in several.stacks(layers):
+        yield members, A @ A.mT, B.mT @ B
+
+
+def _traces(left: Tensor, right: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    """(L, T, T) of A Aᵀ and Bᵀ B (L, R, R): tr((Bᵢᵀ Bⱼ)(Aⱼ Aᵢᵀ)) sums block (i, j) of their entrywise product."""
     gram = _sums(_sums(left * right, ranks).mT, ranks).mT
     # ‖A‖² ‖B‖² of each adapter.
     sizes = _sums(left.diagonal(dim1=-2, dim2=-1), ranks) * _sums(right.diagonal(dim1=-2, dim2=-1), ranks)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters import LoraPair, find_pairs, lora_layers
 from ..inventory import added, beside, why_not_now
-from . import checks
+from . import checks, gram
 
 # What one adapter may be given as; see `read`.
 Adapter = str | tuple[Sequence[Tensor], Sequence[Tensor], float | Sequence[float]] | Sequence[Any]
@@ -20,6 +20,7 @@ Adapter = str | tuple[Sequence[Tensor], Sequence[Tensor], float | Sequence[float
 # Bytes of the fp64 copies that are held at once. On a CPU they are to stay in its cache, whatever the number of layers:
 # eight layers of 4096 at a time took 1.5 times as long as one (three adapters, r = 16). A GPU wants large batches.
 _CPU_BYTES, _GPU_BYTES = 4 << 20, 256 << 20
+_GRAM_BYTES = 16 << 20  # of one factor's r×r products
 
 
 @dataclass(frozen=True)
@@ -189,3 +190,18 @@ def stacks(layers: Sequence[Layer]) -> Iterator[tuple[list[int], Tensor, Tensor]
             A = torch.cat([A.detach() for i in chosen for A in layers[i].As]).double().view(len(chosen), R, n)
             B = torch.cat([B.detach() for i in chosen for B in layers[i].Bs], dim=1).double()
             yield chosen, A, B.view(m, len(chosen), R).transpose(0, 1)
+
+
+def grams(layers: Sequence[Layer]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """(indices of layers of the same ranks, A Aᵀ and Bᵀ B of the stacked factors, (L, R, R) fp64 each) by the compiled
+    core (`gram.has`). As many layers at a time as fill some memory."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, layer in enumerate(layers):
+        groups.setdefault(layer.ranks, []).append(index)
+    for ranks, members in groups.items():
+        step = max(1, _GRAM_BYTES // (8 * max(1, sum(ranks)) ** 2))
+        for start in range(0, len(members), step):
+            chosen = members[start : start + step]
+            left = gram.grams([[A.detach() for A in layers[i].As] for i in chosen])
+            right = gram.grams([[B.detach().T for B in layers[i].Bs] for i in chosen])
+            yield chosen, left, right

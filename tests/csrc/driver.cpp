@@ -5,6 +5,7 @@
 #include <new>
 
 #include "../../csrc/cpu/isa.h"
+#include "gram.h"
 #include "lora_linear.h"
 #include "orthogonal_init.h"
 
@@ -242,6 +243,11 @@ int main() {
 #if defined(__x86_64__)
   check_all("avx2", best_isa() >= Isa::avx2, avx2::scaled_merge, avx2::fold, avx2::orthogonal_init);
   check_all("avx512", best_isa() >= Isa::avx512, avx512::scaled_merge, avx512::fold, avx512::orthogonal_init);
+#endif
+  check_gram("base", true, base::gram);
+#if defined(__x86_64__)
+  check_gram("avx2", best_isa() >= Isa::avx2, avx2::gram);
+  check_gram("avx512", best_isa() >= Isa::avx512, avx512::gram);
 #endif
   check_lora("avx512bf16", best_isa() >= Isa::avx512bf16 ? lora_products(Isa::avx512bf16) : nullptr);
   check_lora("amx", best_isa() >= Isa::amx ? lora_products(Isa::amx) : nullptr);

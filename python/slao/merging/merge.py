@@ -17,47 +17,31 @@ from slao_kernels.ops import checks
 
 from ..schedules import MergeStats, Schedule, make_schedule
 from . import beside as parts
-from . import factors, product
+from . import dora, factors, product
+from . import union as together
 from .factors import Pair
+from .options import CUT, ONE_RANK, completed
 from .output import DTYPES, TensorFile, whole_folder, write_config
 from .product import Cut
 from .source import Source, check
-
-# method -> the options it takes; and what an adapter weighs if nothing is said, of T adapters.
-METHODS = {
-    "slao": ("schedule",),
-    "linear": ("weights",),
-    "svd": ("weights", "rank"),
-    "ties": ("weights", "density"),
-    "dare_ties": ("weights", "density", "seed"),
-    "magmax": ("weights", "rank"),
-    "opcm": ("weights", "rank"),
-    "knots": ("weights", "rank", "density"),
-}
-_USUAL_WEIGHT: dict[str, Callable[[int], float]] = {
-    "linear": lambda count: 1 / count,
-    "svd": lambda count: 1 / count,
-    "magmax": lambda count: 0.5,  # the paper's scale
-}
-_DENSITY = 0.2  # TIES keeps the top 20 %
-_ONE_RANK, CUT = ("slao", "linear", "ties", "dare_ties"), ("svd", "magmax", "opcm", "knots")
 
 
 @dataclass(frozen=True)
 class Merged:
     """What `merge_adapters` wrote. ranks: of the layers. lost: ‖τ − B A‖ / ‖τ‖ over all layers, of the merge τ that was
-    cut to these ranks; 0 for the methods that cut nothing."""
+    cut to these ranks; 0 for the methods that cut nothing. notes: what else is to be said, a line each."""
 
     folder: Path
     method: str
     ranks: dict[str, int]
     lost: float
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         few = sorted(set(self.ranks.values()))
         rank = f"rank {few[0]}" if len(few) == 1 else f"ranks {few[0]} to {few[-1]}"
         cut = f", which leaves out {self.lost:.2%} of the merge (norms)" if self.method in CUT else ""
-        return f"{self.folder}: {self.method} of {len(self.ranks)} layers, {rank}{cut}"
+        return "\n".join([f"{self.folder}: {self.method} of {len(self.ranks)} layers, {rank}{cut}", *self.notes])
 
 
 def merge_adapters(
@@ -71,6 +55,9 @@ def merge_adapters(
     schedule: str | float | None = None,
     seed: int | None = None,
     beside: str | None = None,
+    union: bool = False,
+    same_base: Sequence[str] = (),
+    base: str | Path | None = None,
     progress: bool = False,
 ) -> Merged:
     """Merge the adapters in `folders`, oldest first, into a new folder `out` that PeftModel.from_pretrained loads.
@@ -80,8 +67,11 @@ def merge_adapters(
     layer's largest). weights: one an adapter; by default 1/T for linear and svd, 0.5 for magmax, else 1. density: of
     ties, dare_ties, knots, in (0, 1], by default 0.2. schedule: λ of slao, "inv_sqrt" (the default), "inverse",
     "adaptive" (from the adapters themselves, layer by layer) or a number. seed: of dare_ties, by default 0. beside:
-    what becomes of heads, biases and tokens, which have no A and B: "keep" (the last adapter's) or "merge" (averaged,
-    by slao's λ, the mean of the layers', else by the weights over their sum); None refuses adapters that have such.
+    what becomes of heads, biases, tokens and embeddings, which have no A and B: "keep" (the last adapter's), "first"
+    or "merge" (averaged, by slao's λ, the mean of the layers', else by the weights over their sum); None refuses
+    adapters that have such. union: adapters may have other layers; an absent one counts as zero, and what stands beside
+    A and B is kept from the last or first adapter that has it. same_base: texts "A=B": two names of one base. base: the
+    base model's folder; with it svd takes DoRA adapters, as the exact change of its weights (slao.merging.dora).
     Reads and writes a layer at a time. Factors keep the widest dtype that the layer has in any adapter; the result has
     scaling 1, but with slao that of the adapters. `out` appears when it is whole.
     Raises ValueError, with nothing written, for adapters of different bases, layers, or (where one is needed) ranks and
@@ -89,63 +79,74 @@ def merge_adapters(
     the base; NaN; options that the method does not take; `out` that exists.
     """
     options = completed(method, weights, rank, density, schedule, seed, len(folders))
-    sources = [Source(folder, beside is not None) for folder in folders]
-    check(sources, method in _ONE_RANK, method == "slao", method)
-    further = parts.announced(sources, beside, options.get("weights"))
-    last = sources[-1]
-    ranks = {name: _rank(sources, name, rank) if method in CUT else layer.rank for name, layer in last.layers.items()}
+    sources = [Source(folder, beside is not None, () if base is None else (dora.FIELD,)) for folder in folders]
+    if base is not None and method != "svd":
+        raise ValueError(
+            f"svd alone takes base=, for DoRA adapters: make a LoRA of each (--method svd --base {base} of it alone), "
+            f"and merge those by {method}"
+        )
+    exact = None if base is None else dora.Exact(sources, base)
+    check(sources, method in ONE_RANK, method == "slao", method, union=union, same_base=same_base)
+    further = parts.announced(sources, beside, options.get("weights"), union)
+    last, layers, apart = sources[-1], together.layers(sources), together.differ(sources)
+    ranks = {name: _rank(sources, name, rank) if method in CUT else layer.rank for name, layer in layers.items()}
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    keys: dict[str, tuple[str, str]] = {}
-    for name, layer in last.layers.items():
-        stored = [DTYPES[dtype] for source in sources for dtype in source.layers[name].dtypes]
-        dtype = reduce(torch.promote_types, stored)
+    for name, layer in layers.items():
+        having = [source.layers[name] for source in sources if name in source.layers]
+        dtype = reduce(torch.promote_types, [DTYPES[stored] for each in having for stored in each.dtypes])
         (_, *n), (m, _, *kernel) = layer.shapes
         tensors |= {layer.keys[0]: ((ranks[name], *n), dtype), layer.keys[1]: ((m, ranks[name], *kernel), dtype)}
-        keys[name] = layer.keys
     tensors |= further
     note = {"method": method, "adapters": [source.folder.resolve().name for source in sources], **options}
-    note |= {} if beside is None else {"beside": beside}
+    note |= ({} if beside is None else {"beside": beside}) | ({"union": True} if apart else {})
+    lam = _Recorded(make_schedule(options["schedule"])) if method == "slao" else None
+
+    def make(name: str) -> Pair | Cut:
+        if exact is not None and exact.needed(name):
+            return exact.cut(name, options["weights"], ranks[name])
+        pairs = together.pairs(sources, name, method, method in ONE_RANK)
+        merged = _layer(method, name, pairs, together.scalings(sources, name), options, lam, ranks[name])
+        if apart and method == "slao" and not isinstance(merged, Cut):  # written with scaling 1, as r differs
+            return together.scaled(merged, layers[name].scaling)
+        return merged
+
     target = Path(out)
     with whole_folder(target) as scratch, torch.no_grad():
         file = TensorFile(scratch / "adapter_model.safetensors", tensors, json.dumps(note))
         try:
-            lam = _Recorded(make_schedule(options["schedule"])) if method == "slao" else None
-            lost = _merge(sources, method, options, lam, ranks, keys, tensors, file, progress)
+            lost = _merge(method, make, {name: layer.keys for name, layer in layers.items()}, file, progress)
             shares = parts.shares(options["weights"]) if lam is None else lam.means()
             for key in further:
                 file.write(key, parts.merged(sources, key, beside, shares))
         finally:
             file.close()
-        write_config(scratch / "adapter_config.json", last.config, None if method == "slao" else ranks)
-    return Merged(target, method, ranks, lost)
+        config = dict(last.config) | ({} if exact is None else {dora.FIELD: False})
+        config |= together.config(sources) | parts.fields(sources, beside) if union else {}
+        write_config(scratch / "adapter_config.json", config, None if method == "slao" and not apart else ranks)
+    notes = [*together.said(sources), *([] if exact is None else exact.said(layers))]
+    return Merged(target, method, ranks, lost, (*notes, *parts.said(sources, beside, shares)))
 
 
 def _merge(
-    sources: list[Source],
     method: str,
-    options: dict[str, Any],
-    schedule: Schedule | None,
-    ranks: dict[str, int],
+    make: Callable[[str], Pair | Cut],
     keys: dict[str, tuple[str, str]],
-    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]],
     file: TensorFile,
     progress: bool,
 ) -> float:
     """Write all layers; returns the part that was cut off."""
     from tqdm.auto import tqdm
 
-    lost, total, norms = 0.0, 0.0, torch.zeros(len(sources), dtype=torch.float64)
+    lost, total, norms = 0.0, 0.0, torch.zeros((), dtype=torch.float64)
     # disable=None: no bar where nobody watches (a pipe, a log file).
     for name in tqdm(keys, desc=method, unit="layer", leave=False, disable=None if progress else True):
-        pairs = [source.read(name) for source in sources]
-        scalings = [source.layers[name].scaling for source in sources]
-        merged = _layer(method, name, pairs, scalings, options, schedule, ranks[name])
+        merged = make(name)
         if isinstance(merged, Cut):
             lost, total = lost + merged.lost, total + merged.total
-            norms += 0 if merged.norms is None else merged.norms
+            norms = norms if merged.norms is None else norms + merged.norms
         both = (merged.A, merged.B) if isinstance(merged, Cut) else merged
         for key, tensor in zip(keys[name], both, strict=True):
-            rounded = tensor.to(tensors[key][1])
+            rounded = tensor.to(file.where[key][2])
             if checks.not_finite([rounded]):
                 raise ValueError(f"the merge of {name} overflows {rounded.dtype}. Nothing was written.")
             file.write(key, rounded)
@@ -196,52 +197,10 @@ def _layer(
     return cut(pairs, given, rank)
 
 
-def completed(
-    method: str,
-    weights: Sequence[float] | None,
-    rank: int | None,
-    density: float | None,
-    schedule: str | float | None,
-    seed: int | None,
-    count: int,
-) -> dict[str, Any]:
-    """The options of `method`, those that were not given by default.
-
-    Raises ValueError for a method that there is none of, and for options that it does not take, or not so.
-    """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-    given = {"weights": weights, "rank": rank, "density": density, "schedule": schedule, "seed": seed}
-    for option, value in given.items():
-        if value is not None and option not in METHODS[method]:
-            raise ValueError(f"{method} takes no {option}; its options are {', '.join(METHODS[method])}")
-    if count < 2 and method != "svd":  # which cuts one adapter to a rank
-        raise ValueError(f"{method} merges two adapters or more; got {count}")
-    if not count:
-        raise ValueError("svd needs an adapter; got none")
-    if weights is not None and len(weights) != count:
-        raise ValueError(f"weights are {len(weights)} numbers for {count} adapters")
-    if weights is not None and not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"weights must be finite, not {list(weights)}")
-    if density is not None and not 0 < density <= 1:
-        raise ValueError(f"density must lie in (0, 1], not {density}")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, not {rank}")
-    if method == "slao":
-        make_schedule("inv_sqrt" if schedule is None else schedule)
-        return {"schedule": "inv_sqrt" if schedule is None else schedule}
-    usual = _USUAL_WEIGHT.get(method, lambda count: 1.0)(count)
-    found: dict[str, Any] = {"weights": [usual] * count if weights is None else [float(w) for w in weights]}
-    if "density" in METHODS[method]:
-        found["density"] = _DENSITY if density is None else density
-    if "seed" in METHODS[method]:
-        found["seed"] = 0 if seed is None else seed
-    return found
-
-
 def _rank(sources: Sequence[Source], name: str, rank: int | None) -> int:
-    (_, *n), (m, *_) = sources[0].layers[name].shapes
+    having = [source.layers[name] for source in sources if name in source.layers]
+    (_, *n), (m, *_) = having[0].shapes
     most = min(m, math.prod(n))
     if rank is not None and rank > most:
         raise ValueError(f"rank {rank} is too large for {name}, whose B A is {(m, math.prod(n))}: at most {most}")
-    return rank or min(max(source.layers[name].rank for source in sources), most)
+    return rank or min(max(layer.rank for layer in having), most)

@@ -17,6 +17,7 @@ from slao_kernels.ops.checks import not_finite
 
 from .. import checkpoint
 from ..export import save_adapter
+from ..merging.cuts import CutAdapter, Limit
 from . import showing, stored
 from .beside import Beside
 from .showing import Weights
@@ -189,8 +190,16 @@ class Method:
         """Whether none of the pairs trains, as after PEFT's `set_requires_grad(adapter, False)`; shards do not say."""
         return self._is_plain() and not any(p.requires_grad for pair in self.pairs for p in pair.parameters)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """The merged adapter as a plain PEFT folder, which loads without this library."""
+    def save_pretrained(
+        self, folder: str | Path, *, rank: int | None = None, keep: float | None = None
+    ) -> CutAdapter | None:
+        """The merged adapter as a plain PEFT folder, which loads without this library.
+
+        rank, keep: cut every layer to that rank, or to the one that holds this part of its squared norm, as
+        `slao.merging.compress.compress_adapter` does: for methods that keep a pair a task, whose export has rank T · r.
+        Returns what each layer lost (None on ranks that do not write, and where nothing was to be cut).
+        """
+        limit = None if rank is None and keep is None else Limit(rank, keep)
         with sharding.together():
             self._ask("read", "save_pretrained")
         stacked = self._stacked()  # of the shapes before they are swapped
@@ -199,7 +208,7 @@ class Method:
                 f"{self.name} keeps {stacked} pairs a layer, for which shards have no room; export from one process"
             )
         with self._swapped_in(self._exported_weights):
-            save_adapter(self.model, folder, self.adapter, stacked=stacked)
+            return save_adapter(self.model, folder, self.adapter, stacked=stacked, limit=limit)
 
     def save(self, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
         """The full state (adapter as trained, merge, history) and JSON-able `extra` into `folder`, atomically."""

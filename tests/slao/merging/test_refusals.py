@@ -23,7 +23,7 @@ BAD: dict[str, tuple[dict, dict, str, list[str], list[str]]] = {
     "dora": ({}, {"use_dora": True}, "", [], ["has use_dora: more than A and B"]),
     "lora_bias": ({}, {"lora_bias": True}, "", [], ["has lora_bias: more"]),
     "bias": ({"bias": "all"}, {}, "", [], ["has bias: more than A and B; merge it with --beside keep (the last"]),
-    "beside": ({}, {}, "", ["--beside", "drop"], ["unknown beside 'drop'; choose one of keep, merge"]),
+    "beside": ({}, {}, "", ["--beside", "drop"], ["unknown beside 'drop'; choose one of keep, merge, first"]),
     "nothing beside": ({}, {}, "", ["--beside", "keep"], ["beside='keep' would do nothing: no adapter has anything"]),
     "beside in one": ({"modules_to_save": ["pooler"]}, {}, "more", ["--beside", "keep"],
                       ["modules_to_save is None, that of", "['pooler']", "pooler.weight is in", "b only"]),
@@ -194,8 +194,11 @@ def test_adapters_lead_nowhere_else(tiny, tmp_path, capsys):
     trap = tmp_path / "trap"
     torch.save({"x": Trap(trap)}, b / "adapter_model.bin")
     assert main(["interference", str(a), str(b)]) == 2
-    assert "has no adapter_model.safetensors" in capsys.readouterr().err
-    weights.write_bytes((b / "adapter_model.bin").read_bytes())
+    assert "adapter_model.bin is no pickle of tensors alone, and nothing else is unpickled" in capsys.readouterr().err
+    (b / "adapter_model.bin").rename(tmp_path / "adapter_model.bin")
+    assert main(["interference", str(a), str(b)]) == 2
+    assert "has no adapter_model.safetensors and no adapter_model.bin" in capsys.readouterr().err
+    weights.write_bytes((tmp_path / "adapter_model.bin").read_bytes())
     assert main(["merge", str(a), str(b), "-o", str(tmp_path / "out")]) == 2
     assert f"{weights} cannot be read" in capsys.readouterr().err
     assert not trap.exists()

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..merge import CUT, completed, merge_adapters
+from ..merge import merge_adapters
+from ..options import CUT, completed
 from ..output import whole_folder
 from .base import Base
 from .plan import Plan, dtype_of, plan_of, single, summed
