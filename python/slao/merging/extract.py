@@ -53,9 +53,9 @@ def extract_adapter(
     if dtype not in _DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(_DTYPES)}")
     two = _Two(Weights(tuned), Weights(base))
-    linear = [name for name in two.skeleton.names if two.skeleton.linear(name) is not None]
+    linear = [name for name in two.skeleton.shapes if two.skeleton.linear(name) is not None]
     rest = _Rest(two, beside)
-    for name in two.skeleton.names:
+    for name in two.skeleton.shapes:
         if name in two.keys and two.skeleton.linear(name) is None:
             rest.look_at(name)
     layers = [name for name in linear if not rest.holds(name)]
@@ -93,7 +93,7 @@ class _Two:
                     name, f"is {shapes[0]} in {tuned.path}, {shapes[1]} in {base.path}{_advice(name, *shapes)}"
                 )
         problems.raise_if_any()
-        self.keys = {name: (mine[name], its[name]) for name in self.skeleton.names if name in its}
+        self.keys = {name: (mine[name], its[name]) for name in self.skeleton.shapes if name in its}
 
     def _plain(self, other: Skeleton, key: str) -> bool:
         """Whether the tensor is a weight by itself in each model whose checkpoint has it."""
@@ -156,7 +156,7 @@ class _Rest:
                 f"{name} differs, and no module of the model holds it: pass --beside leave to leave it out"
             )
         weight = f"{owner}.weight"
-        if attribute == "bias" and weight in skeleton.names and skeleton.linear(weight) is not None:
+        if attribute == "bias" and weight in skeleton.shapes and skeleton.linear(weight) is not None:
             self.biases.append(name)
         else:
             # A tied tensor changes in all of its modules: PEFT's copy of one is not tied to the others.

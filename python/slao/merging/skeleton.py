@@ -1,8 +1,9 @@
-"""What a checkpoint's tensors are in the model: built from its config without memory, by transformers."""
+"""A model without its weights: built from its config by transformers on the meta device, for the names of its parts."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,101 +12,74 @@ from torch import nn
 
 from ..models import from_pretrained
 
-_FLOATS = ("F64", "F32", "BF16", "F16")
-
 
 class Skeleton:
-    """The model of `folder`'s config on the meta device. names: of all that its state dict holds. modules: by name.
+    """The model of the config.json in `folder`. modules: by name. shapes: of all that a checkpoint holds of it, by the
+    model's names. parameters: those of these names that are parameters.
 
-    Raises ValueError for a config that transformers does not know, and for a quantised model.
+    Raises ValueError where transformers does not have the architecture. No code of the model's own is run.
     """
 
     def __init__(self, folder: Path) -> None:
-        import transformers
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        config = from_pretrained(transformers.AutoConfig, str(folder))
-        if getattr(config, "quantization_config", None):
-            raise ValueError(
-                f"{folder} is quantised ({_scheme(config)}), and the difference of such weights is mostly rounding: "
-                "take the model that it was quantised from, or dequantise it and save that"
-            )
-        architecture = next(iter(getattr(config, "architectures", None) or []), None)
-        maker: Any = getattr(transformers, architecture or "", None)
-        if maker is None:
-            raise ValueError(f"{folder}: transformers {transformers.__version__} has no architecture {architecture!r}")
-        with torch.device("meta"):
-            model: Any = maker(config)
-        model.tie_weights()
-        self.causal = str(architecture).endswith(("ForCausalLM", "LMHeadModel"))
-        self.modules: dict[str, nn.Module] = dict(model.named_modules())
-        self._prefix = str(model.base_model_prefix or "")
-        transforms = get_model_conversion_mapping(model)
+        self.model = _on_meta(folder)
+        self.modules: dict[str, nn.Module] = dict(self.model.named_modules())
+        self._state: dict[str, Any] = self.model.state_dict(keep_vars=True)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+        self.parameters = [name for name, tensor in self._state.items() if isinstance(tensor, nn.Parameter)]
+        transforms = get_model_conversion_mapping(self.model)
+        self.converters: Any = [each for each in transforms if isinstance(each, WeightConverter)]
         self._renamings: Any = [each for each in transforms if isinstance(each, WeightRenaming)]
-        self._converters: Any = [each for each in transforms if isinstance(each, WeightConverter)]
-        self._state: dict[str, Any] = model.state_dict(keep_vars=True)
         self._tied: dict[int, list[str]] = {}
         for name, tensor in self._state.items():
             self._tied.setdefault(id(tensor), []).append(name)
 
     @property
-    def names(self) -> list[str]:
-        return list(self._state)
+    def prefix(self) -> str:
+        """Of the names in the model with a head, where the one without has none."""
+        return str(self.model.base_model_prefix or "")
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._state[name].shape)
+    @property
+    def causal(self) -> bool:
+        return type(self.model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
-    def name_of(self, key: str) -> tuple[str | None, bool]:
-        """The model's name of what a checkpoint has under `key`, as transformers finds it when it loads one; whether
-        the parameter is joined of several such tensors. None: transformers passes over it."""
-        from transformers.core_model_loading import rename_source_key
-
-        name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._state)
-        return (str(name) if name in self._state else None), pattern is not None
+    @property
+    def groups(self) -> list[list[str]]:
+        """The names of parameters that are one, tied to each other."""
+        return [names for names in self._tied.values() if len(names) > 1]
 
     def tied(self, name: str) -> list[str]:
-        """The names of the one tensor that is `name`'s."""
+        """All names of the one tensor that is `name`'s."""
         return self._tied[id(self._state[name])]
 
-    def keys_of(self, stored: Mapping[str, tuple[tuple[int, ...], str]], what: Path) -> dict[str, str]:
-        """Name -> key of a checkpoint with these tensors. A tied one has the key of the one that is stored; one that is
-        joined of several tensors is not among them.
+    def renamed(self, key: str) -> tuple[str, str | None]:
+        """The model's name of what a checkpoint has under `key`, as transformers finds it when it loads one, which the
+        model need not have; the pattern of the converter that takes it in, where a parameter is joined of several."""
+        from transformers.core_model_loading import rename_source_key
 
-        Raises ValueError that names parameters that are absent, have another shape, or are no floating-point numbers.
-        """
-        keys: dict[str, str] = {}
-        joined: set[str] = set()
-        for key in stored:
-            name, parts = self.name_of(key)
-            if name is not None and parts:
-                joined.add(name)
-            elif name is not None:
-                keys[name] = key
-        for name in self.names:
-            partner = next((other for other in self.tied(name) if other in keys), None)
-            if name not in keys and partner is not None:
-                keys[name] = keys[partner]
-        parameters = [name for name, tensor in self._state.items() if isinstance(tensor, nn.Parameter)]
-        absent = [name for name in parameters if name not in keys and name not in joined]
-        if absent:
-            raise ValueError(
-                f"{what} lacks {len(absent)} weights of its model, such as {absent[0]}: the checkpoint is not whole, "
-                "or has other names than transformers' (load it, and save it with save_pretrained)"
-            )
-        for name in parameters:
-            shape, dtype = stored[keys[name]] if name in keys else (self.shape(name), _FLOATS[0])
-            if dtype not in _FLOATS:
-                raise ValueError(f"{what}: {name} is stored as {dtype}, quantised: expected {', '.join(_FLOATS)}")
-            if shape != self.shape(name):
-                raise ValueError(f"{what}: {name} is {shape}, its config says {self.shape(name)}")
-        return keys
+        name, pattern = rename_source_key(key, self._renamings, self.converters, self.prefix, self._state)
+        return str(name), pattern
+
+    def embeddings(self) -> tuple[str | None, str | None]:
+        """The names of the weights of the input embedding and of the head that tells tokens apart."""
+        found: list[str | None] = []
+        for get in (self.model.get_input_embeddings, self.model.get_output_embeddings):
+            try:
+                module = get()
+            except (NotImplementedError, AttributeError):
+                module = None
+            names = (name for name, each in self.modules.items() if each is module and module is not None)
+            name = next(names, None)
+            found.append(f"{name}.weight" if name is not None and f"{name}.weight" in self.shapes else None)
+        return found[0], found[1]
 
     def weight_of(self, layer: str) -> str:
-        """The name of a layer's weight, also where an adapter has been trained on the model without its head, or on one
-        with a head where this one has none; the plain name if there is none."""
-        plain, prefix = f"{layer}.weight", f"{self._prefix}."
-        found = (name for name in (plain, prefix + plain, plain.removeprefix(prefix)) if name in self._state)
+        """The name of a layer's weight, also where an adapter was trained on the model without its head, or on one with
+        a head where this one has none; the plain name if there is none."""
+        plain, prefix = f"{layer}.weight", f"{self.prefix}."
+        found = (name for name in (plain, prefix + plain, plain.removeprefix(prefix)) if name in self.shapes)
         return next(found, plain)
 
     def linear(self, name: str) -> bool | None:
@@ -121,7 +95,7 @@ class Skeleton:
 
     def below(self, module: str) -> list[str]:
         """The names of all that a module's state dict holds."""
-        return [name for name in self.names if name.startswith(f"{module}.")]
+        return [name for name in self.shapes if name.startswith(f"{module}.")]
 
     def saved(self, modules: Collection[str]) -> list[str]:
         """What PEFT makes of modules_to_save=`modules`, which it compares with the ends of names; outermost ones."""
@@ -143,7 +117,16 @@ class Skeleton:
         return sorted(exact | rest)
 
 
-def _scheme(config: Any) -> str:
-    given = config.quantization_config
-    method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
-    return str(getattr(method, "value", method))
+def _on_meta(folder: Path) -> Any:
+    import transformers as hf
+
+    config = from_pretrained(hf.AutoConfig, str(folder), local_files_only=True)
+    names = getattr(config, "architectures", None) or []
+    kind: Any = getattr(hf, str(names[0]), None) if names else None
+    if names and not hasattr(kind, "from_pretrained"):
+        raise ValueError(f"transformers {hf.__version__} has no {names[0]}, which {folder} is; update transformers")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: Any = kind(config) if names else hf.AutoModel.from_config(config)
+    model.tie_weights()
+    return model

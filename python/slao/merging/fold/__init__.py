@@ -1,6 +1,6 @@
 """Adapters folded into their base: a model's folder and adapters' folders in, a model's folder out.
 
-In the order of reading: `base` and `skeleton` (what the base's files hold, and by which names the model knows it),
+In the order of reading: `base` and `stored` (what the base's files hold, and by which names the model knows it),
 `changes` and `ties` (what the adapters make of it), `plan` (what will be written), `arithmetic` (one tensor), `write`
 and `verify`.
 """

@@ -12,7 +12,7 @@ from torch import Tensor
 from slao_kernels import fold_
 
 from ...folders import Source
-from .skeleton import Piece
+from .stored import Piece
 
 Part = Callable[[], Tensor]  # what an adapter has beside A and B, read when it is needed
 

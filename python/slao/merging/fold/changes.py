@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ...folders import Layer, Source, scaling
 from .arithmetic import Change, Low, Part
-from .skeleton import Skeleton, missing
+from ..skeleton import Skeleton
+from .stored import missing
 
 _PREFIX = "base_model.model."
 # The end of a key -> what it is of the module before it.
@@ -81,7 +82,7 @@ class _Adapter:
             experts = shape[0] if len(shape) == 3 else 1
             if rows_a % experts:
                 raise ValueError(f"{source.folder}: A of {layer.name} has {rows_a} rows, for {experts} experts")
-            transposed = len(shape) == 3 and _stored_in_out(shape[-2:], outer, inner[0], skeleton.module(module_name))
+            transposed = len(shape) == 3 and _stored_in_out(shape[-2:], outer, inner[0], skeleton.modules.get(module_name))
             factor = scaling(source.config, parameter, rows_a // experts)
             new = Change(transposed=transposed, experts=experts if len(shape) == 3 else 0)
             shape = shape[-2:]
@@ -90,7 +91,7 @@ class _Adapter:
             if entry.depth or parameter not in skeleton.shapes:
                 raise missing([entry.key], source.folder)
             shape, factor = skeleton.shapes[parameter], layer.scaling
-            new = Change(transposed=_layout(source, entry, skeleton.module(module_name)))
+            new = Change(transposed=_layout(source, entry, skeleton.modules.get(module_name)))
         want = tuple(reversed(shape)) if new.transposed else shape
         if want != (outer, *inner) and not self._resized(parameter, want, (outer, *inner)):
             raise ValueError(
@@ -154,7 +155,7 @@ class _Adapter:
     def _finds(self, name: str, entry: _Entry) -> bool:
         if entry.kind == "value":
             return name in self.skeleton.shapes
-        module = self.skeleton.module(name)
+        module = self.skeleton.modules.get(name)
         if entry.kind == "plus":
             return module is not None
         return module is not None and any(True for _ in module.named_parameters(recurse=False))
@@ -165,7 +166,7 @@ class _Adapter:
         targets = self.source.config.get("target_parameters") or []
         found: dict[tuple[str, int], str] = {}
         for name in dict.fromkeys(self.name_of(entry.name) for entry in self.entries if entry.layer is not None):
-            module = self.skeleton.module(name)
+            module = self.skeleton.modules.get(name)
             assert module is not None
             own = [f"{name}.{each}" for each, _ in module.named_parameters(recurse=False)]
             own = [each for each in own if any(each == target or each.endswith(f".{target}") for target in targets)]

@@ -16,7 +16,7 @@ from ..source import check
 from .arithmetic import Change
 from .base import Base
 from .changes import add_changes
-from .skeleton import Piece, Skeleton, missing
+from .stored import Piece, StoredModel, missing
 from .ties import settle
 
 # Fields of a LoraConfig under which a layer is more than A and B, and which a fold treats.
@@ -105,14 +105,14 @@ def plan_of(base: Base, what: Sum, dtype: torch.dtype | None = None, untie: bool
                 f"{source.folder} has layer_replication: it belongs to a model that has the base's layers several "
                 "times, and no fold into the base has them"
             )
-    skeleton = Skeleton(base)
+    skeleton = StoredModel(base)
     made = Plan(base, {}, dtype=dtype)
     for source, weight in zip(what.sources, what.weights, strict=True):
         add_changes(made.changes, source, weight, skeleton, what.part if source is last else None)
     made.untied = settle(made.changes, last, skeleton, untie)
     for name, change in made.changes.items():
         _check_stored(name, change, skeleton, last.folder)
-    apart = {skeleton.tied[name]: name for name in skeleton.embeddings() if made.untied and name in skeleton.tied}
+    apart = {skeleton.shared[name]: name for name in skeleton.embeddings() if made.untied and name in skeleton.shared}
     pieces = {piece.stored.key: (name, piece) for name, found in skeleton.pieces.items() for piece in found}
     for file, tensors in base.files.items():
         steps = made.files[file] = {}
@@ -120,7 +120,7 @@ def plan_of(base: Base, what: Sum, dtype: torch.dtype | None = None, untie: bool
             name, piece = pieces.get(stored.key, ("", Piece(stored)))
             steps[stored.key] = _step(piece, made.changes.get(name), dtype)
             if name in apart:
-                key = skeleton.stored_name(apart[name], stored.key)
+                key = skeleton.key_for(apart[name], stored.key)
                 steps[key] = _step(piece, made.changes.get(apart[name]), dtype)
     made.rows = _resized(made, skeleton)
     made.others = _others(base.folder, what.sources)
@@ -143,14 +143,14 @@ def _step(piece: Piece, change: Change | None, dtype: torch.dtype | None) -> Ste
     return Step(piece, change, shape, rounded)
 
 
-def _check_stored(name: str, change: Change, skeleton: Skeleton, folder: Path) -> None:
+def _check_stored(name: str, change: Change, skeleton: StoredModel, folder: Path) -> None:
     """That the base's files hold the parameter in a way that `change` can be made of it."""
     if name in skeleton.odd:
         raise ValueError(
             f"the base stores {name} in parts that transformers joins by {skeleton.odd[name]}, which is not done "
             "here: load the base, save it by save_pretrained(folder, save_original_format=False), and fold into that"
         )
-    found = skeleton.pieces.get(name) or skeleton.pieces.get(skeleton.tied.get(name, ""))
+    found = skeleton.pieces.get(name) or skeleton.pieces.get(skeleton.shared.get(name, ""))
     if not found:
         raise missing([name], folder)
     for piece in found:
@@ -169,7 +169,7 @@ def _check_stored(name: str, change: Change, skeleton: Skeleton, folder: Path) -
             raise ValueError(f"the base stores the rows of {name} in parts, whose norm DoRA needs as one")
 
 
-def _resized(made: Plan, skeleton: Skeleton) -> int | None:
+def _resized(made: Plan, skeleton: StoredModel) -> int | None:
     """The rows of the embedding where they are not the base's."""
     entry, head = skeleton.embeddings()
     rows = {}

@@ -8,7 +8,7 @@ import torch
 
 from ...folders import Source
 from .arithmetic import Change
-from .skeleton import Skeleton
+from ..skeleton import Skeleton
 
 
 def settle(changes: dict[str, Change], source: Source, skeleton: Skeleton, untie: bool) -> str | None:
