@@ -55,6 +55,7 @@ class Base:
                 "such weights: fold into the checkpoint that was quantised, or load it, call model.dequantize(), and "
                 "fold into what save_pretrained writes"
             )
+        self._held = torch.empty(0, dtype=torch.uint8)
         self.index: dict[str, Any] | None = None
         self.metadata: dict[str, dict[str, str]] = {}
         self.files = {name: self._header(name) for name in self._names()}
@@ -66,8 +67,8 @@ class Base:
         return sum(stored.size for stored in self.tensors.values())
 
     def read(self, stored: Stored) -> Tensor:
-        """A copy of its own, in memory."""
-        data = torch.empty(stored.size, dtype=torch.uint8)
+        """A copy in memory, which may be written into; the next call of this or of `blocks` overwrites it."""
+        data = self._memory(stored.size)
         with open(self.folder / stored.file, "rb", buffering=0) as file:
             file.seek(stored.start)
             _fill(file, memoryview(data.numpy()), self.folder / stored.file)
@@ -75,13 +76,19 @@ class Base:
 
     def blocks(self, stored: Stored) -> Iterator[memoryview]:
         """Its bytes, a block at a time; each is overwritten by the next one."""
-        block = memoryview(bytearray(min(_BLOCK, stored.size)))
+        block = memoryview(self._memory(min(_BLOCK, stored.size)).numpy())
         with open(self.folder / stored.file, "rb", buffering=0) as file:
             file.seek(stored.start)
             for start in range(0, stored.size, _BLOCK):
                 part = block[: stored.size - start]
                 _fill(file, part, self.folder / stored.file)
                 yield part
+
+    def _memory(self, size: int) -> Tensor:
+        """The same bytes again: new ones cost as much as the reading, for each tensor."""
+        if len(self._held) < size:
+            self._held = torch.empty(size, dtype=torch.uint8)
+        return self._held[:size]
 
     def _names(self) -> list[str]:
         """The weights' files, as transformers finds them: one file before an index."""

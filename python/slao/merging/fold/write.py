@@ -10,9 +10,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, no_grad
-
-from slao_kernels.ops import checks
+import torch
+from torch import Tensor
 
 from ...reading import inside
 from ...sums import SUMS
@@ -24,7 +23,7 @@ from .plan import Plan, Step
 # Weights in other formats, which the fold would leave as they were, and pickles, which run what they hold.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data",
             ".tflite", ".pkl", ".pickle", ".joblib", ".npz", ".ot", ".mlmodel", ".index.json")  # fmt: skip
-_BLOCK = 1 << 22  # entries that are looked through for NaN at once, since a sum of 16-bit numbers makes an fp32 copy
+_BLOCK = 1 << 20  # entries that are looked through for NaN at once: what a cache holds
 
 
 def write_model(
@@ -41,7 +40,7 @@ def write_model(
     base, text = made.base, json.dumps(dict(note))
     # disable=None: no bar where nobody watches (a pipe, a log file).
     bar = tqdm(total=made.size, desc="fold", unit="B", unit_scale=True, leave=False, disable=None if progress else True)
-    with bar, no_grad():
+    with bar, torch.no_grad():
         for name, steps in made.files.items():
             announced = {key: (step.shape, step.dtype) for key, step in steps.items()}
             file = TensorFile(target / name, announced, {"format": "pt", **base.metadata[name], "slao_fold": text})
@@ -78,7 +77,8 @@ def _write(file: TensorFile, key: str, step: Step, base: Base) -> None:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not any(checks.not_finite([block]) for block in tensor.flatten().split(_BLOCK))
+    blocks = tensor.flatten().split(_BLOCK) if tensor.numel() else ()
+    return all(bool(end.isfinite()) for block in blocks for end in torch.aminmax(block))
 
 
 def _check_room(made: Plan, target: Path) -> None:
