@@ -23,7 +23,8 @@ from slao import settings as run_settings
 from slao import sums
 from slao.folders import interference_table, read_adapter
 from slao.merging import merge_adapters
-from slao.merging.fold.base import INDEX, SINGLE, Base
+from slao.merging.fold.base import Base
+from slao.merging.weights import INDEX, SINGLE
 from slao.reading import parse_json, parse_yaml
 from slao.streams.jsonl import jsonl
 from slao.sweep import jobs, variants

@@ -17,7 +17,7 @@ from . import dense
 from .cuts import Limit
 from .product import Cut
 from .skeleton import Skeleton
-from .weights import Weights
+from .weights import Weights, keys_of
 
 FIELD = "use_dora"
 _ENDS = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
@@ -37,7 +37,7 @@ class Exact:
             raise ValueError("base= is for DoRA, and no adapter is one: leave it out")
         self._weights = Weights(base)
         self._skeleton = Skeleton(self._weights.folder)
-        self._keys = self._skeleton.keys_of(self._weights.stored, self._weights.path)
+        self._keys = keys_of(self._skeleton, self._weights)
         self._sources = list(sources)
         self._magnitudes = [_taken(source) for source in sources]
         problems = Problems("merge")
@@ -57,7 +57,7 @@ class Exact:
         transposed = self._skeleton.linear(weight)
         if transposed is None or not key.endswith("lora_A.weight"):
             return "is no linear layer with a weight of its own, and DoRA is merged of those alone"
-        own = self._skeleton.shape(weight)
+        own = self._skeleton.shapes[weight]
         if (own[::-1] if transposed else own) != shape:
             return f"is {shape}, in {self._weights.path} {own}: the adapter belongs to another model"
         return None
@@ -75,7 +75,7 @@ class Exact:
     def delta(self, name: str, weights: Sequence[float]) -> Tensor:
         """(m, n): Σ weight (W' − W), in fp64 a few rows at a time, kept in fp32 (fp64 where W, A or B is)."""
         own = self._skeleton.weight_of(name)
-        weight = self._weights.read(self._keys[own])
+        weight = self._weights.finite(self._keys[own])
         weight = weight.T if self._skeleton.linear(own) else weight
         having = [index for index, source in enumerate(self._sources) if name in source.layers]
         factors = {index: self._sources[index].read(name) for index in having}

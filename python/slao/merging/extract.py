@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from slao_kernels.ops import checks
 
@@ -16,7 +17,7 @@ from .factors import Pair
 from .growing import GrowingFile
 from .output import whole_folder, write_config
 from .skeleton import Skeleton
-from .weights import Weights
+from .weights import Weights, keys_of
 
 BESIDE = ("save", "leave")
 _KEY = "base_model.model."
@@ -81,13 +82,13 @@ class _Two:
         self.tuned, self.base = tuned, base
         self.skeleton = Skeleton(base.folder)
         other = Skeleton(tuned.folder) if (tuned.folder / "config.json").is_file() else self.skeleton
-        mine, its = other.keys_of(tuned.stored, tuned.path), self.skeleton.keys_of(base.stored, base.path)
+        mine, its = keys_of(other, tuned), keys_of(self.skeleton, base)
         problems = checks.Problems("extract")
-        self._compare_others(problems, {key for key in {*tuned.stored, *base.stored} if not self._plain(other, key)})
+        self._compare_others(problems, {key for key in {*tuned.tensors, *base.tensors} if not self._plain(other, key)})
         for name in sorted(mine.keys() ^ its.keys()):
             problems.add(name, f"is in {tuned.path if name in mine else base.path} only")
         for name in sorted(mine.keys() & its.keys()):
-            shapes = tuned.stored[mine[name]][0], base.stored[its[name]][0]
+            shapes = tuned.tensors[mine[name]].shape, base.tensors[its[name]].shape
             if shapes[0] != shapes[1]:
                 problems.add(
                     name, f"is {shapes[0]} in {tuned.path}, {shapes[1]} in {base.path}{_advice(name, *shapes)}"
@@ -97,25 +98,29 @@ class _Two:
 
     def _plain(self, other: Skeleton, key: str) -> bool:
         """Whether the tensor is a weight by itself in each model whose checkpoint has it."""
-        sides = [side for side, one in ((other, self.tuned), (self.skeleton, self.base)) if key in one.stored]
-        return all(name is not None and not joined for name, joined in (side.name_of(key) for side in sides))
+        sides = [side for side, one in ((other, self.tuned), (self.skeleton, self.base)) if key in one.tensors]
+        return all(name in side.shapes and pattern is None for side in sides for name, pattern in [side.renamed(key)])
 
     def _compare_others(self, problems: checks.Problems, keys: set[str]) -> None:
         """What is no weight by itself has to be the same in both."""
         for key in sorted(keys):
-            here = [one for one in (self.tuned, self.base) if key in one.stored]
-            joined = self.skeleton.name_of(key)[1]
+            here = [one for one in (self.tuned, self.base) if key in one.tensors]
+            joined = self.skeleton.renamed(key)[1] is not None
             what = "is one of several tensors that a weight is joined of" if joined else "is no weight of the model"
             if len(here) == 1:
                 problems.add(key, f"{what}, and is in {here[0].path} only")
-            elif self.tuned.stored[key] != self.base.stored[key] or not torch.equal(*(o.read(key) for o in here)):
+            elif not _equal(*(one.finite(key) for one in here)):
                 problems.add(key, f"{what}, and differs: it can go into no LoRA")
 
     def read(self, name: str) -> Pair | None:
         """(tuned, base), or None where they are equal."""
         mine, its = self.keys[name]
-        pair = self.tuned.read(mine), self.base.read(its)
-        return None if pair[0].dtype == pair[1].dtype and torch.equal(*pair) else pair
+        pair = self.tuned.finite(mine), self.base.finite(its)
+        return None if _equal(*pair) else pair
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _advice(name: str, mine: tuple[int, ...], its: tuple[int, ...]) -> str:
@@ -181,7 +186,7 @@ class _Rest:
                 key = f"{_KEY}{name}"
                 if name in self.biases and f"{_KEY}{name.rpartition('.')[0]}.lora_A.weight" in file.names:
                     key = _bias_key(name, True)
-                file.write(key, self._two.tuned.read(self._two.keys[name][0]))
+                file.write(key, self._two.tuned.finite(self._two.keys[name][0]))
 
     def notes(self) -> tuple[str, ...]:
         if not self._found:

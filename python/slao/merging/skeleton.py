@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..models import from_pretrained
+from ..reading import inside
 
 
 class Skeleton:
@@ -120,6 +121,7 @@ class Skeleton:
 def _on_meta(folder: Path) -> Any:
     import transformers as hf
 
+    inside(folder / "config.json", folder)
     config = from_pretrained(hf.AutoConfig, str(folder), local_files_only=True)
     names = getattr(config, "architectures", None) or []
     kind: Any = getattr(hf, str(names[0]), None) if names else None

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...folders import Layer, Source, scaling
-from .arithmetic import Change, Low, Part
 from ..skeleton import Skeleton
+from .arithmetic import Change, Low, Part
 from .stored import missing
 
 _PREFIX = "base_model.model."
@@ -82,7 +82,9 @@ class _Adapter:
             experts = shape[0] if len(shape) == 3 else 1
             if rows_a % experts:
                 raise ValueError(f"{source.folder}: A of {layer.name} has {rows_a} rows, for {experts} experts")
-            transposed = len(shape) == 3 and _stored_in_out(shape[-2:], outer, inner[0], skeleton.modules.get(module_name))
+            transposed = len(shape) == 3 and _stored_in_out(
+                shape[-2:], outer, inner[0], skeleton.modules.get(module_name)
+            )
             factor = scaling(source.config, parameter, rows_a // experts)
             new = Change(transposed=transposed, experts=experts if len(shape) == 3 else 0)
             shape = shape[-2:]

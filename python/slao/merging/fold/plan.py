@@ -13,6 +13,7 @@ from torch import Tensor
 from ...folders import Source
 from .. import beside as parts
 from ..source import check
+from ..weights import plain
 from .arithmetic import Change
 from .base import Base
 from .changes import add_changes
@@ -160,7 +161,7 @@ def _check_stored(name: str, change: Change, skeleton: StoredModel, folder: Path
                 f"{stored.key} is {stored.shape} in the base's file, and {skeleton.shapes[name]} by its config.json: "
                 "they belong to different models"
             )
-        if not stored.dtype.is_floating_point or stored.dtype.itemsize == 1:
+        if not plain(stored.dtype):
             raise ValueError(
                 f"the base stores {stored.key} as {str(stored.dtype).removeprefix('torch.')}: it is quantised, and a "
                 "delta cannot be added to it; fold into the checkpoint that was quantised"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..skeleton import Skeleton
-from .base import Base, Stored
+from ..weights import Stored
+from .base import Base
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from ...folders import Source
-from .arithmetic import Change
 from ..skeleton import Skeleton
+from .arithmetic import Change
 
 
 def settle(changes: dict[str, Change], source: Source, skeleton: Skeleton, untie: bool) -> str | None:

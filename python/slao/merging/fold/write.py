@@ -16,8 +16,9 @@ from torch import Tensor
 from ...reading import inside
 from ...sums import SUMS
 from ..output import TensorFile
+from ..weights import INDEX, sections
 from .arithmetic import changed
-from .base import INDEX, Base, sections
+from .base import Base
 from .plan import Plan, Step
 
 # Weights in other formats, which the fold would leave as they were, and pickles, which run what they hold.
@@ -61,9 +62,9 @@ def write_model(
 def _write(file: TensorFile, key: str, step: Step, base: Base) -> None:
     stored = step.piece.stored
     if step.plain:
-        file.write_bytes(key, base.blocks(stored))
+        file.write_bytes(key, base.blocks(stored.key))
         return
-    weight = base.read(stored)
+    weight = base.read(stored.key)
     if step.change is not None:
         weight = changed(weight, step.change, step.piece, step.dtype)
     rounded = weight.to(step.dtype)
