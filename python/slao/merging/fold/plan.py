@@ -55,9 +55,10 @@ class Step:
 
 @dataclass
 class Plan:
-    """files: name -> key -> step, in the order of writing. changes: by the model's names of its parameters. dtype: of
-    all floating weights, None where each keeps its own. untied: the head that is written apart from the embedding.
-    rows: of a resized embedding. others: bases that the adapters name, which have another name than this one."""
+    """files: name -> key -> step, in the order of writing. changes: by the model's names of its parameters. rounded:
+    the dtypes of those that are no copies. dtype: of all floating weights, None where each keeps its own. untied: the
+    head that is written apart from the embedding. rows: of a resized embedding. others: bases that the adapters name,
+    which have another name than this one."""
 
     base: Base
     changes: dict[str, Change]
@@ -66,6 +67,7 @@ class Plan:
     untied: str | None = None
     rows: int | None = None
     others: list[str] = field(default_factory=list)
+    rounded: dict[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -120,9 +122,15 @@ def plan_of(base: Base, what: Sum, dtype: torch.dtype | None = None, untie: bool
         for stored in tensors:
             name, piece = pieces.get(stored.key, ("", Piece(stored)))
             steps[stored.key] = _step(piece, made.changes.get(name), dtype)
+            if not steps[stored.key].plain:
+                made.rounded[name] = steps[stored.key].dtype
             if name in apart:
                 key = skeleton.key_for(apart[name], stored.key)
                 steps[key] = _step(piece, made.changes.get(apart[name]), dtype)
+                if not steps[key].plain:
+                    made.rounded[apart[name]] = steps[key].dtype
+    together = {name: owner for name, owner in skeleton.tied.items() if owner in made.rounded and owner not in apart}
+    made.rounded |= {name: made.rounded[owner] for name, owner in together.items()}
     made.rows = _resized(made, skeleton)
     made.others = _others(base.folder, what.sources)
     return made
