@@ -1,5 +1,5 @@
-"""`slao extract` and `slao compress` on the disk, on a block of Llama-3-8B's geometry in bf16: seconds, peak memory, and
-what they say to have lost beside the dense SVD, for layers of up to 4096 x 4096.
+"""`slao extract` and `slao compress` on the disk, on a block of Llama-3-8B's geometry in bf16: seconds, peak memory,
+and what they say to have lost beside the dense SVD, for layers of up to 4096 x 4096.
 
     python bench/disk_cuts.py [--rank 64] [--threads 1] [--dtype float32] [--no-dense]
 

@@ -234,7 +234,7 @@ BAD = {
     "no config": "could not be loaded as a model folder or hub name",
     "cut": "cannot be read",
     "a link": "leads out of its folder",
-    "no weight_map": "model.safetensors.index.json has no weight_map from tensors to files",
+    "no weight_map": "model.safetensors.index.json has no weight_map; download it again",
     "pickle": "has its weights in a pickle (pytorch_model.bin)",
     "absent": "there is no model folder and no safetensors file at",
 }
