@@ -15,7 +15,7 @@ constexpr int64_t kShorts = 8;
 // Columns of all rows that are multiplied while they are in the cache: 16 KiB of fp32 at r = 16.
 template <typename T> constexpr int64_t kChunk = sizeof(T) == 8 ? 1024 : min<int64_t>(1024, 64 * Lanes<T>::n);
 // Above 16 rows in fp64, so that the two tiles' rows that are multiplied stay in the first-level cache.
-constexpr int64_t kManyRows = 256;
+constexpr int64_t kManyRows = 512;
 // Between rows of scratch, so that the rows that are read side by side do not share the cache's few places of one
 // address modulo 4 KiB.
 template <typename T> constexpr int64_t kPitch = kChunk<T> + 64 / int64_t(sizeof(T));
@@ -117,7 +117,8 @@ template <typename T> class Gram {
       for (; j + 4 <= count; j += 4, from += 4 * step)  // four at a time: a store each, not four
         for (int64_t i = 0; i < m.rows; ++i) {
           const W four = {widen(from[i]), widen(from[i + step]), widen(from[i + 2 * step]), widen(from[i + 3 * step])};
-          storeu(to + i * kPitch<T> + j, __builtin_convertvector(four, Four));
+          const Four wide = __builtin_convertvector(four, Four);
+          std::memcpy(to + i * kPitch<T> + j, &wide, sizeof wide);
         }
       for (; j < count; ++j, from += step)
         for (int64_t i = 0; i < m.rows; ++i) to[i * kPitch<T> + j] = T(widen(from[i]));
