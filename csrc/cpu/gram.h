@@ -6,7 +6,7 @@
 namespace slao::SLAO_ISA {
 
 // 16 accumulators fill AVX-512's 32 registers well; the narrower sets have 16 registers.
-constexpr int kTile = kBytes == 64 ? 4 : 2;
+constexpr int kTile = kBytes == 64 ? 4 : 3;
 // fp32 sums stay short. Equal products (rows of ±1, cosines) are rounded the same way again and again: 512 of them on
 // end were 7e-6 off. So a lane adds up 16 of them, then 8 such sums, and what comes of that goes to double. Where many
 // rows take few values, their products err alike, and G by r times that: sums of 8 above 16 rows.
@@ -14,6 +14,8 @@ constexpr int64_t short_sum(int64_t r) { return r <= 16 ? 16 : 8; }
 constexpr int64_t kShorts = 8;
 // Columns of all rows that are multiplied while they are in the cache: 16 KiB of fp32 at r = 16.
 template <typename T> constexpr int64_t kChunk = sizeof(T) == 8 ? 1024 : min<int64_t>(1024, 64 * Lanes<T>::n);
+// Above 16 rows in fp64, so that the two tiles' rows that are multiplied stay in the first-level cache.
+constexpr int64_t kManyRows = 512;
 // Between rows of scratch, so that the rows that are read side by side do not share the cache's few places of one
 // address modulo 4 KiB.
 template <typename T> constexpr int64_t kPitch = kChunk<T> + 64 / int64_t(sizeof(T));
@@ -45,14 +47,15 @@ void gram_tile(const T* const* x, const T* const* y, int64_t count, int64_t leng
 
 template <typename T> class Gram {
   using V = typename Lanes<T>::V;
-  static constexpr int64_t n = Lanes<T>::n, kColumns = kChunk<T>;
+  static constexpr int64_t n = Lanes<T>::n;
 
  public:
   // For matrices of r rows.
   Gram(Arena& arena, int64_t r)
-      : r_(r), length_(sizeof(T) == 8 ? kColumns : short_sum(r) * n), tiles_((r + kTile - 1) / kTile),
+      : r_(r), columns_(sizeof(T) == 8 && r > 16 ? kManyRows : kChunk<T>),
+        length_(sizeof(T) == 8 ? columns_ : short_sum(r) * n), tiles_((r + kTile - 1) / kTile),
         padded_(tiles_ * kTile), vectors_(tiles_ * (tiles_ + 1) / 2 * kTile * kTile),
-        acc_(arena.take<V>(vectors_)), scratch_(arena.take<T>(r * kPitch<T>)), zeros_(arena.take<T>(kColumns)),
+        acc_(arena.take<V>(vectors_)), scratch_(arena.take<T>(r * kPitch<T>)), zeros_(arena.take<T>(columns_)),
         rows_(arena.take<const T*>(padded_)), next_(arena.take<const T*>(padded_ + 2)) {}
 
   // G (r, r), row-major: the lower triangle is written, zeros above it.
@@ -63,7 +66,7 @@ template <typename T> class Gram {
     fill(acc_, vectors_, V{});
     fill(G, r_ * r_, 0.0);
     // Rows are padded to whole tiles with zeros, and the last columns to a whole vector: no remainders below.
-    fill(zeros_, kColumns, T(0));
+    fill(zeros_, columns_, T(0));
     fill<const T*>(next_, padded_ + 2, zeros_);
     fill<const T*>(rows_, padded_, zeros_);
     const int64_t cols = m->cols;
@@ -72,7 +75,7 @@ template <typename T> class Gram {
       direct = direct && m[p].col_stride == 1 && m[p].dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32);
     int64_t in_run = 0;
     for (int64_t begin = 0; begin < cols;) {
-      int64_t count = min(kColumns, cols - begin), at = 0;
+      int64_t count = min(columns_, cols - begin), at = 0;
       if (direct && count >= n) {
         count = count / n * n;
         for (int64_t p = 0; p < parts; ++p) {
@@ -83,6 +86,7 @@ template <typename T> class Gram {
       } else {
         for (int64_t p = 0; p < parts; ++p) {
           load(m[p], begin, count, scratch_ + at * kPitch<T>);
+          if (begin + count < cols) look_ahead(m[p], begin + count, count, next_ + at);
           at += m[p].rows;
         }
         for (int64_t i = 0; i < r_; ++i) {
@@ -106,9 +110,26 @@ template <typename T> class Gram {
     }
     with_type(m.dtype, [&](auto d) {
       const auto* from = (const decltype(d)*)m.data + begin * m.col_stride;
-      for (int64_t j = 0; j < count; ++j, from += m.col_stride)
+      typedef decltype(widen(*from)) W __attribute__((vector_size(4 * sizeof(widen(*from)))));
+      typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+      const int64_t step = m.col_stride;
+      int64_t j = 0;
+      for (; j + 4 <= count; j += 4, from += 4 * step)  // four at a time: a store each, not four
+        for (int64_t i = 0; i < m.rows; ++i) {
+          const W four = {widen(from[i]), widen(from[i + step]), widen(from[i + 2 * step]), widen(from[i + 3 * step])};
+          const Four wide = __builtin_convertvector(four, Four);
+          std::memcpy(to + i * kPitch<T> + j, &wide, sizeof wide);
+        }
+      for (; j < count; ++j, from += step)
         for (int64_t i = 0; i < m.rows; ++i) to[i * kPitch<T> + j] = T(widen(from[i]));
     });
+  }
+
+  // Where the next columns lie, of which as many bytes as a row of T has are asked for: more than there are of narrower
+  // ones, so never less than all.
+  static void look_ahead(const Matrix& m, int64_t begin, int64_t count, const T** next) {
+    const int64_t size = element_size(m.dtype), step = m.row_stride == 1 ? count : m.row_stride;
+    for (int64_t i = 0; i < m.rows; ++i) next[i] = (const T*)(m.data + size * (begin * m.col_stride + i * step));
   }
 
   void multiply(int64_t count) {
@@ -136,7 +157,7 @@ template <typename T> class Gram {
     fill(acc_, vectors_, V{});
   }
 
-  int64_t r_, length_, tiles_, padded_, vectors_;
+  int64_t r_, columns_, length_, tiles_, padded_, vectors_;
   V* acc_;
   T *scratch_, *zeros_;
   const T **rows_, **next_;

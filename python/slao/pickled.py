@@ -26,9 +26,9 @@ class PickledFile:
     def __init__(self, path: Path) -> None:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-        except Exception as error:  # of many kinds, by what the file is
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
+        except (PermissionError, FileNotFoundError):
+            raise
+        except Exception as error:  # of many kinds, by what the file is; EINVAL for one that is cut
             said = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
                 f"{path} is no pickle of tensors alone, and nothing else is unpickled, since that may run code: save "

@@ -101,6 +101,22 @@ def test_a_fold_that_does_not_fit_leaves_nothing(small, tools, whole, saved_bert
     assert (out / "model.safetensors").is_file()
 
 
+def test_a_cut_that_does_not_fit_leaves_nothing(small, tools, whole, tmp_path):
+    folder = tmp_path / "adapters"
+    shutil.copytree(whole / "adapters", folder)
+    before = files(folder)
+    for out in (tmp_path / "out", tmp_path / "new" / "out"):
+        words = ["compress", str(folder / "seqlora-0"), "-o", str(out), "--rank", "1"]
+        assert "File too large" in tools.complaint(small.server.run(words, tmp_path / "log", fsize=1000))
+        assert "No space left" in tools.complaint(small.server.run(words, tmp_path / "log", at=3, how="full"))
+        assert not out.exists()
+        assert not list(out.parent.glob(".*"))
+    assert files(folder) == before
+    answer = small.server.run(words, tmp_path / "log")
+    assert answer["code"] == 0, answer["err"]
+    assert (out / "adapter_model.safetensors").is_file()
+
+
 def locked(folder: Path) -> None:
     """Nobody may write in it or below."""
     for path in [folder, *folder.rglob("*")]:
