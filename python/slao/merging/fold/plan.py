@@ -129,7 +129,7 @@ def plan_of(base: Base, what: Sum, dtype: torch.dtype | None = None, untie: bool
                 steps[key] = _step(piece, made.changes.get(apart[name]), dtype)
                 if not steps[key].plain:
                     made.rounded[apart[name]] = steps[key].dtype
-    together = {name: owner for name, owner in skeleton.tied.items() if owner in made.rounded and owner not in apart}
+    together = {name: owner for name, owner in skeleton.shared.items() if owner in made.rounded and owner not in apart}
     made.rounded |= {name: made.rounded[owner] for name, owner in together.items()}
     made.rows = _resized(made, skeleton)
     made.others = _others(base.folder, what.sources)
