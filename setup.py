@@ -20,7 +20,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-KERNELS = ("scaled_merge", "orthogonal_init", "fold")
+GPU_KERNELS = ("scaled_merge", "orthogonal_init", "fold")
+CPU_KERNELS = (*GPU_KERNELS, "exact_fold")
 COMMON = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Every kernel once per instruction set; isa.h chooses at run time. GCC 12 warns about its own AVX-512 header.
 ISAS = {"base": []}
@@ -160,7 +161,7 @@ class BuildNative(build_ext):
         compile_one(ROOT / "csrc" / "bindings.cpp", "bindings.o", include + known + (["-DSLAO_CUDA"] if cuda else []))
         compile_one(ROOT / "csrc" / "cpu" / "memory.cpp", "memory.o", [])
         for isa, flags in ISAS.items():
-            for stem in KERNELS:
+            for stem in CPU_KERNELS:
                 compile_one(ROOT / "csrc" / "cpu" / f"{stem}.cpp", f"{stem}.{isa}.o", [f"-DSLAO_ISA={isa}", *flags])
         for isa, flags in lora_isas.items():
             source = ROOT / "csrc" / "cpu" / "lora_linear.cpp"
@@ -172,7 +173,7 @@ class BuildNative(build_ext):
             ]
             lines += ["  depfile = $out.d", "  deps = gcc"]
             # Every kernel for either size of tables (csrc/cuda/launch.h); the driver is asked at run time.
-            sources = [(stem, tables) for stem in KERNELS for tables in ("few", "many")] + [("driver", "many")]
+            sources = [(stem, tables) for stem in GPU_KERNELS for tables in ("few", "many")] + [("driver", "many")]
             for stem, tables in sources:
                 objects.append(f"{stem}.{tables}.cuda.o")
                 source = str(ROOT / "csrc" / "cuda" / f"{stem}.cu").replace(" ", "$ ")
