@@ -131,7 +131,7 @@ template <typename T, typename D> bool unfold_piece(const Piece& piece, Arena ar
     decode(l, count, uint32_t(before * count), fields, exception, end);
     convert(l.was, 1, w, stride, count);
   });
-  return fields.read() == length - 4 - listed && exception == end;
+  return fields.finished() && exception == end;
 }
 
 template <typename T, typename D> uint64_t sum_piece(const Piece& piece, Arena arena) {
