@@ -72,14 +72,21 @@ template <typename T, typename D> D* row_of(const Piece& piece, int64_t row) {
   return (D*)W.data + row * W.row_stride + piece.col * W.col_stride;
 }
 
+// d of `rows` rows from `row` on, into the workspace. Never inlined: in two copies of it a compiler might make a product
+// and a sum one instruction in the one and two in the other.
+template <typename T>
+__attribute__((noinline)) void products(const Workspace<T>& work, const FoldRecord& record, int64_t row, int64_t rows) {
+  work.load_rows(record, row, rows);
+  strip<false>(work.B, record.A.rows, work.A, work.pitch, work.W, work.padded, rows, work.padded);
+}
+
 // f(row, d's row, how many rows of the piece were before) for each row, with d in the workspace.
 template <typename T, typename F> void each_row(const Piece& piece, const Workspace<T>& work, F&& f) {
   const FoldRecord& record = *piece.record;
   work.load_panel(record.A, piece.col, piece.width);
   for (int64_t row = piece.row; row < piece.row_end; row += kRows) {
     const int64_t rows = min<int64_t>(kRows, piece.row_end - row);
-    work.load_rows(record, row, rows);
-    strip<false>(work.B, record.A.rows, work.A, work.pitch, work.W, work.padded, rows, work.padded);
+    products(work, record, row, rows);
     for (int64_t i = 0; i < rows; ++i) f(row + i, work.W + i * work.padded, row + i - piece.row);
   }
 }

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ... import dispatch
 from .. import checks
-from .kept import Folded, Kept
+from .kept import Folded, Kept, bits_of
+
+__all__ = ["Folded", "Kept", "bits_of", "fold_exactly_", "unfold_"]
 
 
 def fold_exactly_(
