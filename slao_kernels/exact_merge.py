@@ -116,7 +116,9 @@ def _merge_one(layer: Any, adapter: str, safe: bool) -> None:
         fold_([W], [A], [B], scaling, keep=kept)
     if safe and not_finite([W, *(bias or ())]):
         unfold_([W], kept)
-        raise ValueError(f"NaNs detected in the merged weights of {_name(layer)}: adapter {adapter!r} seems to be broken")
+        raise ValueError(
+            f"NaNs detected in the merged weights of {_name(layer)}: adapter {adapter!r} seems to be broken"
+        )
     with torch.no_grad():
         if bias is not None:
             base.bias.copy_(bias[1])

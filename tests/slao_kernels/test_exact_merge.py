@@ -55,12 +55,12 @@ def logits(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_whole_model_a_hundred_times(kind, dtype):
+def test_a_whole_model_again_and_again(kind, dtype):
     """The merged model answers as the adapter does; afterwards no bit has changed. PEFT's own round trips drift."""
     model, twin = patched(kind, dtype), twins.peft_model(kind, dtype)
     before, keys = base_of(model), list(model.state_dict())
     expected = logits(copy.deepcopy(model).double())
-    for cycle in range(100):
+    for cycle in range(20):
         model.merge_adapter(safe_merge=cycle % 2 == 0)
         if cycle == 0:
             assert list(model.state_dict()) == keys
@@ -214,7 +214,9 @@ def test_a_changed_base_is_refused_in_one_line(change, told):
     assert "slao_kernels.unpatch(model)" in str(caught.value)
     check_base(model, before)
     slao_kernels.unpatch(model)
-    assert ["unmerging leaves rounding in the base: the layer is no longer patched" in line for line in told()] == [True]
+    assert ["unmerging leaves rounding in the base: the layer is no longer patched" in line for line in told()] == [
+        True
+    ]
     unmerge()
     assert not layer.merged_adapters
 
@@ -321,13 +323,18 @@ def layer_over(base: nn.Module, **options: Any) -> Any:
     return peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
 
 
+def parametrized(layer: Any) -> Any:
+    nn.utils.parametrizations.weight_norm(layer.base_layer)
+    return layer
+
+
 WHY_NOT: dict[str, tuple[Callable[[], Any], str]] = {
     "DoRA": (lambda: layer_over(nn.Linear(4, 4), use_dora=True), "adds more than a product of A and B"),
     "embedding": (lambda: layer_over(nn.Embedding(5, 4)), "adds no product of one A and B"),
     "convolution": (lambda: layer_over(nn.Conv2d(3, 4, 3)), "the base weight has 4 dimensions"),
     "meta": (lambda: layer_over(nn.Linear(4, 4)).to("meta"), "on meta"),
     "parametrized": (
-        lambda: layer_over(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
+        lambda: parametrized(layer_over(nn.Linear(4, 4))),
         "no plain tensor of its own",
     ),
 }

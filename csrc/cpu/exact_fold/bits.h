@@ -95,8 +95,10 @@ inline uint64_t mixed(uint64_t i) {
 template <typename D> uint64_t row_sum(const D* row, int64_t count, const uint64_t* keys, int64_t index) {
   uint64_t sum = 0;
   for (int64_t j = 0; j < count; ++j) {
-    const uint64_t x = (loadu<typename Word<D>::U>(row + j) ^ keys[j]) * 0xd1342543de82ef95u;
-    sum += x ^ (x >> 32);
+    const uint64_t x = loadu<typename Word<D>::U>(row + j) ^ keys[j];
+    // The multiplication spreads bits upwards, the shifts those above downwards, the sign of a double among them.
+    const uint64_t y = (x ^ (x >> 32)) * 0xd1342543de82ef95u;
+    sum += y ^ (y >> 32);
   }
   return sum * (mixed(uint64_t(index) + (uint64_t(1) << 32)) | 1);
 }

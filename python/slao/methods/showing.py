@@ -75,4 +75,6 @@ def folded(model: nn.Module, pairs: Sequence[LoraPair], adapter: str) -> Iterato
     finally:
         for layer in inventory.present(model, done):
             if not exact_merge.unmerge(layer):
-                exact_merge.forget(layer, "PEFT's own unmerge was called inside merged(fold=True); patch the model first")
+                exact_merge.forget(
+                    layer, "PEFT's own unmerge was called inside merged(fold=True); patch the model first"
+                )

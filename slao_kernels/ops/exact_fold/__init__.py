@@ -27,7 +27,9 @@ def fold_exactly_(
         try:
             for W, A, B, s in zip(weights, As, Bs, scalings, strict=True):
                 flipped = W.stride(1) != 1 and W.stride(0) == 1  # walked in its own memory order
-                keep.folded.append(Folded(W.shape, W.dtype, W.device, flipped, A.detach().clone(), B.detach().clone(), s))
+                keep.folded.append(
+                    Folded(W.shape, W.dtype, W.device, flipped, A.detach().clone(), B.detach().clone(), s)
+                )
             for owners in module.groups(weights):
                 streams, sums = module.fold([keep.folded[owner].layer(weights[owner]) for owner in owners])
                 streams.owners = owners
@@ -81,7 +83,8 @@ def _check(problems: checks.Problems, weights: list[Tensor], keep: Kept) -> None
     for index, (of, total) in enumerate(zip(keep.folded, sums, strict=True)):
         if total != of.sum:
             problems.add(
-                f"weights[{index}]", "has changed since the fold (undo what was done to it later first, or load it anew)"
+                f"weights[{index}]",
+                "has changed since the fold (undo what was done to it later first, or load it anew)",
             )
 
 

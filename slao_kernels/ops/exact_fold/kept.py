@@ -120,7 +120,7 @@ def _mixed(i: Tensor) -> Tensor:
 
 
 def bits_sum(bits: Tensor, first: int = 0) -> int:
-    """Σ_i ρ_i Σ_j h((b_ij ^ κ_j) μ) mod 2^64, h(x) = x ^ (x >> 32), for rows `first`, `first` + 1, ... of a matrix.
+    """Σ_i ρ_i Σ_j h(μ h(b_ij ^ κ_j)) mod 2^64, h(x) = x ^ (x >> 32), for rows `first`, `first` + 1, ... of a matrix.
 
     bits: (rows, columns) of `bits_of`. κ and the odd ρ are hashes of place. One changed element always changes the sum
     (every step is a bijection of it); two that change places, or any others, do but for one case in 2^40 or fewer.
@@ -130,5 +130,6 @@ def bits_sum(bits: Tensor, first: int = 0) -> int:
     factors = _mixed(torch.arange(first, first + rows, device=bits.device) + (1 << 32)) | 1
     size = 8 * bits.element_size()
     words = bits.long() if size == 64 else bits.long() & ((1 << size) - 1)
-    x = (words ^ keys) * _SPREAD
+    x = words ^ keys
+    x = (x ^ _shifted(x, 32)) * _SPREAD
     return int(((x ^ _shifted(x, 32)).sum(1) * factors).sum()) & ((1 << 64) - 1)

@@ -25,10 +25,10 @@ def mark() -> str:
 def groups(weights: Sequence[Tensor]) -> list[list[int]]:
     """Which weights go into one call of `fold`."""
     found: list[list[int]] = []
-    size = _GROUP
+    size = 0
     for index, W in enumerate(weights):
         size += W.numel()
-        if size > _GROUP:
+        if size > _GROUP or not found:
             found.append([])
             size = W.numel()
         found[-1].append(index)
@@ -58,7 +58,9 @@ def unfold(layers: Sequence[Layer], streams: Streams) -> None:
     fine = native.core().exact_unfold(*_table(layers), stream.data_ptr(), lengths, threads, "auto")
     native.written([layer.W for layer in layers])
     if not fine:
-        raise RuntimeError("unfold_: the compiled core did not repeat the arithmetic of the fold, or a stream is damaged")
+        raise RuntimeError(
+            "unfold_: the compiled core did not repeat the arithmetic of the fold, or a stream is damaged"
+        )
 
 
 def sums(layers: Sequence[Layer]) -> list[int]:

@@ -100,7 +100,7 @@ def _back(now: Tensor, d: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         tie = (bits_of(high) & ((1 << dropped) - 1)) == 1 << (dropped - 1)
     else:
         tie = torch.zeros_like(d, dtype=torch.bool)
-    back = torch.where(high == high, high, 0).to(dtype).contiguous()  # a NaN's bits may differ from run to run
+    back = torch.where(high == high, high, torch.nan).to(dtype).contiguous()  # a NaN's bits may differ from run to run
     magnitude = (1 << (size - 1)) - 1
     rest = bits_of(back).long() & magnitude
     top = ((bits_of(now.contiguous()).long() & magnitude) >> fraction).clamp(min=1)

@@ -8,14 +8,36 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_layer_state import X, make
 from torch import Tensor, nn
 
 import slao_kernels
 from slao.methods import METHODS, make_method
 from slao_kernels.testing import error_ratio
 
+X = torch.randn(8, 16, generator=torch.Generator().manual_seed(9))
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of x, W' and y
+
+
+def make(name: str = "slao", patched: bool = True):
+    """After two tasks."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)), LoraConfig(r=4, target_modules=["0", "2"])
+    )
+    if patched:
+        slao_kernels.patch(model)
+    method = make_method(name, model)
+    for task in range(2):
+        for step in (lambda: method.begin_task(str(task)), method.end_task):  # noqa: B023
+            method.observe([])
+            if method.observes:
+                method._grams = [torch.eye(16, dtype=torch.float64) for _ in method.pairs]
+            step()
+            with torch.no_grad():
+                for parameter in method.model.parameters():
+                    if parameter.requires_grad and method.in_task:
+                        parameter.add_(torch.randn(parameter.shape) * 0.2)
+    return method
 
 
 def parts(method) -> dict[str, Tensor]:
@@ -29,17 +51,14 @@ def check_parts(method, before: dict[str, Tensor]) -> None:
     assert not any(pair.layer.merged_adapters or "slao_kept" in pair.layer.__dict__ for pair in method.pairs)
 
 
-@pytest.fixture(params=["patched", "plain"])
-def patched(request, monkeypatch) -> bool:
-    if request.param == "plain":
-        monkeypatch.setattr(slao_kernels, "patch", lambda model: None)
-    return request.param == "patched"
+both = pytest.mark.parametrize("patched", [True, False], ids=["patched", "plain"])
 
 
+@both
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_the_base_alone_answers_as_the_merge_does(name, dtype, patched):
-    method = make(name)
+    method = make(name, patched)
     for pair in method.pairs:
         pair.layer.base_layer.to(dtype)
     method.model.to(dtype)
@@ -60,17 +79,19 @@ def test_the_base_alone_answers_as_the_merge_does(name, dtype, patched):
         assert torch.equal(method.model(x), trained)
 
 
+@both
 def test_an_error_inside_restores_too(patched):
-    method = make()
+    method = make(patched=patched)
     before = parts(method)
     with pytest.raises(KeyError), method.merged(fold=True):
         raise KeyError
     check_parts(method, before)
 
 
+@both
 def test_what_peft_does_inside(patched, caplog):
     """Unmerged or disabled there, exactly where the model is patched; elsewhere PEFT's rounding stays, and is told."""
-    method = make()
+    method = make(patched=patched)
     before = parts(method)
     with torch.no_grad(), method.merged():
         expected = method.model(X)
@@ -89,8 +110,9 @@ def test_what_peft_does_inside(patched, caplog):
         check_parts(method, before)
 
 
+@both
 def test_merge_and_unload_inside_keeps_the_merge(patched, caplog):
-    method = make()
+    method = make(patched=patched)
     with torch.no_grad():
         with method.merged():
             expected = method.model(X)
