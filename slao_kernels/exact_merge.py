@@ -105,7 +105,7 @@ def _merge_one(layer: Any, adapter: str, safe: bool) -> None:
     if own is not None:
         if base.bias is None:
             raise RuntimeError(
-                f"{_name(layer)}: adapter {adapter!r} has a bias (lora_bias) and the base layer has none to merge it into"
+                f"{_name(layer)}: adapter {adapter!r} has a bias (lora_bias), and the base layer none to merge it into"
             )
         wide = torch.promote_types(torch.promote_types(base.bias.dtype, own.dtype), torch.float32)
         after = (base.bias.detach().to(wide) + own.detach().to(wide) * scaling).to(base.bias.dtype)

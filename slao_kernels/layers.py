@@ -97,7 +97,7 @@ class FusedLoraLinear(lora.Linear):
         return plan.run(plan, self, x, tensors, args, kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As PEFT's, rounded once, and such that `unmerge` gives the base its bits back where it can (exact_merge.py)."""
+        """As PEFT's, rounded once, and such that `unmerge` gives the base its bits back where it can (exact_merge)."""
         names = check_adapters_to_merge(self, adapter_names)
         reason = exact_merge.why_not(self, names)
         if reason is None:

@@ -1,4 +1,4 @@
-"""merge_adapter and unmerge_adapter of patched models: the base comes back bit for bit, or a line says why it cannot."""
+"""merge_adapter and unmerge_adapter of patched models: the base comes back bit for bit, or a line says why."""
 
 from __future__ import annotations
 
@@ -173,6 +173,12 @@ def touch(model: Any) -> None:
         next(p for name, p in model.named_parameters() if "base_layer.weight" in name)[1, 2] += 1
 
 
+def touch_wider(model: Any) -> None:
+    model.double()
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "base_layer.weight" in name)[1, 2] += 1e-13
+
+
 def touch_bias(model: Any) -> None:
     with torch.no_grad():
         model.proj.base_layer.bias[3] += 1
@@ -186,7 +192,11 @@ def load(model: Any) -> None:
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "one weight": (touch, "has changed since the fold"),
     "loaded anew": (load, "has changed since the fold"),
-    "half": (lambda model: model.half(), "base weight was torch.bfloat16 when it was merged and has changed since"),
+    "half": (lambda model: model.half(), "has changed since the fold"),
+    "a little, in a wider dtype": (
+        touch_wider,
+        "base weight was torch.float32 when it was merged and has changed since",
+    ),
     "bias": (touch_bias, "the base bias has changed since the merge"),
 }
 
@@ -198,17 +208,16 @@ def test_a_changed_base_is_refused_in_one_line(change, told):
     if change == "bias":
         model = build("lora_bias", torch.bfloat16)
         slao_kernels.patch(model)
-        layer, unmerge = model.proj, model.proj.unmerge
+        layer = model.proj
         layer.merge()
     else:
-        model = patched()
+        model = patched(dtype=torch.float32)
         layer = next(module for module in model.modules() if "slao_options" in module.__dict__)
-        unmerge = model.unmerge_adapter
         model.merge_adapter()
     act(model)
     before = base_of(model)
     with pytest.raises(ValueError, match=message) as caught:
-        unmerge()
+        layer.unmerge()
     assert "\n" not in str(caught.value)
     assert layer.slao_options.name in str(caught.value)
     assert "slao_kernels.unpatch(model)" in str(caught.value)
@@ -217,7 +226,7 @@ def test_a_changed_base_is_refused_in_one_line(change, told):
     assert ["unmerging leaves rounding in the base: the layer is no longer patched" in line for line in told()] == [
         True
     ]
-    unmerge()
+    layer.unmerge()
     assert not layer.merged_adapters
 
 

@@ -1,6 +1,6 @@
 """The exact fold in torch's elementwise operations, a few rows at a time: any device, the fallback and the oracle.
 
-d = s B A is a sum of r products, each a multiplication and an addition of its own: no GEMM, whose order of summation may
+d = s B A is a sum of r products, each a multiplication and an addition of its own: no GEMM, whose order of sums may
 depend on threads, shapes and settings (TF32). So its bits depend on A, B and s alone. csrc/cpu/exact_fold.cpp says how
 the code works; the names are its own.
 """
