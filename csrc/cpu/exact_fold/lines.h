@@ -74,10 +74,12 @@ template <bool kWas, typename T, typename D> void set_widths(const Lines<T, D>& 
     const U now = loadu<U>(nows + j) & magnitude, back = loadu<U>(backs + j), rest = back & magnitude;
     const U high = now >> fraction, low = U(rest - U(rest != 0)) >> fraction;
     const U top = high ? high : 1, bottom = low ? low : 1, k = top > bottom ? U(top - bottom) : U(0);
-    U width = k == 0 ? U(widths[j] ? 2 : 0) : k >= fraction ? U(kBits<U>) : U(k + 1);
-    if constexpr (kWas) width = width == 0 && loadu<U>(wass + j) != back ? U(kUnforeseen) : width;
+    const U width = k == 0 ? U(widths[j] ? 2 : 0) : k >= fraction ? U(kBits<U>) : U(k + 1);
     widths[j] = uint8_t(width);
   }
+  if constexpr (kWas)  // in a loop of its own: in the one above it becomes a branch
+    for (int64_t j = 0; j < count; ++j)
+      widths[j] |= uint8_t((widths[j] == 0) & (loadu<U>(wass + j) != loadu<U>(backs + j))) * kUnforeseen;
 }
 
 // f(j, width) for at least every element whose width is not zero.
