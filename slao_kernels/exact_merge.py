@@ -23,6 +23,9 @@ from .ops.fold import fold_
 logger = logging.getLogger("slao_kernels")
 _said: set[str] = set()
 _KEY = "slao_kept"
+# These begin as PEFT's do, which people match.
+_NO_BIAS = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
+_BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken: {} is as it was"
 _PLAIN = (nn.Parameter, Tensor)
 
 
@@ -104,9 +107,7 @@ def _merge_one(layer: Any, adapter: str, safe: bool) -> None:
     own, bias = layer.lora_B[adapter].bias, None
     if own is not None:
         if base.bias is None:
-            raise RuntimeError(
-                f"{_name(layer)}: adapter {adapter!r} has a bias (lora_bias), and the base layer none to merge it into"
-            )
+            raise RuntimeError(f"{_NO_BIAS}: {_name(layer)}, adapter {adapter!r}")
         wide = torch.promote_types(torch.promote_types(base.bias.dtype, own.dtype), torch.float32)
         after = (base.bias.detach().to(wide) + own.detach().to(wide) * scaling).to(base.bias.dtype)
         bias = base.bias.detach().clone(), after
@@ -116,9 +117,7 @@ def _merge_one(layer: Any, adapter: str, safe: bool) -> None:
         fold_([W], [A], [B], scaling, keep=kept)
     if safe and not_finite([W, *(bias or ())]):
         unfold_([W], kept)
-        raise ValueError(
-            f"NaNs detected in the merged weights of {_name(layer)}: adapter {adapter!r} seems to be broken"
-        )
+        raise ValueError(_BROKEN.format(adapter, _name(layer)))
     with torch.no_grad():
         if bias is not None:
             base.bias.copy_(bias[1])
