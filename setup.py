@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 GPU_KERNELS = ("scaled_merge", "orthogonal_init", "fold")
-CPU_KERNELS = (*GPU_KERNELS, "gram")
+CPU_KERNELS = (*GPU_KERNELS, "gram", "exact_fold")
 COMMON = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Every kernel once per instruction set; isa.h chooses at run time. GCC 12 warns about its own AVX-512 header.
 ISAS = {"base": []}

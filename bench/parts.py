@@ -31,7 +31,7 @@ def of(*names: str) -> str:
     return " ".join(f"bench/bench_{name}.py" for name in names)
 
 
-REST = ("orthogonal_init", "scaled_merge", "fold", "transition", "interference", "weighted_merge")
+REST = ("orthogonal_init", "scaled_merge", "fold", "exact_fold", "transition", "interference", "weighted_merge")
 # TABLE stands for the file that the tuner writes, beside the figures.
 TABLE = "TABLE"
 TUNER = f"bench/tune_lora_gemm.py --device-json {TABLE}"

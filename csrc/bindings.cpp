@@ -1,6 +1,7 @@
 // The module. With tables.h and bindings_*.h the only code that knows Python. Tables arrive as buffers of 64-bit
 // integers (six to a matrix, see tensor_table.h), already checked by slao_kernels/native.py; the GIL is released while
 // a kernel runs.
+#include "bindings_exact.h"
 #include "bindings_lora.h"
 #include "cpu/isa.h"
 #include "tables.h"
@@ -13,15 +14,7 @@ using slao::Isa;
 
 namespace {
 
-constexpr const char* kNames[] = {"base", "avx2", "avx512", "avx512bf16", "amx"};  // of Isa's values
-
-Isa isa_of(const std::string& name) {
-  const Isa best = slao::best_isa();
-  for (int isa = 0; isa <= int(best); ++isa)
-    if (name == kNames[isa]) return Isa(isa);
-  if (name != "auto") throw std::invalid_argument("this processor has no " + name);
-  return best;
-}
+using slao::isa_of;
 
 // The tests' way to the other instruction sets.
 void use_lora_isa(const std::string& isa) { slao::lora = slao::lora_products(isa_of(isa)); }
@@ -69,12 +62,13 @@ bool orthogonal_init(const py::buffer& table, const py::buffer& triangles, const
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Whole-model kernels over tables of raw pointers. Call slao_kernels' ops, not this.";
-  module.attr("abi") = 6;
-  module.def("best_isa", [] { return kNames[int(slao::best_isa())]; });
+  module.attr("abi") = 7;
+  module.def("best_isa", [] { return slao::kNames[int(slao::best_isa())]; });
   module.def("scaled_merge", &scaled_merge);
   module.def("fold", &fold);
   module.def("gram", &gram);
   module.def("orthogonal_init", &orthogonal_init);
+  slao::define_exact(module);
   slao::define_lora(module);
   module.def("use_lora_isa", &use_lora_isa);
 #ifdef SLAO_CUDA

@@ -1,6 +1,7 @@
 """slao_kernels: continual LoRA fine-tuning with one adapter, fast. See README.md for a tour."""
 
 from .dispatch import use_backend
+from .ops.exact_fold import Kept, unfold_
 from .ops.fold import fold_
 from .ops.interference import Interference, interference
 from .ops.lora_linear import lora_linear
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Interference",
+    "Kept",
     "OrthogonalInitReport",
     "PatchReport",
     "WeightedMerge",
@@ -22,6 +24,7 @@ __all__ = [
     "orthogonal_init_",
     "patch",
     "scaled_merge_",
+    "unfold_",
     "unpatch",
     "use_backend",
     "weighted_merge",

@@ -37,6 +37,8 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
     "orthogonal_init": ("native", "triton", "reference"),
     "scaled_merge": ("native", "triton", "reference"),
     "fold": ("native", "triton", "reference"),
+    # fold_(keep=) and unfold_; on a GPU torch's elementwise operations, until there are kernels.
+    "exact_fold": ("native", "reference"),
 }
 
 OPS = tuple(_PREFERENCE)
@@ -78,6 +80,8 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
     if backend == "native":
         from . import native
 
+        if op == "exact_fold" and device_type != "cpu":
+            return "the core's exact fold is for CPUs"
         return native.why_not(device_type) or (native.why_not_lora(device_type) if op == "lora_linear" else None)
     if backend == "triton":
         if not _triton_installed:

@@ -16,7 +16,7 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from . import eligibility
+from . import eligibility, exact_merge
 from .layers import FusedLoraLinear, FusedOptions, make_plan, peft_class, run_linear
 from .ops.lora_linear import reference
 from .ops.lora_linear.autograd import linear
@@ -95,15 +95,17 @@ class ExtendedLoraLinear(FusedLoraLinear):
         """As PEFT's, for merging: the whole branch as an (m, n) matrix, (n, m) where the base is stored that way."""
         if adapter != self.slao_adapter:
             return super().get_delta_weight(adapter)
-        A, B = (factor.detach() for factor in self.slao_factors())
+        A, left = self.slao_product()
         # As PEFT does for 16 bits: rounded once.
+        delta = (left @ A * self.scaling[adapter]).to(self.lora_B[adapter].weight.dtype)
+        return delta.T if self.fan_in_fan_out else delta
+
+    def slao_product(self) -> tuple[Tensor, Tensor]:
+        """(A, B) in fp32 at least, without a graph, whose B A times the scaling is the whole branch."""
+        A, B = (factor.detach() for factor in self.slao_factors())
         wide = torch.promote_types(B.dtype, torch.float32)
         cores = [core.detach().to(wide) for core in (self.slao_core, self.slao_core_delta) if core is not None]
-        left = B.to(wide)
-        if cores:
-            left = left @ sum(cores[1:], cores[0])
-        delta = (left @ A.to(wide) * self.scaling[adapter]).to(B.dtype)
-        return delta.T if self.fan_in_fan_out else delta
+        return A.to(wide), B.to(wide) @ sum(cores[1:], cores[0]) if cores else B.to(wide)
 
 
 def _say_once() -> None:
@@ -169,4 +171,5 @@ def retract(layer: nn.Module) -> None:
     layer.__dict__.pop("slao_plan", None)
     if before is not FusedLoraLinear:
         del layer.slao_options
+        exact_merge.forget(layer, "the layer is PEFT's own again")
     layer.__class__ = before

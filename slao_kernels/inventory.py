@@ -220,11 +220,16 @@ def refuse_now(what: str, model: nn.Module, pairs: Sequence[LoraPair], adapter: 
 def unmerge(model: nn.Module, pairs: Sequence[LoraPair]) -> int:
     """Take merged adapters out of the base of the pairs' layers, as long as these are in the model; returns how many
     layers that were."""
-    gone = _gone(model, pairs)
-    merged: list[Any] = [p.layer for p in pairs if id(p.layer) not in gone and getattr(p.layer, "merged_adapters", [])]
+    merged = [layer for layer in present(model, pairs) if getattr(layer, "merged_adapters", [])]
     for layer in merged:
         layer.unmerge()
     return len(merged)
+
+
+def present(model: nn.Module, pairs: Sequence[LoraPair]) -> list[Any]:
+    """Those of the pairs' layers that are still in the model."""
+    gone = _gone(model, pairs)
+    return [pair.layer for pair in pairs if id(pair.layer) not in gone]
 
 
 def _gone(model: nn.Module, pairs: Sequence[LoraPair]) -> set[int]:

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import layer as lora
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from . import dispatch, eligibility
+from . import dispatch, eligibility, exact_merge
 from .holders import FRESH, holders, writable
 from .ops import dora
 from .ops.lora_linear.autograd import Call, add, call_for, linear
@@ -94,6 +95,20 @@ class FusedLoraLinear(lora.Linear):
             # None: a quantised base has no weight, or none of that name; it is called.
             tensors = [getattr(module, name, None) for module, name in parameters_of(self)] if plan.adapters else []
         return plan.run(plan, self, x, tensors, args, kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As PEFT's, rounded once, and such that `unmerge` gives the base its bits back where it can (exact_merge)."""
+        names = check_adapters_to_merge(self, adapter_names)
+        reason = exact_merge.why_not(self, names)
+        if reason is None:
+            return exact_merge.merge(self, names, safe_merge)
+        exact_merge.forget(self, reason)
+        self.peft_class.merge(self, safe_merge, names)
+
+    def unmerge(self) -> None:
+        """As PEFT's; bit for bit what `merge` found."""
+        if not exact_merge.unmerge(self):
+            self.peft_class.unmerge(self)
 
 
 def make_plan(layer: Any, x: Any, args: Any, kwargs: dict[str, Any]) -> LayerPlan:

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch  # before the extension: its OpenMP runtime is then the one that both use
 from torch import Tensor
 
-ABI = 6
+ABI = 7
 # Tensor cores for fp64, which the Gram matrices take, and the oldest that the binary holds code for.
 _CAPABILITY = (8, 0)
 # The words of records, and which of a call's tensors each record is of.

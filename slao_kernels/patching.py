@@ -167,7 +167,8 @@ def _skip_reason(layer: Any, precision: str) -> tuple[str | None, str | None]:
 def unpatch(model: nn.Module) -> int:
     """Give every fused layer its PEFT class back; returns how many there were. Adapters stay, trained or not.
 
-    A layer that a method has extended since keeps the method's forward, in plain PyTorch, and gets its PEFT class when
+    What is merged into the base stays merged; PEFT's own unmerge takes it out, with its rounding. A layer that a method
+    has extended since keeps the method's forward, in plain PyTorch, and gets its PEFT class when
     the method lets go of it. Raises ValueError, with the model as it was, when something has wrapped a fused layer's
     forward since.
     """
@@ -191,6 +192,9 @@ def unpatch(model: nn.Module) -> int:
 
 
 def _unfuse(layer: Any) -> None:
+    from . import exact_merge
+
+    exact_merge.forget(layer, "the layer is no longer patched")
     layer.__class__ = type(layer).peft_class
     _forget(layer)
     # Removing an accelerate hook leaves the class's own forward bound on the instance.

@@ -17,6 +17,12 @@
   void scaled_merge(const MergeRecord* records, int64_t count, int threads);                                        \
   void fold(const FoldRecord* records, int64_t count, int threads);                                                 \
   void gram(const Matrix* matrices, const int64_t* sizes, int64_t count, double* G, int threads);                   \
+  void exact_plan(const FoldRecord* records, int64_t count, int64_t& pieces, int64_t& bytes);                       \
+  int64_t exact_fold(const FoldRecord* records, int64_t count, char* stream, int64_t* lengths, uint64_t* sums,      \
+                     int threads);                                                                                  \
+  bool exact_unfold(const FoldRecord* records, int64_t count, const char* stream, const int64_t* lengths,           \
+                    int threads);                                                                                   \
+  void exact_sums(const FoldRecord* records, int64_t count, uint64_t* sums, int threads);                           \
   bool orthogonal_init(const Matrix* matrices, const Matrix* triangles, const Matrix* kept, Status* status,          \
                        int64_t count, int threads);                                                                 \
   }

@@ -5,6 +5,7 @@
 #include <new>
 
 #include "../../csrc/cpu/isa.h"
+#include "exact_fold.h"
 #include "gram.h"
 #include "lora_linear.h"
 #include "orthogonal_init.h"
@@ -226,11 +227,12 @@ void check_memory(Merge merge, Fold fold, Orthogonal orthogonal) {
   }
 }
 
-void check_all(const char* isa, bool here, Merge merge, Fold fold, Orthogonal orthogonal) {
+void check_all(const char* isa, bool here, Merge merge, Fold fold, const Exact& exact, Orthogonal orthogonal) {
   if (!here) return void(std::printf("%-7s not run: this processor does not have it\n", isa));
   instruction_set = isa;
   check_merge(merge);
   check_fold(fold);
+  check_exact(exact);
   check_orthogonal(orthogonal);
   check_memory(merge, fold, orthogonal);
 }
@@ -239,15 +241,14 @@ void check_all(const char* isa, bool here, Merge merge, Fold fold, Orthogonal or
 
 int main() {
   std::setvbuf(stdout, nullptr, _IONBF, 0);  // a sanitizer's abort loses nothing
-  check_all("base", true, base::scaled_merge, base::fold, base::orthogonal_init);
+#define CHECK_ALL(isa, here)                                                                                  \
+  check_all(#isa, here, isa::scaled_merge, isa::fold,                                                         \
+            Exact{isa::exact_plan, isa::exact_fold, isa::exact_unfold, isa::exact_sums}, isa::orthogonal_init);       \
+  check_gram(#isa, here, isa::gram)
+  CHECK_ALL(base, true);
 #if defined(__x86_64__)
-  check_all("avx2", best_isa() >= Isa::avx2, avx2::scaled_merge, avx2::fold, avx2::orthogonal_init);
-  check_all("avx512", best_isa() >= Isa::avx512, avx512::scaled_merge, avx512::fold, avx512::orthogonal_init);
-#endif
-  check_gram("base", true, base::gram);
-#if defined(__x86_64__)
-  check_gram("avx2", best_isa() >= Isa::avx2, avx2::gram);
-  check_gram("avx512", best_isa() >= Isa::avx512, avx512::gram);
+  CHECK_ALL(avx2, best_isa() >= Isa::avx2);
+  CHECK_ALL(avx512, best_isa() >= Isa::avx512);
 #endif
   check_lora("avx512bf16", best_isa() >= Isa::avx512bf16 ? lora_products(Isa::avx512bf16) : nullptr);
   check_lora("amx", best_isa() >= Isa::amx ? lora_products(Isa::amx) : nullptr);

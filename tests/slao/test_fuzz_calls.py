@@ -96,6 +96,20 @@ class Twins:
                 errors.append(type(error))
         assert errors[0] is errors[1], f"{call}: {errors}"
         self.done["raised" if errors[0] else "worked"] += 1
+        if call in ("to bf16", "half", "float", "double"):
+            self._check_refusal()
+
+    def _check_refusal(self) -> None:
+        """A base that was rounded while it was merged cannot come back: refused, until the model is unpatched."""
+        for layer in layers_of(self.model).values():
+            if "slao_kept" in layer.__dict__:
+                try:
+                    copy.deepcopy(layer).unmerge()
+                except ValueError as error:
+                    if "has changed since" not in str(error):
+                        raise
+                    slao_kernels.unpatch(self.model)
+                    self.done["unpatched"] += 1
 
     def _step(self) -> None:
         """Equal gradients, then one step; after it the twin starts from the very numbers of the model."""

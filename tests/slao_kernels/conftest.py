@@ -52,9 +52,10 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def told(caplog) -> Callable[[], list[str]]:
     """What slao_kernels has logged in this test, as if no reason had been logged before."""
-    from slao_kernels import layers
+    from slao_kernels import exact_merge, layers
 
     layers._logged.clear()
+    exact_merge._said.clear()
     caplog.set_level(logging.WARNING, logger="slao_kernels")
     return lambda: [record.getMessage() for record in caplog.records if record.name == "slao_kernels"]
 

@@ -43,7 +43,9 @@ def test_automatic_choice():
         "orthogonal_init": whole_model,
         "scaled_merge": whole_model,
         "fold": whole_model,
+        "exact_fold": whole_model,
     }
+    assert dispatch.choose("exact_fold", "cuda") == "reference"  # torch's operations, until there are kernels
 
 
 @pytest.fixture

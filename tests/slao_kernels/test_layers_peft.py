@@ -140,19 +140,33 @@ def test_state_and_identity_stay(kind):
         check_fused(kind, model, twin)
 
 
+EXACT = [kind for kind in MERGING if not kind.startswith(("DoRA", "bitsandbytes", "HQQ"))]
+
+
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("kind", grid(MERGING, FEW))
 def test_merged_and_back(kind, safe):
-    """PEFT's merge, bit for bit; merged layers run PEFT's forward, unmerged ones ours again."""
+    """What PEFT's merge is, bit for bit where it is PEFT's (DoRA, quantised bases), else exact (test_exact_merge.py);
+    merged layers run PEFT's forward, unmerged ones ours again."""
     model, twin, report = pair(kind)
-    before = twin(x_of()).detach()
+    before, base = twin(x_of()).detach(), copy.deepcopy(model.proj.base_layer)
     for net in (model, twin):
         net.proj.merge(safe_merge=safe)
+    exact = kind in EXACT
+    assert ("slao_kept" in model.proj.__dict__) == exact
+    if exact:
+        for ours, theirs in zip(model.proj.base_layer.parameters(), twin.proj.base_layer.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        twin.proj.base_layer = copy.deepcopy(model.proj.base_layer)
     merged = check_pefts(model, twin)
     if kind not in foreign.KINDS:  # a quantised base is quantised again
         assert error_ratio(merged, before) <= 1e-5
-    for net in (model, twin):
-        net.proj.unmerge()
+    model.proj.unmerge()
+    twin.proj.unmerge()
+    if exact:
+        for ours, theirs in zip(model.proj.base_layer.parameters(), base.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        twin.proj.base_layer = base
     check_fused(kind, model, twin)
     assert report.fallbacks == {}
 

@@ -129,6 +129,9 @@ def test_uses(use, pair):
     for net in (model, twin):
         act(net)
     assert model.base_model.active_adapters == twin.base_model.active_adapters
+    if act is disable:  # PEFT's unmerge leaves its rounding, ours none (test_exact_merge.py)
+        twins.check_close(dict(model.state_dict()), dict(twin.state_dict()), 1e-7)
+        twin.load_state_dict(model.state_dict())
     twins.check_equal(dict(model.state_dict()), dict(twin.state_dict()))
     tolerance = 1e-12 if use == "double" else twins.FP32_RATIO
     found = twins.check_same(model, twin, ops=fused, tolerance=tolerance)
@@ -144,7 +147,7 @@ def test_unloaded(pair):
     assert torch.equal(plain(twins.token_ids()).logits, twins.base_model("llama")(twins.token_ids()).logits)
     merged, their_merged = (net.merge_and_unload() for net in (model, twin))
     assert [type(m) for m in merged.modules()] == [type(m) for m in their_merged.modules()]
-    twins.check_equal(dict(merged.state_dict()), dict(their_merged.state_dict()))
+    twins.check_close(dict(merged.state_dict()), dict(their_merged.state_dict()), 1e-7)  # one rounding less
     assert error_ratio(merged(twins.token_ids()).logits, expected) <= twins.FP32_RATIO
     assert slao_kernels.unpatch(merged) == 0
 

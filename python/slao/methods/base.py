@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -149,20 +149,31 @@ class Method:
         return None
 
     @contextmanager
-    def merged(self) -> Iterator[nn.Module]:
+    def merged(self, *, fold: bool = False) -> Iterator[nn.Module]:
         """Within the block the model computes with the merged weights of all finished tasks.
 
         Storages are swapped, nothing is copied; the trained weights are back after any exit. While a task runs, the
         merge is that of the tasks before it. Do not train inside the block; what is merged into the base there, and
         not by merge_and_unload, is taken out again at its end.
+        fold: the merge is folded into the base weights too, for long evaluations and generation at the base model's own
+        speed; they get their bits back (`slao_kernels.unfold_`). It takes a pass over the base at either end, up to two
+        bits a weight, and copies of A and B. ValueError, with nothing changed, for layers that cannot be folded: those
+        over quantised, sharded or tied bases, embeddings and convolutions.
         """
         self._ask("run", "merged")
         with self._swapped_in(self._merged_weights):
             try:
-                yield self.model
+                with self._folded() if fold else nullcontext():
+                    yield self.model
             finally:
                 if inventory.unmerge(sharding.unwrap(self.model), self.pairs):
                     logger.warning("merge_adapter() inside merged(): unmerged at the block's end, where the weights go")
+
+    def _folded(self) -> AbstractContextManager[None]:
+        with sharding.together():
+            if not self._is_plain():
+                raise ValueError("merged(fold=True): the adapter is sharded; use merged()")
+        return showing.folded(sharding.unwrap(self.model), self.pairs, self.adapter)
 
     @contextmanager
     def _swapped_in(self, weights: Callable[[], Weights]) -> Iterator[None]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
-from slao_kernels import sharding
+from slao_kernels import exact_merge, inventory, sharding
 from slao_kernels.adapters import LoraPair
 
 # Per pair A and B; None where the trained one stands for it.
@@ -44,3 +46,35 @@ def overwritten(
         yield
     finally:
         sharding.write(model, trained, adapter)
+
+
+@contextmanager
+def folded(model: nn.Module, pairs: Sequence[LoraPair], adapter: str) -> Iterator[None]:
+    """Within the block the pairs are folded into their base weights, which then get their bits back.
+
+    ValueError, with nothing changed, names every layer that cannot be.
+    """
+    shared = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    refused = {}
+    for pair in pairs:
+        layer: Any = pair.layer
+        reason = exact_merge.why_not(layer, [adapter])
+        if reason is None and shared[id(layer.get_base_layer().weight)] > 1:
+            reason = "its base weight is tied to another module's, which would change as well"
+        if reason is not None:
+            refused[pair.name] = reason
+    if refused:
+        some = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:8])
+        raise ValueError(f"merged(fold=True): {len(refused)} layers cannot be folded, merged() can show them: {some}")
+    done: list[LoraPair] = []
+    try:
+        for pair in pairs:
+            exact_merge.merge(pair.layer, [adapter])
+            done.append(pair)
+        yield
+    finally:
+        for layer in inventory.present(model, done):
+            if not exact_merge.unmerge(layer):
+                exact_merge.forget(
+                    layer, "PEFT's own unmerge was called inside merged(fold=True); patch the model first"
+                )
