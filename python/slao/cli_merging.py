@@ -30,7 +30,7 @@ def add_commands(commands: Any) -> None:
     _add_out(fold)
     fold.add_argument("--method", help=f"of several: slao (default), {_METHODS}; svd without --rank is the exact sum")
     fold.add_argument(
-        "--dtype", help="of all weights: float32, bfloat16, float16, float64 (default: each keeps its own)"
+        "--dtype", help="of all weights: float32, bfloat16, float16 or float64; each keeps its own by default"
     )
     fold.add_argument("--untie", action="store_true", help="write a tied head apart where only one of both is changed")
     fold.add_argument("--verify", metavar="PROMPT", help="compare the logits with those of base and adapters")

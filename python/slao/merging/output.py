@@ -74,9 +74,10 @@ class TensorFile:
 
     def _append(self, block: memoryview) -> None:
         # Beside the writing, which waits for the disk: a checksum over a large file costs as much again.
-        hashed = self._hashing.submit(self._digest.update, block)
+        hashed = None if self._digest is None else self._hashing.submit(self._digest.update, block)
         self._file.write(block)
-        hashed.result()
+        if hashed is not None:
+            hashed.result()
 
     def rescale(self, name: str, factor: float) -> None:
         """Multiply what was written under `name`."""
@@ -86,6 +87,7 @@ class TensorFile:
         tensor = torch.frombuffer(data, dtype=dtype)
         self._file.seek(self._start + start)
         self._file.write(_bytes((tensor.double() * factor).to(dtype)))
+        self._file.seek(0, os.SEEK_END)
         self._digest = None
 
     def close(self) -> str | None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def write_model(
     base, text = made.base, json.dumps(dict(note))
     # disable=None: no bar where nobody watches (a pipe, a log file).
     bar = tqdm(total=made.size, desc="fold", unit="B", unit_scale=True, leave=False, disable=None if progress else True)
-    with bar, torch.no_grad():
+    # A file's way to the disk takes as long as the making of the next one.
+    with bar, torch.no_grad(), ThreadPoolExecutor(1) as background:
+        closed = {}
         for name, steps in made.files.items():
             announced = {key: (step.shape, step.dtype) for key, step in steps.items()}
             file = TensorFile(target / name, announced, {"format": "pt", **base.metadata[name], "slao_fold": text})
@@ -50,8 +53,8 @@ def write_model(
                     _write(file, key, step, base)
                     bar.update(step.size)
             finally:
-                digest = file.close()
-            sums |= {} if digest is None else {name: digest}
+                closed[name] = background.submit(file.close)
+        sums |= {name: digest for name, told in closed.items() if (digest := told.result()) is not None}
     index = _index(made)
     if index is not None:
         _write_json(target / INDEX, index)
