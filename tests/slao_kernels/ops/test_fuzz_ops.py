@@ -23,6 +23,7 @@ from test_weighted_merge import ROUNDED
 from torch import Tensor
 
 import slao_kernels
+from slao_kernels.dispatch import why_not
 from slao_kernels.ops.lora_linear import reference
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter has its own tests, and is slow")
@@ -35,8 +36,10 @@ BACKENDS = ["auto", "native", "reference", "auto"]
 Asked = tuple[Callable[[], Any], list[Any], Callable[[Any], None]]
 
 
-def backend(call: Call) -> str:
-    return call.pick(["nope", None, 3]) if call.oddly(20) else call.pick(BACKENDS)
+def backend(call: Call, op: str) -> str:
+    """Any backend that runs `op` on this machine's processor, or no backend at all."""
+    name = call.pick(["nope", None, 3]) if call.oddly(20) else call.pick(BACKENDS)
+    return "auto" if name == "native" and why_not(op, name, "cpu") else name
 
 
 def near(found: Tensor, exact: Tensor, allowed: Tensor, spread: bool = True) -> None:
@@ -60,7 +63,7 @@ def init(call: Call) -> Asked:
         dtypes = [A.dtype if is_real(A) else None for A in As]
         keep = [call.tensor(*shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
         keep = call.items(keep)
-    As, on, triangles = call.items(As), backend(call), call.pick([False, True])
+    As, on, triangles = call.items(As), backend(call, "orthogonal_init"), call.pick([False, True])
     olds = olds_of(As)
 
     def check(report: slao_kernels.OrthogonalInitReport) -> None:
@@ -89,7 +92,7 @@ def init(call: Call) -> Asked:
 def merge(call: Call) -> Asked:
     shapes = [tuple(call.size(0, 4) for _ in range(call.size(0, 4))) for _ in range(call.size(0, 3))]
     merged, tuned = (call.items([call.tensor(*shape) for shape in shapes]) for _ in range(2))
-    lam, on = call.numbers([0.3, 0.0, 1.0, 0.5, 0.7071, 1, True], len(shapes)), backend(call)
+    lam, on = call.numbers([0.3, 0.0, 1.0, 0.5, 0.7071, 1, True], len(shapes)), backend(call, "scaled_merge")
     olds = olds_of(merged, tuned)
 
     def check(_: None) -> None:
@@ -110,7 +113,7 @@ def fold(call: Call) -> Asked:
     Ws = call.items([call.tensor(n, k) for n, k, _ in sizes])
     As = call.items([call.tensor(r, k) for _, k, r in sizes])
     Bs = call.items([call.tensor(n, r) for n, _, r in sizes])
-    scalings, on = call.numbers([1, -0.7, 2.5, 0.0], len(sizes)), backend(call)
+    scalings, on = call.numbers([1, -0.7, 2.5, 0.0], len(sizes)), backend(call, "fold")
     olds = olds_of(Ws, As, Bs)
 
     def check(_: None) -> None:
@@ -139,7 +142,7 @@ def linear(call: Call) -> Asked:
     A, B = call.tensor(r, k, dtype=own), call.tensor(n, r, dtype=own)
     core, delta = (call.tensor(r, r, dtype=own) if call.pick([False, True, False]) else None for _ in range(2))
     scaling, precision = call.number([1, -0.7, 2.5, 0.0]), call.pick(["base", "adapter"])
-    options = {"core": core, "core_delta": delta, "backend": backend(call), "precision": precision}
+    options = {"core": core, "core_delta": delta, "backend": backend(call, "lora_linear"), "precision": precision}
     if call.oddly(12):
         options |= call.pick([{"dropout": 1.0}, {"dropout": None}, {"precision": 3}, {"precision": "wide"}])
     values, seed = (x, weight, bias, A, B, core, delta), call.normal
