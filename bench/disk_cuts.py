@@ -103,15 +103,17 @@ def main() -> None:
         folder = Path(scratch)
         # In a process of its own, so that the peak is the extraction's.
         subprocess.run([sys.executable, __file__, "--make", scratch, "--dtype", options.dtype], check=True)
-        before, started = peak(), time.perf_counter()
+        before, started, worked = peak(), time.perf_counter(), time.process_time()
         made = extract_adapter(folder / "tuned", folder / "base", folder / "lora", rank=options.rank)
-        seconds = time.perf_counter() - started
+        seconds, worked = time.perf_counter() - started, time.process_time() - worked
         print(made)
-        print(f"extract: {seconds:.1f} s, peak {peak():.2f} GiB (before it {before:.2f})", flush=True)
-        started = time.perf_counter()
+        print(f"extract: {seconds:.1f} s, {worked:.1f} s of processor time", flush=True)
+        print(f"peak {peak():.2f} GiB, before it {before:.2f}", flush=True)
+        started, worked = time.perf_counter(), time.process_time()
         cut = compress_adapter(folder / "lora", folder / "cut", rank=max(1, options.rank // 4))
         print(cut)
-        print(f"compress: {time.perf_counter() - started:.2f} s", flush=True)
+        seconds, worked = time.perf_counter() - started, time.process_time() - worked
+        print(f"compress: {seconds:.2f} s, {worked:.2f} s of processor time", flush=True)
         if not options.no_dense:
             dense_compress(folder, cut.layers)
             dense_extract(folder, made.layers, options.rank)

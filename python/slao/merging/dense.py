@@ -12,7 +12,8 @@ from .factors import Pair
 
 TOLERANCE = 5e-3  # of `product.leading`: residuals within 1 % of the best (bench/engines_svd.py)
 _FIRST_RANK = 16  # that a search for a rank begins with
-_PART = 4 << 20  # entries that are widened at once
+# Entries that are widened at once: larger blocks come from the kernel anew each time, a page fault every 4 KiB.
+_PART = 1 << 18
 
 
 def cut(delta: Tensor, limit: Limit) -> Pair:
@@ -20,7 +21,7 @@ def cut(delta: Tensor, limit: Limit) -> Pair:
     m, n = delta.shape
     most = limit.most((m, n))
     rank = most if limit.keep is None else min(most, _FIRST_RANK)
-    total = norm(delta) ** 2
+    total = 0.0 if limit.keep is None else norm(delta) ** 2  # which only `keep` asks for
     while True:
         U, S, V = product.leading(delta, rank, TOLERANCE)
         if rank == most or limit.keep is None or float(S.double().square().sum()) >= limit.keep * total:

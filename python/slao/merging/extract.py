@@ -217,11 +217,14 @@ def _write_layers(
     found: dict[str, CutLayer] = {}
     for name in tqdm(names, unit="layer", leave=False, disable=None if progress else True):
         pair = two.read(name)
-        if pair is None or not dense.norm(*pair):
+        if pair is None:
             continue
         wide = torch.float64 if torch.float64 in (pair[0].dtype, pair[1].dtype) else torch.float32
         delta = pair[0].to(wide) - pair[1].to(wide)
         del pair
+        norm = dense.norm(delta)
+        if not norm:
+            continue
         if two.skeleton.linear(name):
             delta = delta.T
         A, B = (part.to(dtype) for part in dense.cut(delta, limit))
@@ -229,7 +232,6 @@ def _write_layers(
             raise ValueError(f"A or B of {name} overflows {dtype}: pass a wider --dtype. Nothing was written.")
         for key, tensor in zip(_factor_keys(name), (A, B), strict=True):
             file.write(key, tensor)
-        norm = dense.norm(delta)
         found[name.removesuffix(".weight")] = CutLayer(len(A), norm, dense.residual(delta, A, B) / norm)
     if not found:
         raise ValueError(f"no linear layer of {two.tuned.path} differs from {two.base.path}: there is no LoRA to make")
