@@ -97,8 +97,7 @@ def test_names_shards_and_index_are_the_bases(folds, tmp_path, capsys):
     assert changed == 4
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)])
 @pytest.mark.parametrize("kind", ["all linear layers", "DoRA", "experts", "Conv1D", "an embedding"])
 def test_16_bits_are_the_fp32_result_rounded_once(kind, dtype, stored, folds, tmp_path):
     of, options = ADAPTERS[kind]
