@@ -255,8 +255,8 @@ def test_a_bases_headers_and_index(weights, places):
         with one_line():
             base = Base(root)
             for stored in base.tensors.values():
-                assert base.read(stored).shape == stored.shape
-                assert sum(map(len, base.blocks(stored))) == stored.size
+                assert base.read(stored.key).shape == stored.shape
+                assert sum(map(len, base.blocks(stored.key))) == stored.size
 
 
 @given(st.lists(st.tuples(st.text("0123456789abcdef", min_size=60, max_size=66), TEXTS), max_size=3), st.data())
