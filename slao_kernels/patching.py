@@ -172,6 +172,7 @@ def unpatch(model: nn.Module) -> int:
     the method lets go of it. Raises ValueError, with the model as it was, when something has wrapped a fused layer's
     forward since.
     """
+    from . import exact_merge
     from .eligibility import has_own_forward
     from .layers import is_fused
 
@@ -182,6 +183,8 @@ def unpatch(model: nn.Module) -> int:
             f"{', '.join(wrapped[:8])}: its forward was replaced on the instance after patch (accelerate hooks?), and "
             "the replacement calls the fused one; remove it, then unpatch"
         )
+    for module in model.modules():  # layers too that a method has extended, patched or not
+        exact_merge.forget(module, "the model was unpatched")
     for layer in layers:
         _unfuse(layer)
     extended = [module for module in model.modules() if hasattr(module.__dict__.get("slao_before"), "peft_class")]
@@ -192,9 +195,6 @@ def unpatch(model: nn.Module) -> int:
 
 
 def _unfuse(layer: Any) -> None:
-    from . import exact_merge
-
-    exact_merge.forget(layer, "the layer is no longer patched")
     layer.__class__ = type(layer).peft_class
     _forget(layer)
     # Removing an accelerate hook leaves the class's own forward bound on the instance.
