@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -17,11 +17,13 @@ from slao_kernels import inventory, sharding
 from slao_kernels.adapters import LoraPair
 
 from . import checkpoint, sums
-from .merging.cuts import RECORD, CutAdapter, Limit
+from .folders import PREFIX
 from .reading import read_json
 
+if TYPE_CHECKING:
+    from .merging.cuts import CutAdapter, Limit
+
 _CUT = "cut"
-_PREFIX = "base_model.model."  # of every key in a file of PEFT's
 
 
 def save_adapter(
@@ -114,6 +116,8 @@ def _write(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    from .merging.cuts import RECORD
+
     configs: dict[str, Any] = model.peft_config
     target.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=checkpoint.TEMPORARY, dir=target.parent))
@@ -124,7 +128,7 @@ def _write(
                 source = scratch if (scratch / "adapter_config.json").exists() else scratch / adapter
             else:  # injected into a bare model: PEFT's keys are then those of a model inside a PeftModel
                 state = get_peft_model_state_dict(model, adapter_name=adapter) if whole is None else whole
-                tensors = {_PREFIX + key.removeprefix(_PREFIX): value.contiguous() for key, value in state.items()}
+                tensors = {PREFIX + key.removeprefix(PREFIX): value.contiguous() for key, value in state.items()}
                 save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
                 _save_config(model, configs[adapter], scratch)
                 source = scratch
@@ -164,7 +168,7 @@ def _complete(path: Path, parts: list[inventory.Part]) -> None:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    wanted = {_PREFIX + part.key.removeprefix(_PREFIX): part for part in parts}
+    wanted = {PREFIX + part.key.removeprefix(PREFIX): part for part in parts}
     with safe_open(path, framework="pt") as file:
         missing = sorted(wanted.keys() - set(file.keys()))
     if missing:

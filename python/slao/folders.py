@@ -37,6 +37,8 @@ _BESIDE: dict[str, Any] = {
     "bias": str,
 }
 _WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."  # of every key in a file of PEFT's
+MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")  # DoRA's, the ends of their keys
 FACTORS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
 
@@ -118,7 +120,7 @@ class Source:
                 rest -= set(pair)
                 slices = [file.get_slice(each) for each in pair]
                 shapes = tuple(tuple(piece.get_shape()) for piece in slices)
-                name = key[: -len(down) - 1].removeprefix("base_model.model.")
+                name = key[: -len(down) - 1].removeprefix(PREFIX)
                 dtypes = (slices[0].get_dtype(), slices[1].get_dtype())
                 self._check(name, shapes[0], shapes[1], dtypes)
                 found.append(

@@ -144,8 +144,8 @@ def _by_grams(
     """As `_decompositions`, of those layers whose Gram matrices hold enough digits.
 
     With A Aᵀ = L Lᵀ and Bᵀ B = M Mᵀ the sum B F A is (B M⁻ᵀ) (Mᵀ F L) (L⁻¹ A), and U S Vᵀ of the middle gives
-    A' = (L⁻ᵀ V)ᵀ A and B' = B M⁻ᵀ U S: the factors are read twice, and no Q is written. Three rank-16 adapters,
-    Llama-3-8B: 1.9 s of one core's time (AVX2), 4.8 s by `_svd`.
+    A' = (L⁻ᵀ V)ᵀ A and B' = B M⁻ᵀ U S: the factors are read twice, and no Q is written. Three rank-16
+    adapters, Llama-3-8B: 1.6 s of one core with AVX2, a loop over QRs 2.3 (bench/bench_weighted_merge.py).
     """
     memory = _Memory()
     for members, left, right in several.grams(layers):

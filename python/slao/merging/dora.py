@@ -12,7 +12,7 @@ from torch import Tensor
 from slao_kernels.inventory import is_beside, is_embedding
 from slao_kernels.ops.checks import Problems
 
-from ..folders import Source
+from ..folders import MAGNITUDES, PREFIX, Source
 from . import dense
 from .cuts import Limit
 from .product import Cut
@@ -20,8 +20,6 @@ from .skeleton import Skeleton
 from .weights import Weights, keys_of
 
 FIELD = "use_dora"
-_ENDS = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
-_PREFIX = "base_model.model."
 
 
 class Exact:
@@ -109,9 +107,9 @@ def _taken(source: Source) -> dict[str, str]:
     """Layer -> key of its magnitudes."""
     found = {}
     for key in list(source.parts):
-        end = next((end for end in _ENDS if key.endswith(end)), None)
+        end = next((end for end in MAGNITUDES if key.endswith(end)), None)
         if end is not None and source.config.get(FIELD):
-            found[key.removeprefix(_PREFIX).removesuffix(end)] = key
+            found[key.removeprefix(PREFIX).removesuffix(end)] = key
         elif not is_beside(key, source.config) and not is_embedding(key):
             raise ValueError(f"{source.path} holds more than A and B, which are merged: {key}")
     for key in found.values():

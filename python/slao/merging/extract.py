@@ -11,17 +11,16 @@ from torch import Tensor
 
 from slao_kernels.ops import checks
 
+from ..folders import PREFIX
 from . import dense
 from .cuts import CutAdapter, CutLayer, Limit
 from .factors import Pair
 from .growing import GrowingFile
-from .output import whole_folder, write_config
+from .output import dtype_of, whole_folder, write_config
 from .skeleton import Skeleton
 from .weights import Weights, keys_of
 
 BESIDE = ("save", "leave")
-_KEY = "base_model.model."
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def extract_adapter(
@@ -51,8 +50,7 @@ def extract_adapter(
     limit, target = Limit(rank, keep), Path(out)
     if beside not in BESIDE:
         raise ValueError(f"unknown beside {beside!r}; choose one of {', '.join(BESIDE)}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(_DTYPES)}")
+    to = dtype_of(dtype)
     two = _Two(Weights(tuned), Weights(base))
     linear = [name for name in two.skeleton.shapes if two.skeleton.linear(name) is not None]
     rest = _Rest(two, beside)
@@ -65,7 +63,7 @@ def extract_adapter(
     with whole_folder(target) as scratch, torch.no_grad():
         file = GrowingFile(scratch / "adapter_model.safetensors", names, json.dumps(note))
         try:
-            found = _write_layers(file, two, layers, limit, getattr(torch, dtype), progress)
+            found = _write_layers(file, two, layers, limit, to, progress)
             rest.write(file)
         finally:
             file.close()
@@ -178,13 +176,13 @@ class _Rest:
 
     def keys(self) -> list[str]:
         """All that `write` may write."""
-        return [f"{_KEY}{name}" for name in self._names()] + [_bias_key(name, True) for name in self.biases]
+        return [f"{PREFIX}{name}" for name in self._names()] + [_bias_key(name, True) for name in self.biases]
 
     def write(self, file: GrowingFile) -> None:
         for name in self._names():
             if name in self._two.keys:
-                key = f"{_KEY}{name}"
-                if name in self.biases and f"{_KEY}{name.rpartition('.')[0]}.lora_A.weight" in file.names:
+                key = f"{PREFIX}{name}"
+                if name in self.biases and f"{PREFIX}{name.rpartition('.')[0]}.lora_A.weight" in file.names:
                     key = _bias_key(name, True)
                 file.write(key, self._two.tuned.finite(self._two.keys[name][0]))
 
@@ -201,12 +199,12 @@ class _Rest:
 
 def _bias_key(name: str, adapted: bool) -> str:
     owner, _, attribute = name.rpartition(".")
-    return f"{_KEY}{owner}.base_layer.{attribute}" if adapted else f"{_KEY}{name}"
+    return f"{PREFIX}{owner}.base_layer.{attribute}" if adapted else f"{PREFIX}{name}"
 
 
 def _factor_keys(name: str) -> tuple[str, str]:
     layer = name.removesuffix(".weight")
-    return f"{_KEY}{layer}.lora_A.weight", f"{_KEY}{layer}.lora_B.weight"
+    return f"{PREFIX}{layer}.lora_A.weight", f"{PREFIX}{layer}.lora_B.weight"
 
 
 def _write_layers(

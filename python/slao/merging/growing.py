@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .output import DTYPES
+from .output import NAMES, as_bytes
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ENTRY = 160  # bytes of a header's entry beside the name: dtype, eight sizes, two offsets
 
 
@@ -38,11 +36,11 @@ class GrowingFile:
         return self._header.keys() - {"__metadata__"}
 
     def write(self, name: str, tensor: Tensor) -> None:
-        tensor = tensor.detach().contiguous()
+        tensor = tensor.detach()
         start, self._end = self._end, self._end + tensor.nbytes
         offsets = [start, self._end]
-        self._header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        self._file.write(tensor.flatten().view(torch.uint8).numpy().data)
+        self._header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        self._file.write(as_bytes(tensor))
 
     def close(self) -> None:
         text = json.dumps(self._header, separators=(",", ":")).encode()

@@ -28,10 +28,18 @@ except ImportError:  # Windows
 
 _MINE = ".merge-"  # in the names of what is not whole yet, which others than a merge have no business with
 
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
-_NAMES |= {torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
-DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+NAMES |= {torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+_CHOICE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """What people may ask for, by name."""
+    if name not in _CHOICE:
+        raise ValueError(f"unknown dtype {name!r}; choose one of {', '.join(_CHOICE)}")
+    return _CHOICE[name]
 
 
 class TensorFile:
@@ -50,7 +58,7 @@ class TensorFile:
         end = 0
         for name, (shape, dtype) in tensors.items():
             start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
             self.where[name] = start, shape, dtype
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data is to start aligned
@@ -63,7 +71,7 @@ class TensorFile:
     def write(self, name: str, tensor: Tensor) -> None:
         """The next tensor; rounded to the dtype and brought into the shape that were announced."""
         _, shape, dtype = self.where[name]
-        self.write_bytes(name, [_bytes(tensor.detach().to(dtype).reshape(shape))])
+        self.write_bytes(name, [as_bytes(tensor.detach().to(dtype).reshape(shape))])
 
     def write_bytes(self, name: str, blocks: Iterable[memoryview]) -> None:
         """The next tensor, as it lies in memory, block after block."""
@@ -86,7 +94,7 @@ class TensorFile:
         data = bytearray(self._file.read(torch.Size(shape).numel() * dtype.itemsize))
         tensor = torch.frombuffer(data, dtype=dtype)
         self._file.seek(self._start + start)
-        self._file.write(_bytes((tensor.double() * factor).to(dtype)))
+        self._file.write(as_bytes((tensor.double() * factor).to(dtype)))
         self._file.seek(0, os.SEEK_END)
         self._digest = None
 
@@ -99,7 +107,7 @@ class TensorFile:
         return None if self._digest is None else str(self._digest.hexdigest())
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,12 @@ from slao_kernels.ops.checks import not_finite
 
 from .. import checkpoint
 from ..export import save_adapter
-from ..merging.cuts import CutAdapter, Limit
 from . import showing, stored
 from .beside import Beside
 from .showing import Weights
+
+if TYPE_CHECKING:
+    from ..merging.cuts import CutAdapter
 
 logger = logging.getLogger("slao")
 
@@ -210,6 +212,8 @@ class Method:
         `slao.merging.compress.compress_adapter` does: for methods that keep a pair a task, whose export has rank T · r.
         Returns what each layer lost (None on ranks that do not write, and where nothing was to be cut).
         """
+        from ..merging.cuts import Limit
+
         limit = None if rank is None and keep is None else Limit(rank, keep)
         with sharding.together():
             self._ask("read", "save_pretrained")

@@ -70,51 +70,33 @@ def test_a_report_that_does_not_fit_leaves_the_old_one(small, tools, whole, tmp_
     assert files(folder) == before
 
 
-def test_a_merge_that_does_not_fit_leaves_nothing(small, tools, whole, tmp_path):
-    folder = tmp_path / "adapters"
-    shutil.copytree(whole / "adapters", folder)
-    before = files(folder)
-    for out in (tmp_path / "out", tmp_path / "new" / "out"):
-        words = ["merge", str(folder / "seqlora-0"), str(folder / "slao-0"), "-o", str(out)]
-        assert "File too large" in tools.complaint(small.server.run(words, tmp_path / "log", fsize=1000))
-        assert "No space left" in tools.complaint(small.server.run(words, tmp_path / "log", at=3, how="full"))
-        assert not out.exists()
-        assert not list(out.parent.glob(".*"))
-    assert files(folder) == before
-    answer = small.server.run(words, tmp_path / "log")
-    assert answer["code"] == 0, answer["err"]
-    assert (out / "adapter_model.safetensors").is_file()
+# command -> (inputs, flags behind -o, the most bytes of a file, the writes at which the disk is full, what it makes)
+OFFLINE = {
+    "merge": (["{adapters}/seqlora-0", "{adapters}/slao-0"], [], 1000, [3], "adapter_model.safetensors"),
+    "compress": (["{adapters}/seqlora-0"], ["--rank", "1"], 1000, [3], "adapter_model.safetensors"),
+    "fold": (["{base}", "{adapters}/seqlora-0"], [], 10_000, [2, 4], "model.safetensors"),
+}
 
 
-def test_a_fold_that_does_not_fit_leaves_nothing(small, tools, whole, saved_bert, tmp_path):
-    before = files(saved_bert)
+@pytest.mark.parametrize("command", OFFLINE)
+def test_what_does_not_fit_leaves_nothing(command, small, tools, whole, saved_bert, tmp_path):
+    given, flags, fsize, full, made = OFFLINE[command]
+    adapters, base = tmp_path / "adapters", tmp_path / "base"
+    shutil.copytree(whole / "adapters", adapters)
+    shutil.copytree(saved_bert, base)
+    inputs = [each.format(adapters=adapters, base=base) for each in given]
+    before = files(adapters), files(base)
     for out in (tmp_path / "out", tmp_path / "new" / "out"):
-        words = ["fold", str(saved_bert), str(whole / "adapters" / "seqlora-0"), "-o", str(out)]
-        assert "File too large" in tools.complaint(small.server.run(words, tmp_path / "log", fsize=10_000))
-        for at in (2, 4):
+        words = [command, *inputs, "-o", str(out), *flags]
+        assert "File too large" in tools.complaint(small.server.run(words, tmp_path / "log", fsize=fsize))
+        for at in full:
             assert "No space left" in tools.complaint(small.server.run(words, tmp_path / "log", at=at, how="full"))
         assert not out.exists()
         assert not list(out.parent.glob(".*"))
-    assert files(saved_bert) == before
+    assert (files(adapters), files(base)) == before
     answer = small.server.run(words, tmp_path / "log")
     assert answer["code"] == 0, answer["err"]
-    assert (out / "model.safetensors").is_file()
-
-
-def test_a_cut_that_does_not_fit_leaves_nothing(small, tools, whole, tmp_path):
-    folder = tmp_path / "adapters"
-    shutil.copytree(whole / "adapters", folder)
-    before = files(folder)
-    for out in (tmp_path / "out", tmp_path / "new" / "out"):
-        words = ["compress", str(folder / "seqlora-0"), "-o", str(out), "--rank", "1"]
-        assert "File too large" in tools.complaint(small.server.run(words, tmp_path / "log", fsize=1000))
-        assert "No space left" in tools.complaint(small.server.run(words, tmp_path / "log", at=3, how="full"))
-        assert not out.exists()
-        assert not list(out.parent.glob(".*"))
-    assert files(folder) == before
-    answer = small.server.run(words, tmp_path / "log")
-    assert answer["code"] == 0, answer["err"]
-    assert (out / "adapter_model.safetensors").is_file()
+    assert (out / made).is_file()
 
 
 def locked(folder: Path) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 
 from ..merge import merge_adapters
 from ..options import CUT, completed
-from ..output import whole_folder
+from ..output import dtype_of, whole_folder
 from .base import Base
-from .plan import Plan, dtype_of, plan_of, single, summed
+from .plan import Plan, plan_of, single, summed
 from .verify import Verified, tokens_of, verified
 from .write import write_model
 
@@ -86,7 +86,7 @@ def fold_model(
     exact = method == "svd" and given["rank"] is None
     if verify is not None and exact and len(adapters) > 1 and beside is not None:
         raise ValueError("verify compares with PEFT, which answers with one adapter's heads and tokens: leave it out")
-    model, target, to = Base(base), Path(out), dtype_of(dtype)
+    model, target, to = Base(base), Path(out), None if dtype is None else dtype_of(dtype)
     asked = None if verify is None else tokens_of(model, verify)
     note = {"method": method, "adapters": [Path(folder).resolve().name for folder in adapters], **all_options}
     made = plan_of(model, summed(adapters, all_options["weights"], beside), to, untie) if exact else None

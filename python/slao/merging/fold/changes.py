@@ -11,16 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...folders import Layer, Source, scaling
+from ...folders import MAGNITUDES, PREFIX, Layer, Source, scaling
 from ..skeleton import Skeleton
 from .arithmetic import Change, Low, Part
 from .stored import missing
 
-_PREFIX = "base_model.model."
 # The end of a key -> what it is of the module before it.
 _ENDS = {
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
+    **dict.fromkeys(MAGNITUDES, "magnitude"),
     ".lora_B.bias": "plus",
     ".token_adapter.trainable_tokens_delta": "rows",
 }
@@ -209,7 +207,7 @@ def _entries(source: Source) -> list[_Entry]:
         found.append(_Entry("low", name, layer.keys[0], (len(layer.name) - len(name)) // len(".base_layer"), layer))
     values: dict[str, _Entry] = {}
     for key in source.parts:
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         end = next((end for end in _ENDS if name.endswith(end)), "")
         entry = _Entry(_ENDS.get(end, "value"), _WRAPPERS.sub("", name.removesuffix(end)), key)
         if entry.kind != "value":

@@ -22,7 +22,6 @@ from .ties import settle
 
 # Fields of a LoraConfig under which a layer is more than A and B, and which a fold treats.
 _MORE = ("use_dora", "lora_bias", "target_parameters")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -72,12 +71,6 @@ class Plan:
     @property
     def size(self) -> int:
         return sum(step.size for steps in self.files.values() for step in steps.values())
-
-
-def dtype_of(name: str | None) -> torch.dtype | None:
-    if name is not None and name not in _DTYPES:
-        raise ValueError(f"unknown dtype {name!r}; choose one of {', '.join(_DTYPES)}")
-    return None if name is None else _DTYPES[name]
 
 
 def single(folder: str | Path, weight: float = 1.0) -> Sum:
@@ -145,7 +138,7 @@ def _others(base: Path, sources: Sequence[Source]) -> list[str]:
 
 def _step(piece: Piece, change: Change | None, dtype: torch.dtype | None) -> Step:
     own = piece.stored.dtype
-    rounded = dtype if dtype is not None and own in _DTYPES.values() else own
+    rounded = dtype if dtype is not None and plain(own) else own
     shape = piece.stored.shape
     if change is not None and change.shape is not None and piece.whole and piece.index is None:
         shape = change.shape
