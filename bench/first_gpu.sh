@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The first minutes on a machine with a GPU: correct first, then the headline figures, each part within its limit.
 #
-#   OUT=folder [BUDGET=430] [DRY=1] bash bench/first_gpu.sh
+#   OUT=folder [BUDGET=430] [PARTS="tests layers"] [DRY=1] bash bench/first_gpu.sh
 #
 # BUDGET: seconds in which everything has begun and ended, but for a last write; leave 30 more. Where the CUDA kernels
 # are not built they are, in the checkout. Wheels of rivals (axolotl, bitsandbytes) are taken from .whl/ where there is
@@ -9,8 +9,8 @@
 # the log; a last table is printed, which bench/gpu.py --table --out FILE prints again.
 # DRY=1, and wherever there is no GPU: all of it tiny and on the CPU, which shows that every part starts and ends.
 set -u
-: "${OUT:?a folder for the files}" "${BUDGET:=430}" "${DRY:=}" "${PYTHON:=python3}"
-parts="tests kernels layers steps rest tune"
+: "${OUT:?a folder for the files}" "${BUDGET:=430}" "${PARTS:=tests kernels layers steps rest tune}"
+: "${DRY:=}" "${PYTHON:=python3}"
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) && cd "$(dirname "$0")/.." || exit 2
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
 SECONDS=0
@@ -41,7 +41,7 @@ fi
 say timeout -s INT -k 12 60 "$PYTHON" -m slao_kernels
 # Without the kernels' build the rest still says something: of Triton's, of the layers, of whole steps.
 # shellcheck disable=SC2086  # words of their own
-"$PYTHON" bench/gpu.py $parts $how --without-core --deadline $((BUDGET - SECONDS)) --out "$OUT/gpu.json" --log "$OUT/log"
+"$PYTHON" bench/gpu.py $PARTS $how --without-core --deadline $((BUDGET - SECONDS)) --out "$OUT/gpu.json" --log "$OUT/log"
 code=$?
 command -v nvidia-smi > /dev/null &&
   nvidia-smi --query-gpu=name,clocks.sm,clocks.mem,temperature.gpu,power.draw --format=csv,noheader | tee -a "$OUT/log"

@@ -60,21 +60,22 @@ QUICK = {
     "tune": [Call("script", f"{TUNER} --models llama-3.2-1b --tokens 8192 --ranks 16 --rounds 9 --seconds 50", 60)],
 }
 
+LIMIT = 150  # ends what hangs
 SMALL = "--model=minilm --rounds=1 --threads=1 -p no:cacheprovider"
 DRY = {
-    "tests": [Call("tests", "tests/slao_kernels/test_cuda.py -m gpu -p no:cacheprovider", 60, "cpu")],
-    "kernels": [Call("bench", f"{of('lora_kernels')} {SMALL} -k shrink-1024x384-bf16-16", 60, "cpu")],
-    "layers": [Call("bench", f"{of('lora_linear')} {SMALL} -k 'test_layer and 32x384x384-bf16-forward]'", 60, "cpu")],
-    "steps": [Call("bench", f"{of('training_step')} {SMALL} -k minilm-2x16-bf16", 60, "cpu")],
+    "tests": [Call("tests", "tests/slao_kernels/test_cuda.py -m gpu -p no:cacheprovider", LIMIT, "cpu")],
+    "kernels": [Call("bench", f"{of('lora_kernels')} {SMALL} -k shrink-1024x384-bf16-16", LIMIT, "cpu")],
+    "layers": [Call("bench", f"{of('lora_linear')} {SMALL} -k 'test_layer and 32x384x384-bf16-forward]'", LIMIT, "cpu")],
+    "steps": [Call("bench", f"{of('training_step')} {SMALL} -k minilm-2x16-bf16", LIMIT, "cpu")],
     "rest": [
-        Call("bench", f"{of(*REST[:3])} {SMALL} -k 'init[16] or merge[fp32] or fold[bf16-bf16]'", 60, "cpu"),
+        Call("bench", f"{of(*REST[:3])} {SMALL} -k 'init[16] or merge[fp32] or fold[bf16-bf16]'", LIMIT, "cpu"),
     ],
-    "host": [Call("bench", f"{of('host')} {SMALL} -k 'forward-fp32-layer'", 60, "cpu")],
+    "host": [Call("bench", f"{of('host')} {SMALL} -k 'forward-fp32-layer'", LIMIT, "cpu")],
     "tune": [
         Call(
             "script",
             f"{TUNER} --models minilm --tokens 32 --ranks 8 --rounds 1 --seconds 5",
-            60,
+            LIMIT,
             "cpu",
             {"TRITON_INTERPRET": "1"},
         )

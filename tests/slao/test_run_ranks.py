@@ -1,9 +1,10 @@
-"""`slao run` under torchrun with two processes against one: the same results, written and told by the first alone."""
+"""`slao run` in two processes against one: the same results, written and told by the first alone."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,33 +48,42 @@ def command(model: Path, stream: Path, runs: Path, batch: int, *more: str) -> li
     return [*fixed, *small, *pairs, "--methods", ",".join(METHODS), *more]
 
 
-def torchrun(arguments: list[str], logs: Path) -> tuple[int | str, list[dict[str, str]]]:
-    """The launcher's exit code, and what each process printed on stdout and stderr."""
+def in_two(server: Any, arguments: list[str], logs: Path) -> list[dict[str, Any]]:
+    """Two processes with what torchrun gives them; what each answers."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    given = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    answers: list[dict[str, Any]] = server.run_all(
+        [
+            {
+                "argv": arguments,
+                "folder": logs / str(rank),
+                "environment": {**given, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            }
+            for rank in range(2)
+        ]
+    )
+    return answers
+
+
+def torchrun(arguments: list[str], logs: Path) -> tuple[int, list[str]]:
+    """The launcher's exit code, and what each process printed on stderr."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--redirects", "3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     line = [sys.executable, *launcher, "--log-dir", str(logs), "-m", "slao.cli", *arguments]
-    started = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        code: int | str = started.wait(timeout=400)  # some 20 seconds on a machine with nothing else to do
-    except subprocess.TimeoutExpired:
-        started.terminate()  # and its processes with it
-        started.wait()
-        code = "too long"
-    told = [
-        {name: next(logs.glob(f"*/attempt_0/{rank}/{name}.log")).read_text() for name in ("stdout", "stderr")}
-        for rank in range(2)
-    ]
-    return code, told
+    done = subprocess.run(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=400)
+    return done.returncode, [next(logs.glob(f"*/attempt_0/{rank}/stderr.log")).read_text() for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
-def both(saved_llama, stream_folder, tmp_path_factory) -> tuple[Path, Path, list[dict[str, str]], list[str]]:
+def both(server, saved_llama, stream_folder, tmp_path_factory) -> tuple[Path, Path, list[dict[str, Any]], list[str]]:
     """The folders of one process and of two, what the two said, and their arguments."""
     runs = tmp_path_factory.mktemp("ranks")
     assert main(command(saved_llama, stream_folder, runs / "one", 4)) == 0
     arguments = command(saved_llama, stream_folder, runs / "two", 2)
-    code, told = torchrun(arguments, runs / "logs")
-    assert code == 0, told
+    told = in_two(server, arguments, runs / "logs")
+    assert [each["code"] for each in told] == [0, 0], told
     return runs / "one" / "tiny", runs / "two" / "tiny", told, arguments
 
 
@@ -104,22 +114,25 @@ def test_the_first_process_alone_writes_and_prints(both):
     one, two, told, _ = both
     files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (one, two)]
     assert files[1] == files[0]
-    assert "report: " in told[0]["stdout"]
+    assert "report: " in told[0]["out"]
     for label in METHODS:
-        assert f"{label} seed 0: AA" in told[0]["stdout"]
-    assert told[1]["stdout"] == ""
+        assert f"{label} seed 0: AA" in told[0]["out"]
+    assert told[1]["out"] == ""
 
 
-def test_a_run_is_resumed_and_refused_by_all(both, tmp_path):
+def test_a_run_is_resumed_by_all(server, both, tmp_path):
     _, folder, _, arguments = both
     before = results(folder)["methods"]
-    code, told = torchrun([*arguments, "--resume"], tmp_path / "resume")
-    assert code == 0, told
+    told = in_two(server, [*arguments, "--resume"], tmp_path)
+    assert [each["code"] for each in told] == [0, 0], told
     assert {label: each["matrix"] for label, each in results(folder)["methods"].items()} == {
         label: each["matrix"] for label, each in before.items()
     }
-    code, told = torchrun([*arguments, "--seeds", "0,1", "--resume"], tmp_path / "other")
-    assert code == 1  # the launcher's
-    assert any(
-        "holds another run" in each["stderr"] and "seeds" in each["stderr"] for each in told
-    )  # it ends one when the other has ended
+
+
+@pytest.mark.exhaustive
+def test_a_run_is_refused_by_all(both, tmp_path):
+    """Under torchrun itself, whose first process ends the other."""
+    code, told = torchrun([*both[3], "--seeds", "0,1", "--resume"], tmp_path)
+    assert code == 1
+    assert any("holds another run" in each and "seeds" in each for each in told)

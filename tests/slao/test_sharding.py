@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,28 +36,17 @@ FALLBACK = {
 PACKAGE = Path(__file__).with_name("ranks")
 
 
-def start(folder: Path, cases: list[str], python: str = sys.executable, seconds: int = 400) -> None:
-    """Run the cases in RANKS processes; their output is shown if one fails or takes too long (40 s on idle cores)."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([*sys.path, str(PACKAGE.parent)]),
-    }
-    started = []
-    for rank in range(RANKS):
-        with open(folder / f"log.{rank}", "w") as log:
-            command = [python, "-m", "ranks", str(rank), str(RANKS), str(folder), *cases]
-            started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
-    try:
-        codes = [process.wait(timeout=seconds) for process in started]
-    except subprocess.TimeoutExpired:
-        codes = ["too long"] * RANKS
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    if any(codes):
-        raise AssertionError("\n".join([str(codes), *((folder / f"log.{r}").read_text() for r in range(RANKS))]))
+def start(server: Any, folder: Path, cases: list[str]) -> None:
+    """Run the cases in RANKS processes; their output is shown if one fails."""
+    answers = server.run_all(
+        [
+            {"module": "ranks", "argv": [rank, RANKS, folder, *cases], "folder": folder / f"log.{rank}"}
+            for rank in range(RANKS)
+        ]
+    )
+    assert [answer["code"] for answer in answers] == [0] * RANKS, "\n".join(
+        answer["out"] + answer["err"] for answer in answers
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +62,9 @@ def ranks() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def folder(ranks, tmp_path_factory) -> Path:
+def folder(ranks, server, tmp_path_factory) -> Path:
     made = tmp_path_factory.mktemp("ranks")
-    start(made, list(ranks.CASES))
+    start(server, made, list(ranks.CASES))
     return made
 
 
@@ -179,11 +166,11 @@ def test_the_trainer_wraps(folder):
 
 
 @pytest.fixture(scope="module")
-def deepspeed_folder(ranks, tmp_path_factory) -> Path:
+def deepspeed_folder(ranks, server, tmp_path_factory) -> Path:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     made = tmp_path_factory.mktemp("deepspeed")
-    start(made, list(ranks.MORE))
+    start(server, made, list(ranks.MORE))
     return made
 
 

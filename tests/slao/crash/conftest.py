@@ -1,12 +1,9 @@
-"""A server that runs `slao` commands in forks, and the small run that the tests here kill, cut and starve."""
+"""The small run that the tests here kill, cut and starve."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,49 +14,13 @@ if not hasattr(os, "fork"):
     pytest.skip("these tests fork, and send POSIX signals", allow_module_level=True)
 
 
-class Server:
-    """server.py as a process; `run` answers when the command ended."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("server.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().rstrip("\n")
-
-    def run(self, argv: list[str], folder: Path, **job: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        folder.mkdir(parents=True, exist_ok=True)
-        print(json.dumps({"argv": argv, "folder": str(folder), **job}), file=self._process.stdin, flush=True)
-        answer: dict[str, Any] = json.loads(self._line())
-        return answer
-
-    def close(self) -> None:
-        self._process.communicate()
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    started = Server()
-    yield started
-    started.close()
-
-
 MEASURED = ("tokens_per_second", "train_seconds", "merge_seconds", "score_seconds", "peak_memory_mb")
 
 
 class Small:
     """A run of two methods on two tasks of two steps each: `argv` without a folder, `server` to run it in forks."""
 
-    def __init__(self, server: Server, model: Path, stream: Path, root: Path) -> None:
+    def __init__(self, server: Any, model: Path, stream: Path, root: Path) -> None:
         self.server, self.root = server, root
         self.argv = [
             "run", "--model", str(model), "--stream", "jsonl", "--stream-path", str(stream),

@@ -1,16 +1,21 @@
 """Runs `slao` commands in forks of one process that has imported everything, and strikes each at a chosen event.
 
-A script: one JSON object a line on stdin (see `run`), one on stdout. An event is a moment at which a process may die or
-a disk may fill: before and after every fsync and rename, every step, every beginning and end of a task, every save,
-export and figure. They are counted, so that "the 17th" is the same moment in every run.
+A process of its own takes ten seconds and more to import what a fork has at once. A script: one JSON array a line on
+stdin, of jobs that run at the same time (see `start`), one of their answers on stdout.
+
+An event is a moment at which a process may die or a disk may fill: before and after every fsync and rename, every step,
+every beginning and end of a task, every save, export and figure. They are counted, so that "the 17th" is the same moment
+in every run.
 """
 
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import resource
+import runpy
 import signal
 import sys
 import time
@@ -68,14 +73,21 @@ class Events:
         self.around(report_html, "page", "page")
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """argv: of `slao`. folder: where its output goes. at, how: the event, and "kill", "full" (OSError: no space left),
-    or signals by their names, as in "SIGINT+SIGINT". after: kill so many seconds after the start instead. fsize: of
-    the largest file, in bytes. modes: obey file modes even as root. threads: of torch."""
-    started = time.monotonic()
+def start(job: dict[str, Any]) -> int:
+    """Fork, run the job in the child; the child's number.
+
+    argv: of `slao`; or of the Python module `module`. environment: variables to set. folder: where its output goes. at,
+    how: the event, and "kill", "full" (OSError: no space left), or signals by their names, as in "SIGINT+SIGINT".
+    after: kill so many seconds after the start instead. fsize: of the largest file, in bytes. modes: obey file modes
+    even as root. threads: of torch."""
     child = os.fork()
     if child == 0:
         _child(job)
+    return child
+
+
+def end(job: dict[str, Any], child: int, started: float) -> dict[str, Any]:
+    """Wait for it; the answer."""
     if "after" in job:
         time.sleep(job["after"])  # the moment is meant to be any
         os.kill(child, signal.SIGKILL)
@@ -103,35 +115,47 @@ def _child(job: dict[str, Any]) -> NoReturn:
             os.unlink(path)
         if job.get("modes"):
             obey_modes()
+        os.environ.update(job.get("environment", {}))
         import torch
 
         torch.set_num_threads(job.get("threads", 1))
-        from slao.cli import main
-
-        how = job.get("how", "kill")
-
-        def strike(name: str) -> None:
-            if how == "full":
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            for one in how.split("+"):
-                os.kill(os.getpid(), signal.SIGKILL if one == "kill" else getattr(signal, one))
-
-        events = Events(job.get("at"), strike)
-        events.install()
-        if "fsize" in job:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (job["fsize"], resource.RLIM_INFINITY))
-        code = main(job["argv"])
-        if "fsize" in job:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        seen = list(events.seen)
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(seen, file)
+        if "module" in job:
+            sys.argv = [job["module"], *map(str, job["argv"])]
+            runpy.run_module(job["module"], run_name="__main__")
+            code = 0
+        else:
+            code = _slao(job, path)
     except BaseException:  # what the shell would see as well
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _slao(job: dict[str, Any], path: str) -> int:
+    """The command, struck as the job has it; its exit code, and into `path` its events."""
+    from slao.cli import main
+
+    how = job.get("how", "kill")
+
+    def strike(name: str) -> None:
+        if how == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        for one in how.split("+"):
+            os.kill(os.getpid(), signal.SIGKILL if one == "kill" else getattr(signal, one))
+
+    events = Events(job.get("at"), strike)
+    events.install()
+    if "fsize" in job:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["fsize"], resource.RLIM_INFINITY))
+    code = main(job["argv"])
+    if "fsize" in job:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    seen = list(events.seen)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(seen, file)
+    return code
 
 
 def obey_modes() -> None:
@@ -152,7 +176,7 @@ def obey_modes() -> None:
 
 
 def serve() -> None:
-    import matplotlib
+    import matplotlib.figure
     import peft  # noqa: F401
     import torch
     import transformers
@@ -165,6 +189,17 @@ def serve() -> None:
     from slao import cli, plots, report, run, trainer, workers  # noqa: F401
     from slao.merging import merge_adapters  # noqa: F401
 
+    drawn = matplotlib.figure.Figure.savefig
+
+    def coarsely(figure: Any, *args: Any, **kwargs: Any) -> None:
+        """Half of such a run's time is the layout and the pixels of its figures."""
+        figure.set_layout_engine("none")
+        drawn(figure, *args, **kwargs | {"dpi": 50})
+
+    matplotlib.figure.Figure.savefig = coarsely
+    gc.collect()
+    gc.freeze()  # Trainer runs the collector once a task, over all that was imported
+
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     print("ready", file=answers, flush=True)
@@ -172,11 +207,13 @@ def serve() -> None:
         print(json.dumps(run_checked(json.loads(line))), file=answers, flush=True)
 
 
-def run_checked(job: dict[str, Any]) -> dict[str, Any]:
+def run_checked(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     try:
-        return run(job)
+        started = time.monotonic()
+        children = [start(job) for job in jobs]
+        return [end(job, child, started) for job, child in zip(jobs, children, strict=True)]
     except Exception:  # the test prints it; without an answer it would wait
-        return {"code": 71, "events": [], "seconds": 0.0, "out": "", "err": traceback.format_exc()}
+        return [{"code": 71, "events": [], "seconds": 0.0, "out": "", "err": traceback.format_exc()}] * len(jobs)
 
 
 if __name__ == "__main__":
