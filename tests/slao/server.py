@@ -176,7 +176,8 @@ def obey_modes() -> None:
 
 
 def serve() -> None:
-    import matplotlib.figure
+    import coarse
+    import matplotlib
     import peft  # noqa: F401
     import torch
     import transformers
@@ -189,14 +190,7 @@ def serve() -> None:
     from slao import cli, plots, report, run, trainer, workers  # noqa: F401
     from slao.merging import merge_adapters  # noqa: F401
 
-    drawn = matplotlib.figure.Figure.savefig
-
-    def coarsely(figure: Any, *args: Any, **kwargs: Any) -> None:
-        """Half of such a run's time is the layout and the pixels of its figures."""
-        figure.set_layout_engine("none")
-        drawn(figure, *args, **kwargs | {"dpi": 50})
-
-    matplotlib.figure.Figure.savefig = coarsely
+    coarse.figures()
     gc.collect()
     gc.freeze()  # Trainer runs the collector once a task, over all that was imported
 

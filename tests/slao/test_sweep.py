@@ -133,7 +133,7 @@ def test_a_sweep_over_two_orders_in_two_processes(saved_bert, stream_folder, tmp
     shutil.rmtree(folder / "adapters" / "seqlora_r=2-0-order0")
     kept = {path: path.stat().st_mtime_ns for path in (folder / "state").rglob("slao_state.safetensors")}
     assert len(kept) == 7
-    assert main([*command, "--jobs", "2", "--name", "two", "--resume"]) == 0
+    assert main([*command, "--name", "two", "--resume"]) == 0
     assert outcome(folder) == one
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len(list((folder / "adapters").iterdir())) == 8
@@ -149,7 +149,7 @@ def make_order(stream_folder: Path) -> list[str]:
     return [task.name for task in make_stream("jsonl", path=str(stream_folder)).shuffled(1).tasks]
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
 def test_a_training_that_diverges_is_reported_and_the_others_go_on(
     saved_bert, stream_folder, tmp_path, capsys, processes
 ):

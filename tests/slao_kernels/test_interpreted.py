@@ -16,36 +16,30 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-# Processes of about the same length: file -> how many tests pass at least, those that are not exhaustive (of a third of
-# the cases, see ops/conftest.py) and those that are.
+# Processes of about the same length: file -> how many tests pass at least, those that are not exhaustive (see
+# ops/conftest.py) and those that are.
 TOGETHER = [
-    {"ops/test_orthogonal_init.py": (20, 70), "ops/test_repeated.py": (12, 7), "ops/test_tables.py": (7, 8)},
-    {"ops/test_fold.py": (25, 50), "ops/test_lora_linear_accuracy.py": (6, 40), "ops/test_tune_lora_gemm.py": (14, 5)},
+    {"ops/test_orthogonal_init.py": (25, 15), "ops/test_repeated.py": (15, 5), "ops/test_tables.py": (8, 5)},
+    {"ops/test_fold.py": (25, 25), "ops/test_lora_linear_accuracy.py": (6, 15), "ops/test_tune_lora_gemm.py": (14, 3)},
     {
-        "ops/test_every_op.py": (13, 85),
-        "ops/test_lora_linear_products.py": (100, 220),
-        "ops/test_orthogonal_init_keep.py": (9, 9),
-        "ops/test_scaled_merge.py": (49, 85),
+        "ops/test_every_op.py": (13, 30),
+        "ops/test_lora_linear_products.py": (100, 70),
+        "ops/test_orthogonal_init_keep.py": (9, 4),
+        "ops/test_scaled_merge.py": (49, 35),
     },
     {
-        "ops/test_every_node.py": (45, 70),
-        "ops/test_lora_linear_dropout.py": (17, 28),
-        "ops/test_lora_linear_gemm.py": (40, 110),
-        "test_training_gpu.py": (18, 0),
+        "ops/test_every_node.py": (60, 35),
+        "ops/test_lora_linear_dropout.py": (18, 9),
+        "ops/test_lora_linear_gemm.py": (45, 80),
+        "test_training_gpu.py": (15, 3),
     },
 ]
-EACH = [{file: counts} for files in TOGETHER for file, counts in files.items() if counts[1]]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of Triton's kernels run on the GPU here")
-@pytest.mark.parametrize(
-    ("files", "which"),
-    [
-        *(pytest.param(files, 0, id=f"group {i}") for i, files in enumerate(TOGETHER)),
-        *(pytest.param(file, 1, id=next(iter(file)), marks=pytest.mark.exhaustive) for file in EACH),
-    ],
-)
+@pytest.mark.parametrize("which", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("files", TOGETHER, ids=["init", "fold", "products", "layers"])
 def test_interpreted(files, which, tmp_path):
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]

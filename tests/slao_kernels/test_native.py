@@ -76,6 +76,7 @@ def test_shares_torchs_thread_pool():
     assert done.stdout.strip() == "1"
 
 
+@pytest.mark.exhaustive  # compiles the core
 def test_instruction_sets_share_no_definition(tmp_path):
     """What is compiled for one instruction set must have a name of its own: of two weak definitions of one name the
     linker keeps either, and code for AVX-512 would run on a processor without it."""

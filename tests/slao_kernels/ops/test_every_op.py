@@ -63,7 +63,7 @@ def test_value_and_gradients(op, shape, dtypes, place, poisoned):
 LAYOUTS = ["dense", "transposed", "every other", "columns", "expanded"]
 
 
-@settings(max_examples=25 if INTERPRETED else 120, deadline=None)
+@settings(max_examples=15 if INTERPRETED else 120, deadline=None)
 @given(
     op=st.sampled_from(sorted(OPS)),
     rows=st.integers(0, 40),

@@ -84,7 +84,7 @@ LARGEST = (30, 30, 9) if INTERPRETED else (80, 150, 40)
 
 
 @at(PUBLIC, EMULATED)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20 if INTERPRETED else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(st.tuples(*(st.integers(1, size) for size in LARGEST)), min_size=1, max_size=4),
     layouts=st.tuples(*[st.sampled_from(["plain", "transposed", "sliced", "shifted"])] * 3),
@@ -111,8 +111,8 @@ def test_any_shape_and_layout(ops, sizes, layouts, weight, adapter, seed):
 @at(PUBLIC)
 def test_no_temporary_of_the_weights_size(ops):
     # Interpreted, a program allocates like a call on its tile would; enough of them are needed, not 4096² elements.
-    n = 512 if INTERPRETED else 4096
-    W, A, B = torch.zeros(n, 4096, dtype=torch.bfloat16), torch.randn(16, 4096), torch.randn(n, 16)
+    n, k = (512, 1024) if INTERPRETED else (4096, 4096)
+    W, A, B = torch.zeros(n, k, dtype=torch.bfloat16), torch.randn(16, k), torch.randn(n, 16)
     with torch.profiler.profile(profile_memory=True) as profile:
         ops.fold([W], [A], [B], [1.0])
     sizes = [event.self_cpu_memory_usage / max(event.count, 1) for event in profile.key_averages()]

@@ -32,9 +32,9 @@ from torch import Tensor
 import slao_kernels
 
 fp64, fp32 = torch.float64, torch.float32
-SHAPES = [(1, 1), (1, 7), (3, 3), (8, 33), (12, 100), (16, 768), (64, 200), (256, 256)]
+SHAPES = [(1, 1), (1, 7), (3, 3), (8, 33), (12, 100), (16, 768), (64, 200), (70, 90)]
 if not INTERPRETED:  # where each takes seconds
-    SHAPES += [(2, 3), (5, 37), (17, 40), (33, 65), (65, 70), (16, 2051), (16, 4096), (33, 1030), (130, 257)]
+    SHAPES += [(256, 256), (2, 3), (5, 37), (17, 40), (33, 65), (65, 70), (16, 2051), (16, 4096), (33, 1030), (130, 257)]
 
 
 @at(PUBLIC, CORES, EMULATED, GPU)
@@ -78,8 +78,8 @@ def test_orthonormal_up_to_a_condition_of_1e7(r, kappa, dtype, ops):
 @pytest.mark.parametrize("shape", [(2, 30), (16, 4096), (256, 256)], ids=str)
 def test_one_short_direction_among_equals(shape, kappa, ops):
     """Where a whole-matrix measure of condition sees least: at (256, 256), κ = 50, one pass would leave 8e-6."""
-    if INTERPRETED and shape != (2, 30) and kappa not in (50.0, 1e6):
-        pytest.skip("interpreted, each takes seconds; two of them see both ways that such matrices can take")
+    if INTERPRETED and shape != (2, 30) and (shape, kappa) not in (((256, 256), 50.0), ((16, 4096), 1e6)):
+        pytest.skip("interpreted, each takes many seconds; two of them see both ways that such matrices can take")
     r, n = shape
     lengths = torch.ones(r, dtype=fp64)
     lengths[-1] = 1 / kappa
@@ -120,7 +120,7 @@ def test_rows_of_very_different_size(smallest, ops):
 @at(PUBLIC)
 def test_many_small_matrices_stay_within_the_contract(ops):
     """A handful of products a row: rounding errors do not average, and κ takes every value."""
-    count = 6 if INTERPRETED else 200  # interpreted, a matrix takes a tenth of a second
+    count = 2 if INTERPRETED else 200  # interpreted, a matrix takes a tenth of a second
     As = [torch.randn(r, r + 1) for r in (2, 3, 5, 8, 16) for _ in range(count)]
     ops.init(As)
     assert max(orthogonality(A) for A in As) <= 1e-6
@@ -133,7 +133,7 @@ ALIKE = [
     (EMULATED, [(16, 1024), (64, 1024), (256, 257)], [1e-20, 1e-6, 1.0, 1e6, 1e20]),
 ]
 if INTERPRETED:  # each takes seconds; these see all ways that such matrices can take
-    ALIKE = [(PUBLIC, [(16, 1024)], [1e-20, 1e6])]
+    ALIKE = [(PUBLIC, [(16, 512)], [1e-20, 1e6])]
 
 
 def alike() -> list:
@@ -233,7 +233,7 @@ def test_nothing_is_written_when_any_matrix_is_not_finite(bad, dtype, ops):
 
 
 @at(PUBLIC, EMULATED)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20 if INTERPRETED else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     r=st.integers(1, 40),
     extra=st.integers(0, 40),
@@ -287,12 +287,16 @@ def test_runs_are_bitwise_equal_and_parameters_work(ops):
 def test_nothing_fresh_is_read_before_it_is_written(ops, poisoned):
     """Every new tensor is full of NaN here. One list with each kind of matrix: of few, some and many rows, of each
     dtype, for one pass and two, nearly dependent; and R of all."""
-    As = [torch.randn(16, 40), torch.randn(20, 2050).half(), torch.randn(40, 50).double(), torch.randn(70, 90)]
-    As += [conditioned(16, 60, 1e3).float(), conditioned(40, 60, 1e6).bfloat16(), torch.randn(70, 90).bfloat16()]
-    As += [torch.zeros(5, 9), torch.zeros(70, 71).half(), torch.randn(12, 6).half() @ torch.randn(6, 30).half()]
+    As = [torch.randn(16, 40), torch.randn(40, 50).double(), torch.randn(70, 90), conditioned(16, 60, 1e3).float()]
+    dependent = [torch.zeros(5, 9), torch.randn(12, 6).half() @ torch.randn(6, 30).half()]
+    if not INTERPRETED:  # each of many rows takes seconds
+        As += [torch.randn(20, 2050).half(), conditioned(40, 60, 1e6).bfloat16(), torch.randn(70, 90).bfloat16()]
+        dependent.insert(0, torch.zeros(70, 71).half())
+    fine = len(As)
+    As += dependent
     before = [A.clone().double() for A in As]
     states, triangles = ops.init(As, triangles=True)
-    assert states[:9] == [FINE] * 7 + [COMPLETED] * 2
+    assert states[:-1] == [FINE] * fine + [COMPLETED] * (len(dependent) - 1)
     for A, R, old in zip(As, triangles, before, strict=True):
         assert orthogonality(A) <= 5 * STORAGE[A.dtype] * math.sqrt(len(A))
         assert not R.tril(-1).any()
