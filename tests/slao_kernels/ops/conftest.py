@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # on_triton, test_lora_linear
 
 
-SLOW = ("test_orthogonal_init", "test_lora_linear_accuracy")
+SLOW = ("test_orthogonal_init", "test_every_op", "test_lora_linear_accuracy")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
@@ -29,11 +29,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in here if os.environ.get("TRITON_INTERPRET") == "1" else []:
         test = str(item.path), item.name.partition("[")[0]
         part = zlib.crc32(item.name.encode()) % (6 if item.path.stem in SLOW else 3)
-        if test in seen and part == 1:
+        exhaustive = item.get_closest_marker("exhaustive") is not None
+        if (exhaustive or test in seen) and part == 1:
             item.add_marker(pytest.mark.exhaustive)
-        elif test in seen and part:
+        elif exhaustive or (test in seen and part):
             left_out.append(item)
-        seen.add(test)
+        if not exhaustive:
+            seen.add(test)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
