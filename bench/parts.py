@@ -65,7 +65,9 @@ SMALL = "--model=minilm --rounds=1 --threads=1 -p no:cacheprovider"
 DRY = {
     "tests": [Call("tests", "tests/slao_kernels/test_cuda.py -m gpu -p no:cacheprovider", LIMIT, "cpu")],
     "kernels": [Call("bench", f"{of('lora_kernels')} {SMALL} -k shrink-1024x384-bf16-16", LIMIT, "cpu")],
-    "layers": [Call("bench", f"{of('lora_linear')} {SMALL} -k 'test_layer and 32x384x384-bf16-forward]'", LIMIT, "cpu")],
+    "layers": [
+        Call("bench", f"{of('lora_linear')} {SMALL} -k 'test_layer and 32x384x384-bf16-forward]'", LIMIT, "cpu")
+    ],
     "steps": [Call("bench", f"{of('training_step')} {SMALL} -k minilm-2x16-bf16", LIMIT, "cpu")],
     "rest": [
         Call("bench", f"{of(*REST[:3])} {SMALL} -k 'init[16] or merge[fp32] or fold[bf16-bf16]'", LIMIT, "cpu"),

@@ -4,8 +4,8 @@ A process of its own takes ten seconds and more to import what a fork has at onc
 stdin, of jobs that run at the same time (see `start`), one of their answers on stdout.
 
 An event is a moment at which a process may die or a disk may fill: before and after every fsync and rename, every step,
-every beginning and end of a task, every save, export and figure. They are counted, so that "the 17th" is the same moment
-in every run.
+every beginning and end of a task, every save, export and figure. They are counted, so that "the 17th" is the same
+moment in every run.
 """
 
 from __future__ import annotations

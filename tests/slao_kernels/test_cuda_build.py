@@ -1,5 +1,5 @@
-"""The CUDA kernels in the extension as it was built, for each GPU generation: all are there, none spills a register, and
-each leaves room for as many blocks as it counts on. What a build says without a GPU.
+"""The CUDA kernels in the extension as it was built, for each GPU generation: all are there, none spills a register,
+and each leaves room for as many blocks as it counts on. What a build says without a GPU.
 """
 
 from __future__ import annotations

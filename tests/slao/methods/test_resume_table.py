@@ -102,7 +102,9 @@ def layout(method: Method) -> dict[str, tuple[tuple[int, ...], int]]:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("place", [*PLACES, *(pytest.param(each, marks=pytest.mark.exhaustive) for each in MORE)], ids=str)
+@pytest.mark.parametrize(
+    "place", [*PLACES, *(pytest.param(each, marks=pytest.mark.exhaustive) for each in MORE)], ids=str
+)
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_the_same_bits(name, place, tmp_path):
     offset, address, columns, _ = place

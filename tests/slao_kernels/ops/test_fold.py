@@ -84,7 +84,9 @@ LARGEST = (30, 30, 9) if INTERPRETED else (80, 150, 40)
 
 
 @at(PUBLIC, EMULATED)
-@settings(max_examples=20 if INTERPRETED else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20 if INTERPRETED else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     sizes=st.lists(st.tuples(*(st.integers(1, size) for size in LARGEST)), min_size=1, max_size=4),
     layouts=st.tuples(*[st.sampled_from(["plain", "transposed", "sliced", "shifted"])] * 3),

@@ -34,7 +34,18 @@ import slao_kernels
 fp64, fp32 = torch.float64, torch.float32
 SHAPES = [(1, 1), (1, 7), (3, 3), (8, 33), (12, 100), (16, 768), (64, 200), (70, 90)]
 if not INTERPRETED:  # where each takes seconds
-    SHAPES += [(256, 256), (2, 3), (5, 37), (17, 40), (33, 65), (65, 70), (16, 2051), (16, 4096), (33, 1030), (130, 257)]
+    SHAPES += [
+        (256, 256),
+        (2, 3),
+        (5, 37),
+        (17, 40),
+        (33, 65),
+        (65, 70),
+        (16, 2051),
+        (16, 4096),
+        (33, 1030),
+        (130, 257),
+    ]
 
 
 @at(PUBLIC, CORES, EMULATED, GPU)
@@ -233,7 +244,9 @@ def test_nothing_is_written_when_any_matrix_is_not_finite(bad, dtype, ops):
 
 
 @at(PUBLIC, EMULATED)
-@settings(max_examples=20 if INTERPRETED else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20 if INTERPRETED else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     r=st.integers(1, 40),
     extra=st.integers(0, 40),

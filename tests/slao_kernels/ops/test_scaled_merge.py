@@ -89,7 +89,9 @@ LARGEST = 20 if INTERPRETED else 90
 
 
 @at(PUBLIC, EMULATED)
-@settings(max_examples=20 if INTERPRETED else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20 if INTERPRETED else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     shapes=st.lists(st.tuples(st.integers(0, LARGEST), st.integers(1, LARGEST)), min_size=1, max_size=5),
     layout=st.sampled_from(["plain", "transposed", "strided", "shifted", "mixed"]),
