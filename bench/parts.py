@@ -68,7 +68,7 @@ DRY = {
     "layers": [
         Call("bench", f"{of('lora_linear')} {SMALL} -k 'test_layer and 32x384x384-bf16-forward]'", LIMIT, "cpu")
     ],
-    "steps": [Call("bench", f"{of('training_step')} {SMALL} -k minilm-2x16-bf16", LIMIT, "cpu")],
+    "steps": [Call("bench", f"{of('training_step')} {SMALL} -k minilm-2x16-fp32", LIMIT, "cpu")],
     "rest": [
         Call("bench", f"{of(*REST[:3])} {SMALL} -k 'init[16] or merge[fp32] or fold[bf16-bf16]'", LIMIT, "cpu"),
     ],

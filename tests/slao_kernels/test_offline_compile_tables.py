@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets in this process and compiles nothing", allow_module_level=True)
 
-from test_offline_compile import MODERN, TARGETS, Usage, check_fits, measured  # noqa: E402
+from test_offline_compile import MODERN, TARGETS, Usage, check_fits, measured, spread  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from slao_kernels.ops import tables  # noqa: E402
@@ -91,9 +91,11 @@ def fold_usage(target: str, case: str) -> Usage:
 USAGES = {"merge": (merge_usage, MERGES), "fold": (fold_usage, FOLDS)}
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("op", "case"), [(op, case) for op, (_, cases) in USAGES.items() for case in cases])
-def test_fits_without_a_spill(op, case, target):
+@pytest.mark.parametrize(
+    ("named", "target"), spread([f"{op}: {case}" for op, (_, cases) in USAGES.items() for case in cases], TARGETS)
+)
+def test_fits_without_a_spill(named, target):
+    op, _, case = named.partition(": ")
     check_fits(USAGES[op][0](target, case), target)
 
 
@@ -135,9 +137,9 @@ def init_usage(target: str, kernel: str, case: str, side: int, later: bool = Fal
     return compiled(finish_device.finish_kernel, target, constants, warps)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("side", [16, 32, 64])
-@pytest.mark.parametrize("kernel", ["gram", "factor", "apply", "finish", "triangle"])
+@pytest.mark.parametrize(
+    ("kernel", "side", "target"), spread(["gram", "factor", "apply", "finish", "triangle"], [16, 32, 64], TARGETS)
+)
 def test_init_fits_without_a_spill(kernel, side, target):
     """The first pass; those that read the matrix, with each dtype in which a matrix is stored."""
     skip_what_is_refused(target)
@@ -145,16 +147,14 @@ def test_init_fits_without_a_spill(kernel, side, target):
         check_fits(init_usage(target, kernel, case, side), target)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", ["bf16", "fp16", "fp64"])
+@pytest.mark.parametrize(("case", "target"), spread(["bf16", "fp16", "fp64"], TARGETS))
 def test_init_of_later_passes(case, target):
     skip_what_is_refused(target)
     for kernel in ("gram", "factor", "apply"):
         check_fits(init_usage(target, kernel, case, 64, later=True, large=True), target)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("case", "target"), spread(["fp32", "bf16", "fp16"], TARGETS))
 def test_init_of_many_rows(case, target):
     """The first pass over blocks that have others beside them."""
     skip_what_is_refused(target)

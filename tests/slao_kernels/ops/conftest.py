@@ -16,29 +16,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # on_triton, test_lora_linear
 
 
-SLOW = ("test_orthogonal_init", "test_every_op", "test_lora_linear_accuracy")
-
-
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under Triton's slow interpreter a third of each test's cases is not exhaustive, another third is, and the last
-    one is a GPU's alone; of SLOW's cases a sixth each."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under Triton's slow interpreter a third of each test's cases is not exhaustive, of an init's a sixth."""
     seen: set[tuple[str, str]] = set()
-    left_out: list[pytest.Item] = []
     here = [item for item in items if item.path.parent == Path(__file__).parent]
     for item in here if os.environ.get("TRITON_INTERPRET") == "1" else []:
         test = str(item.path), item.name.partition("[")[0]
-        part = zlib.crc32(item.name.encode()) % (6 if item.path.stem in SLOW else 3)
-        exhaustive = item.get_closest_marker("exhaustive") is not None
-        if (exhaustive or test in seen) and part == 1:
+        share = 6 if item.path.stem == "test_orthogonal_init" else 3
+        if test in seen and zlib.crc32(item.name.encode()) % share:
             item.add_marker(pytest.mark.exhaustive)
-        elif exhaustive or (test in seen and part):
-            left_out.append(item)
-        if not exhaustive:
-            seen.add(test)
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        seen.add(test)
 
 
 @pytest.fixture
