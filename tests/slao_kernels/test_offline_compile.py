@@ -55,8 +55,8 @@ _OF_THE_RANK = {"R", "stride_gm", "stride_tm", "stride_bn", "stride_t"}
 
 def spread(*columns: Any) -> list[Any]:
     """Every combination takes a second or two to compile, and minutes in all: an eighth of them, spread over each
-    column's values, is not exhaustive, another eighth is, so that every case has one GPU at least; SLAO_COMPILE=all
-    for the others, where a kernel or a tile changes."""
+    column's values, is not exhaustive, another eighth is, so that each case (of the GEMM: tile) has one GPU;
+    SLAO_COMPILE=all for the others, where a kernel or a tile changes."""
     found = []
     for picked in product(*(list(enumerate(column)) for column in columns)):
         part = sum(place for place, _ in picked) % 8

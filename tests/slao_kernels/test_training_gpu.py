@@ -117,7 +117,7 @@ def test_checkpointing(reentrant, place):
         twins.check_close(found, gradients(twin, x, run))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.exhaustive), torch.bfloat16], ids=str)
 def test_on_a_side_stream(dtype, place):
     """Everything that a call starts is on the caller's stream: one that is far behind gives the same bits."""
     model, twin = pair(place, dtype)
