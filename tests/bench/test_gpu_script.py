@@ -289,6 +289,7 @@ def test_there_is_no_table_of_nothing(tmp_path, capsys):
     assert "there is no file" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_benches_run_and_their_figures_are_read(measured):
     """One small case of each bench on the CPU: none has rotted, and what gpu.py keeps of them is there."""
     listed, counts, how = reports.benchmarks(measured.with_suffix(".jsonl"))

@@ -44,15 +44,15 @@ print(method.task, before, resident())
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the resident memory from /proc")
-@pytest.mark.parametrize("tasks", [200, pytest.param(1000, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", ["slao", "clora"])
-def test_many_tasks(name, tasks):
-    """A merged B kept by every one of 200 would be 3 % of the process."""
+def test_a_thousand_tasks(name):
+    """A merged B kept by every one of them would be 15 % of the process."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", CYCLES, name, str(tasks)]
+    command = [sys.executable, "-c", CYCLES, name, "1000"]
     done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
     done_tasks, before, after = map(int, done.stdout.split())
-    assert done_tasks == tasks + 50
+    assert done_tasks == 1050
     assert before > 50_000, "KiB of a process with torch in it"
     assert after < 1.01 * before

@@ -94,6 +94,7 @@ def test_no_permission(command, stream_folder, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(os.name == "nt", reason="no ulimit")
 def test_files_that_may_not_grow(command, tmp_path):
     """A limit on the size of files, as a full disk or quota is: safetensors' own error is no OSError."""

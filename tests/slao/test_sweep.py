@@ -106,6 +106,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {name: {k: v for k, v in method.items() if k not in MEASURED} for name, method in methods.items()}
 
 
+@pytest.mark.exhaustive
 def test_a_sweep_over_two_orders_in_two_processes(saved_bert, stream_folder, tmp_path, capsys):
     """The same numbers as one after another in one process, and as a run without a sweep; resumed where it stopped."""
     changes = {"sweep": {"lora.r": [2, 3]}, "orders": [0, 1], "similarity": True}

@@ -111,7 +111,10 @@ def finished(tiny, tmp_path_factory) -> Any:
     return run
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, id="fp32", marks=pytest.mark.exhaustive), pytest.param(torch.float64, id="fp64")],
+)
 @pytest.mark.parametrize("kind", [*KINDS, "mixtral+experts"])
 def test_losses_are_those_of_plain_peft(tiny, finished, kind, dtype, capsys):
     ours, plain, exact = finished(kind, dtype, True), finished(kind, dtype, False), finished(kind, torch.float64, False)

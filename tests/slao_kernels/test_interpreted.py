@@ -36,6 +36,7 @@ TOGETHER = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests of Triton's kernels run on the GPU here")
 @pytest.mark.parametrize("group", TOGETHER)
