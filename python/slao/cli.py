@@ -31,7 +31,10 @@ FLAGS = {
     "--epochs": ("train.epochs", "epochs a task"),
     "--batch-size": ("train.batch_size", "rows a step"),
     "--learning-rate": ("train.learning_rate", "peak learning rate"),
-    "--dtype": ("dtype", "of the model: auto (the checkpoint's; float32 for encoders), float32, bfloat16 or float16"),
+    "--dtype": (
+        "dtype",
+        "of the model: auto (the checkpoint's, if this CPU has it; float32 for encoders), float32, bfloat16 or float16",
+    ),
     "--device": ("device", "auto, cpu, cuda, ..."),
     "--backend": ("backend", "of the fused layers"),
     "--precision": ("precision", "of the LoRA branch: base or adapter"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,13 @@ import torch
 from torch import nn
 
 from .reading import inside, read_json
+
+logger = logging.getLogger("slao")
+# Dtypes that not every CPU computes in -> whether this one does.
+_SLOW: dict[torch.dtype, Callable[[], bool]] = {
+    torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
 
 
 def model_path(name: str) -> str:
@@ -68,7 +76,8 @@ def default_objective(path: str) -> str:
 def load_model(path: str, objective: str, dtype: str, device: str) -> nn.Module:
     """The pretrained model for `objective`: with its language-model head, or the bare encoder.
 
-    dtype: the name of torch's, or "auto": a causal model's as its checkpoint has it, float32 for an encoder."""
+    dtype: the name of torch's, or "auto": a causal model's as its checkpoint has it, float32 for an encoder; and on a
+    CPU that has no instructions for 16 bits, where a step in bf16 takes many times as long, float32 too, logged."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     device = check_device(device)
@@ -78,6 +87,10 @@ def load_model(path: str, objective: str, dtype: str, device: str) -> nn.Module:
         kind = getattr(torch, dtype)
     loader = AutoModelForCausalLM if causal else AutoModel
     model: nn.Module = from_pretrained(loader, path, dtype=kind, use_safetensors=True)
+    own = getattr(model, "dtype", torch.float32)
+    if dtype == "auto" and own in _SLOW and torch.device(device).type == "cpu" and not _SLOW[own]():
+        logger.warning("%s is %s, for which this CPU has no instructions: computing in float32 (--dtype)", path, own)
+        model = model.float()
     try:
         return model.to(device)
     except RuntimeError as error:

