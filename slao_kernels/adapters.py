@@ -21,6 +21,8 @@ class LoraPair:
     name: the layer's dotted name in the model, as it was before anything wrapped its modules (FSDP, torch.compile).
     layer: PEFT's LoRA layer. parameters: the nn.Parameters of A and B.
     scaling: PEFT's factor (alpha/r, or alpha/√r for rsLoRA).
+    A mixture's experts (PEFT's target_parameters) have one A (experts · r, n) and one B (m, r · experts) together:
+    whatever takes them for matrices asks for each expert's own with `split`, what goes entry by entry need not.
     """
 
     name: str
@@ -37,6 +39,25 @@ class LoraPair:
     def B(self) -> Tensor:
         """(m, r), likewise."""
         return _flat(self.parameters[1])
+
+    @property
+    def experts(self) -> int:
+        """How many experts share A and B; 1 for a layer of its own."""
+        return int(self.layer.num_experts) if hasattr(self.layer, "parameter_name") else 1
+
+    @property
+    def names(self) -> list[str]:
+        """The layer's name, or one for each of its experts."""
+        return [self.name] if self.experts == 1 else [f"{self.name}[{index}]" for index in range(self.experts)]
+
+    def split(self, factor: str, packed: Tensor) -> list[Tensor]:
+        """Each expert's own matrix, (r, n) of "A" or (m, r) of "B", as views of a tensor that is laid out as PEFT lays
+        them out: an expert's rows of A together, its columns of B r steps of `experts` apart."""
+        if self.experts == 1:
+            return [packed]
+        if factor == "A":
+            return list(packed.view(self.experts, -1, packed.shape[1]).unbind(0))
+        return list(packed.view(packed.shape[0], -1, self.experts).unbind(2))
 
     def with_weights(self, A: Tensor | None, B: Tensor | None) -> LoraPair:
         """The same layer with other tensors in place of its parameters; None keeps one."""
@@ -119,8 +140,6 @@ def slots(layer: nn.Module, adapter: str) -> tuple[Slot, Slot] | str:
     variants = getattr(layer, "lora_variant", {})
     if adapter in variants:
         return f"{type(variants[adapter]).__name__} trains more than A and B"
-    if hasattr(layer, "parameter_name"):
-        return f"{type(layer).__name__} packs several experts into one A and B"
     if adapter in layer.lora_embedding_A:
         both = (layer.lora_embedding_A, adapter), (layer.lora_embedding_B, adapter)
     else:

@@ -32,13 +32,15 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
     # "triton" computes its rank-r products in one pass over x and dy each. Nothing of it has been timed on a GPU yet,
     # so it has to be asked for.
     "lora_linear": ("native", "eager", "triton", "reference"),
+    # The same, for a mixture's experts: "eager" is torch's grouped GEMM on a GPU, a loop over the experts elsewhere.
+    "expert_linear": ("eager", "reference"),
     # Of these three "native" is C++ or CUDA and "triton" needs no build: the choice on ROCm and wherever the CUDA build
     # is missing. That "native" comes first is not measured: neither has been timed on a GPU yet.
     "orthogonal_init": ("native", "triton", "reference"),
     "scaled_merge": ("native", "triton", "reference"),
     "fold": ("native", "triton", "reference"),
-    # fold_(keep=) and unfold_; on a GPU torch's elementwise operations, until there are kernels.
-    "exact_fold": ("native", "reference"),
+    # fold_(keep=) and unfold_; the compiled core's is for CPUs.
+    "exact_fold": ("native", "triton", "reference"),
 }
 
 OPS = tuple(_PREFERENCE)

@@ -63,7 +63,7 @@ def decide(layer: Any, x: Any, args: Any, kwargs: dict[str, Any]) -> Decision:
 
 def meta_reason(base: nn.Module) -> str | None:
     """Why a base layer that could be computed cannot be yet."""
-    if type(base) in _BASE_TYPES and base.weight.device.type == "meta" and _hooks_reason(base, "") is None:
+    if type(base) in _BASE_TYPES and base.weight.device.type == "meta" and hooks_reason(base, "") is None:
         return "its weights are on the meta device; load them, then patch again"
     return None
 
@@ -174,7 +174,7 @@ def call_reason(layer: nn.Module, adapters: list[str], x: Any, args: Any, kwargs
     """What about this one call rules it out, where the base is computed too (`why_called` found nothing)."""
     if args or any(value is not None for value in kwargs.values()):
         return f"called with {', '.join(kwargs) or 'positional arguments'} beside x"
-    base, reason = layer.base_layer, _input_reason(x)
+    base, reason = layer.base_layer, input_reason(x)
     if reason is not None:
         return reason
     for what, part in (("weight", base.weight), ("bias", base.bias)):
@@ -205,7 +205,7 @@ def branch_reason(layer: nn.Module, adapters: list[str], x: Any, kwargs: Any) ->
     asked = [name for name in PEFT_ARGUMENTS if kwargs.get(name) is not None]
     if asked:
         return f"called with {', '.join(asked)} beside x"
-    return _input_reason(x) or variant_reason(layer, adapters, called=True) or _branch_reason(layer, adapters, x)
+    return input_reason(x) or variant_reason(layer, adapters, called=True) or _branch_reason(layer, adapters, x)
 
 
 def result_reason(y: Any, x: Tensor, A: Tensor, B: Tensor) -> str | None:
@@ -218,7 +218,8 @@ def result_reason(y: Any, x: Tensor, A: Tensor, B: Tensor) -> str | None:
     return None
 
 
-def _input_reason(x: Any) -> str | None:
+def input_reason(x: Any) -> str | None:
+    """What about x rules a fused node out, or about who looks on."""
     if type(x) not in (Tensor, nn.Parameter):
         return f"x is a {type(x).__name__}"
     if x.dim() == 0 or x.dtype not in DTYPES:
@@ -227,11 +228,12 @@ def _input_reason(x: Any) -> str | None:
 
 
 def _branch_reason(layer: nn.Module, adapters: list[str], x: Tensor) -> str | None:
-    if any(GLOBAL_HOOKS):
-        return "a global module hook is registered"
+    reason = global_reason()
+    if reason is not None:
+        return reason
     for adapter in adapters:
         dropout = layer.lora_dropout[adapter]
-        reason = adapter_reason(layer, adapter) or _hooks_reason(dropout, "lora_dropout")
+        reason = adapter_reason(layer, adapter) or hooks_reason(dropout, "lora_dropout")
         if reason is None and (dropout.training or dropout_of(layer, adapter) < 0.0):
             reason = dropout_reason(layer, adapter, alone=len(adapters) == 1)
         if (
@@ -245,6 +247,11 @@ def _branch_reason(layer: nn.Module, adapters: list[str], x: Tensor) -> str | No
         if reason is not None:
             return reason
     return None
+
+
+def global_reason() -> str | None:
+    """A hook on every module of the process sees the calls of parts that a fused forward does not call."""
+    return "a global module hook is registered" if any(GLOBAL_HOOKS) else None
 
 
 def _fit_reason(layer: nn.Module, adapter: str, x: Tensor) -> str | None:
@@ -264,7 +271,7 @@ def _module_reason(module: nn.Module, what: str, early: bool = False) -> str | N
         return f"{what}'s weight is a {type(module.weight).__name__}"
     if hasattr(module.weight, "ds_id"):
         return f"{what}'s weight is partitioned by DeepSpeed ZeRO-3"
-    return _hooks_reason(module, what)
+    return hooks_reason(module, what)
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -272,7 +279,8 @@ def has_own_forward(module: nn.Module) -> bool:
     return "forward" in module.__dict__ and getattr(module.forward, "__func__", None) is not type(module).forward
 
 
-def _hooks_reason(module: nn.Module, what: str) -> str | None:
+def hooks_reason(module: nn.Module, what: str) -> str | None:
+    """What has replaced the module's forward or watches it: then it has to be called."""
     if has_own_forward(module):
         return f"{what}'s forward was replaced on the instance (accelerate hooks?)"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:

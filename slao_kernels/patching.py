@@ -138,7 +138,7 @@ def _check_backend(backend: str) -> None:
 
 def _skip_reason(layer: Any, precision: str) -> tuple[str | None, str | None]:
     """(why a LoRA layer keeps PEFT's forward whatever it is called with, why its base layer is called)"""
-    from . import eligibility
+    from . import eligibility, experts
     from .layers import fused_class, is_fused, peft_class
 
     if "slao_before" in layer.__dict__:
@@ -151,6 +151,8 @@ def _skip_reason(layer: Any, precision: str) -> tuple[str | None, str | None]:
         )
     if not is_fused(layer) and "forward" in layer.__dict__:  # swapping the class would not change it
         return "its forward was replaced on the instance (accelerate hooks?)", None
+    if issubclass(swapped, experts.FusedExperts):
+        return experts.why_not(experts.wrappers(layer)), None
     reason = eligibility.meta_reason(layer.base_layer)
     if reason is not None:
         return reason, None

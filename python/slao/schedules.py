@@ -16,8 +16,8 @@ from slao_kernels import Interference, interference
 class MergeStats:
     """What a schedule may look at when task `task` (>= 2) is about to be merged. Tensors are live: read only.
 
-    layers: names. A, B: (r, n) and (m, r) per layer, just fine-tuned; A_merged, B_merged: the running merge.
-    lambdas: those of the tasks before (a number, or one number a layer).
+    layers: names; each of a mixture's experts is a layer, `<layer>[<expert>]`. A, B: (r, n) and (m, r) per layer, just
+    fine-tuned; A_merged, B_merged: the running merge. lambdas: those of the tasks before (a number, or one a layer).
     """
 
     task: int

@@ -177,6 +177,60 @@ def _lora_add_backward_fake(
     return tuple(of.new_empty(of.shape if need else 0) for of, need in zip((x, A, B), rest, strict=False))
 
 
+# Experts (expert_linear/): x (S, K) sorted by expert, weight (E, N, K), A (E, r, K) and B (E, N, r) or neither, ends
+# (E) int32: y_e = x_e W_eᵀ + scaling t_e B_eᵀ, t_e = x_e A_eᵀ. One dtype, but for ends.
+LIBRARY.define(
+    "expert_linear(Tensor x, Tensor weight, Tensor? A, Tensor? B, float scaling, Tensor ends, str backend) "
+    "-> (Tensor y, Tensor t)"
+)
+# With g = scaling dy_e B_e: dx = dy_e W_e + g A_e, dA_e = gᵀ x_e, dB_e = scaling dy_eᵀ t_e.
+LIBRARY.define(
+    "expert_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor t, Tensor? A, Tensor? B, float scaling, "
+    "Tensor ends, bool need_x, bool need_A, bool need_B, str backend) -> (Tensor dx, Tensor dA, Tensor dB)"
+)
+
+
+def expert_linear(
+    x: Tensor, weight: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, ends: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """What runs behind the operator."""
+    run = dispatch.implementation("expert_linear", backend).forward
+    return outside_autocast(run, x.device.type)(x, weight, A, B, scaling, ends)
+
+
+def _expert_linear_fake(x: Tensor, weight: Tensor, A: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    rows, r = x.shape[0], 0 if A is None else A.shape[1]
+    return x.new_empty((rows, weight.shape[1])), x.new_empty((rows, r))
+
+
+def expert_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    t: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+    ends: Tensor,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """What runs behind the operator."""
+    run, needs = dispatch.implementation("expert_linear", backend).backward, (need_x, need_A, need_B)
+    grads = outside_autocast(run, x.device.type)(dy, x, weight, t, A, B, scaling, ends, needs)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _expert_linear_backward_fake(
+    dy: Any, x: Tensor, weight: Any, t: Any, A: Tensor | None, B: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    needs = rest[2:5]
+    pairs = zip((x, A, B), needs, strict=True)
+    return tuple(x.new_empty(0) if of is None or not need else torch.empty_like(of) for of, need in pairs)
+
+
 # DoRA (dora/products.py). "wide" is fp32, or fp64 if asked for.
 # (N,) the 2-norm of each row of weight + scaling B A, in the dtype of A and B; weight (N, K), A (r, K), B (N, r).
 LIBRARY.define("dora_norm(Tensor weight, Tensor A, Tensor B, float scaling) -> Tensor")
@@ -242,6 +296,8 @@ _OPERATORS: tuple[tuple[str, Any, Any], ...] = (
     ("lora_linear_backward", _lora_linear_backward, _lora_linear_backward_fake),
     ("lora_add", _lora_add, _lora_add_fake),
     ("lora_add_backward", _lora_add_backward, _lora_add_backward_fake),
+    ("expert_linear", expert_linear, _expert_linear_fake),
+    ("expert_linear_backward", expert_linear_backward, _expert_linear_backward_fake),
     ("dora_norm", _dora_norm, _dora_norm_fake),
     ("dora_scale", _dora_scale, _dora_scale_fake),
     ("dora_scale_backward", _dora_scale_backward, _dora_scale_backward_fake),

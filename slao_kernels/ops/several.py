@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import LoraPair, find_pairs, lora_layers
+from ..adapters import LoraPair, find_pairs, lora_layers, plain_name
 from ..inventory import added, beside, why_not_now
 from . import checks, gram
 
@@ -47,7 +47,8 @@ def read(problems: checks.Problems, adapters: Sequence[Adapter], model: nn.Modul
 
     An adapter is (As, Bs, scalings), lists over the layers and one number or one a layer; or a sequence over the layers
     of (A, B), (A, B, scaling) or LoraPair; or a name: then all are, and are looked up in `model`, whose layers are
-    taken in order, with what a method has added to them. A layer that an adapter of `model` leaves out has rank 0.
+    taken in order, with what a method has added to them. A layer that an adapter of `model` leaves out has rank 0. Of a
+    mixture's experts each is a layer, `<layer>[<expert>]`.
     Raises ValueError when `model` has no adapter of that name.
     """
     if model is not None or any(isinstance(adapter, str) for adapter in adapters):
@@ -90,20 +91,30 @@ def _of_model(problems: checks.Problems, adapters: Sequence[Adapter], model: nn.
             if part.kind != "other":
                 problems.add(f"adapter {adapter!r}, {part.name}", "trains beside A and B, which alone are compared")
         if len(problems.found) == before:
-            found.append({pair.name: (*added(pair, adapter), pair.scaling) for pair in pairs})
+            found.append({name: one for pair in pairs for name, one in _named(pair, *added(pair, adapter))})
     if len(problems.found) > before:
         return []
     layers = []
-    for name, _ in lora_layers(model):
+    order = {plain_name(name): place for place, (name, _) in enumerate(lora_layers(model))}
+    for name in sorted({name for pairs in found for name in pairs}, key=lambda name: _place(order, name)):
         own = [pairs.get(name) for pairs in found]
-        first = next((pair for pair in own if pair is not None), None)
-        if first is None:
-            continue
+        first = next(pair for pair in own if pair is not None)
         empty = first[0][:0], first[1][:, :0], 1.0
         As, Bs, scalings = zip(*(pair or empty for pair in own), strict=True)
         layers.append(Layer(name, list(As), list(Bs), list(scalings)))
     _check(problems, layers)
     return layers
+
+
+def _named(pair: LoraPair, A: Tensor, B: Tensor) -> Iterator[tuple[str, tuple[Tensor, Tensor, float]]]:
+    """Each expert is a layer of its own."""
+    for name, own_A, own_B in zip(pair.names, pair.split("A", A), pair.split("B", B), strict=True):
+        yield name, (own_A, own_B, pair.scaling)
+
+
+def _place(order: dict[str, int], name: str) -> tuple[int, int]:
+    layer, _, expert = name.removesuffix("]").partition("[")
+    return order[layer], int(expert or 0)
 
 
 def _columns(adapter: Any) -> list[tuple[Any, Any, float]]:
@@ -113,7 +124,7 @@ def _columns(adapter: Any) -> list[tuple[Any, Any, float]]:
     if len(adapter) != 3 or _is_pair(adapter[2]):
         if not all(_is_pair(item) for item in adapter):
             raise ValueError("is neither (As, Bs, scalings) nor a list of (A, B)")
-        parts = [(p.A, p.B, p.scaling) if isinstance(p, LoraPair) else (*p, 1.0)[:3] for p in adapter]
+        parts = [part for item in adapter for part in _parts(item)]
         factors = _numbers([scaling for _, _, scaling in parts], "has a scaling that is not a number")
         return [(A, B, factor) for (A, B, _), factor in zip(parts, factors, strict=True)]
     As, Bs, scalings = adapter
@@ -124,6 +135,13 @@ def _columns(adapter: Any) -> list[tuple[Any, Any, float]]:
     if not len(As) == len(Bs) == len(factors):
         raise ValueError(f"lengths differ: As {len(As)}, Bs {len(Bs)}, scalings {len(factors)}")
     return list(zip(As, Bs, factors, strict=True))
+
+
+def _parts(item: Any) -> list[Any]:
+    """(A, B, scaling) of a layer, or of each of its experts."""
+    if isinstance(item, LoraPair):
+        return [one for _, one in _named(item, item.A, item.B)]
+    return [(*item, 1.0)[:3]]
 
 
 def _numbers(values: Sequence[Any], otherwise: str) -> list[float]:

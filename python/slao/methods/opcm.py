@@ -25,7 +25,7 @@ class OPCM(Method):
 
     alpha: 0.5 in the paper; 0 removes the diagonal alone. seed: of the fresh A that each further task starts from,
     with B = 0. `lambdas` holds 1/λ_t. The merge is exact, so its rank, and that of the exported adapter, is T · r.
-    Raises ValueError for an alpha outside [0, 1], and for convolutions.
+    Raises ValueError for an alpha outside [0, 1], and for convolutions and experts.
     """
 
     name = "opcm"
@@ -36,7 +36,7 @@ class OPCM(Method):
         super().__init__(model, adapter=adapter, beside=beside)
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
-        wide = [pair.name for pair in self.pairs if any(parameter.dim() != 2 for parameter in pair.parameters)]
+        wide = [pair.name for pair in self.pairs if pair.experts > 1 or any(p.dim() != 2 for p in pair.parameters)]
         if wide:
             raise ValueError(f"opcm cannot treat {len(wide)} layers that are no matrices: {', '.join(wide[:8])}")
         self.alpha, self.seed = float(alpha), seed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import islice
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ class SLAO(Method):
         super().__init__(model, adapter=adapter, beside=beside)
 
     def _check(self) -> None:
-        wide = [f"{pair.name} {tuple(pair.A.shape)}" for pair in self.pairs if pair.A.shape[0] > pair.A.shape[1]]
+        own = [(pair.name, *pair.split("A", pair.A)[0].shape) for pair in self.pairs]
+        wide = [f"{name} {(r, n)}" for name, r, n in own if r > n]
         if self.orthogonal and wide:
             raise ValueError(
                 f"A (r, n) with r > n has no orthonormal rows: {', '.join(wide[:8])}; "
@@ -83,6 +85,13 @@ class SLAO(Method):
 
     def _live(self, factor: str) -> list[Tensor]:
         return [getattr(pair, factor).detach() for pair in self.pairs]
+
+    def _split(self, factor: str, tensors: list[Tensor]) -> list[Tensor]:
+        """Every expert's own matrix, of tensors a layer."""
+        return [one for pair, tensor in zip(self.pairs, tensors, strict=True) for one in pair.split(factor, tensor)]
+
+    def _names(self) -> list[str]:
+        return [name for pair in self.pairs for name in pair.names]
 
     def _merged_or_live(self, factor: str) -> list[Tensor]:
         merged = self._merged[factor]
@@ -120,20 +129,22 @@ class SLAO(Method):
 
     def _rebase(self, As: list[Tensor], Bs: list[Tensor], keep: list[Tensor] | None) -> None:
         try:
-            report = orthogonal_init_(As, return_r=self.preserve, keep=keep)
+            kept = None if keep is None else self._split("A", keep)
+            report = orthogonal_init_(self._split("A", As), return_r=self.preserve, keep=kept)
             report.check()
         except ValueError:  # nothing is written; the layers' names say more than their numbers
             self._refuse_broken_weights()
             raise
         if report.deficient:
-            names = [self.pairs[index].name for index in report.deficient]
+            every = self._names()
+            names = [every[index] for index in report.deficient]
             logger.warning(
                 "A has linearly dependent rows in %d layers, completed to an orthonormal set: %s",
                 len(names),
                 ", ".join(names[:8]),
             )
         if self.preserve:
-            for B, R in zip(Bs, report.r or [], strict=True):
+            for B, R in zip(self._split("B", Bs), report.r or [], strict=True):
                 B.copy_(B.to(R.dtype) @ R.T)  # A = Rᵀ Qᵀ, so B A = (B Rᵀ) Qᵀ
 
     def _end(self, task: int) -> float | list[float]:
@@ -148,12 +159,19 @@ class SLAO(Method):
         if self.keep_cosines or stats.seen:
             self._measured = stats.cosine()
         lam = float(chosen) if isinstance(chosen, int | float) else [float(value) for value in chosen]
-        per_layer = [lam] * len(self.pairs) if isinstance(lam, float) else lam
-        scaled_merge_(
-            [tensor for factor in averaged for tensor in self._merged[factor] or []],
-            [tensor for factor in averaged for tensor in self._live(factor)],
-            per_layer * len(averaged),
-        )
+        each = lam if isinstance(lam, list) else [lam] * len(stats.layers)  # of experts, too
+        targets, sources, factors = [], [], []
+        for factor in averaged:
+            rest = iter(each)
+            for pair, merged, live in zip(self.pairs, self._merged[factor] or [], self._live(factor), strict=True):
+                own = list(islice(rest, pair.experts))
+                if len(set(own)) == 1:
+                    targets.append(merged)
+                    sources.append(live)
+                    factors.append(own[0])
+                else:  # their columns of B lie between one another
+                    _merge_experts(factor, merged, live, own)
+        scaled_merge_(targets, sources, factors)
         for factor in "AB":
             if factor not in averaged and (merged := self._merged[factor]) is not None:
                 self._merged[factor], self._spare = None, {factor: merged}
@@ -166,11 +184,11 @@ class SLAO(Method):
         return MergeStats(
             task,
             self.names[-1],
-            [pair.name for pair in self.pairs],
-            self._live("A"),
-            self._live("B"),
-            self._merged_or_live("A"),
-            self._merged_or_live("B"),
+            self._names(),
+            self._split("A", self._live("A")),
+            self._split("B", self._live("B")),
+            self._split("A", self._merged_or_live("A")),
+            self._split("B", self._merged_or_live("B")),
             list(self.lambdas),
         )
 
@@ -211,6 +229,18 @@ class SLAO(Method):
                 tensor.to(now.device) for tensor, now in zip(found, live, strict=True) if tensor is not None
             ]
         self._merged = loaded
+
+
+def _merge_experts(factor: str, merged: Tensor, live: Tensor, lam: list[float]) -> None:
+    """`scaled_merge_` with a λ for each expert of A or B as PEFT lays them out."""
+    wide = torch.promote_types(merged.dtype, torch.float32)
+    own = torch.tensor(lam, dtype=wide).to(merged.device)
+    weights = (
+        own.repeat_interleave(len(merged) // len(lam))[:, None]
+        if factor == "A"
+        else own.repeat(merged.shape[1] // len(lam))
+    )
+    merged.copy_(torch.lerp(merged.to(wide), live.to(wide), weights))
 
 
 def _alike(left: Tensor, right: Tensor) -> bool:
