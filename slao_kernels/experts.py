@@ -53,6 +53,10 @@ class FusedExperts(lora.ParamWrapper):
         return _experts(base, {wrapper.parameter_name: wrapper for wrapper in chain}, backend, x, *args)
 
 
+# PEFT asks for the class by name where it adds or removes an adapter; pickle goes by __qualname__.
+FusedExperts.__name__ = lora.ParamWrapper.__name__
+
+
 def wrappers(layer: nn.Module) -> list[Any]:
     """The wrapper and those in it, one for each adapted parameter of the same module."""
     chain: list[Any] = [layer]

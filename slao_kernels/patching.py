@@ -25,7 +25,7 @@ class PatchReport:
     injected: whether `patch` added the adapter. fallbacks: name -> why a patched layer runs PEFT's forward in some
     calls: known ones (dropout) from the start, others as they are met while running. notes: name -> why a patched
     layer calls its base layer (quantised, hooked, ...) and adds the LoRA branch to what that returns, instead of
-    computing both in one node.
+    computing both in one node; and which parameter of how many experts a wrapper of experts adapts.
     """
 
     patched: list[str] = field(default_factory=list)
@@ -124,6 +124,8 @@ def patch(
         layer.slao_options = FusedOptions(name, backend, precision, report.fallbacks, report.notes)
         if called is not None:
             layer.slao_options.calls_base(called)
+        if hasattr(layer, "parameter_name"):
+            report.notes[name] = f"{layer.parameter_name} of {layer.num_experts} experts"
         report.patched.append(name)
     return report
 

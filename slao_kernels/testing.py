@@ -29,8 +29,8 @@ def error_ratio(actual: Tensor, reference: Tensor) -> float:
 
 
 def tiny_model(kind: str, seed: int = 0, **overrides: Any) -> nn.Module:
-    """A random transformers model of a few thousand parameters: llama, qwen3, mixtral, gpt2, bert, t5 or vit (a
-    classifier of 16 x 16 images, 4 labels), in eval mode.
+    """A random transformers model of a few thousand parameters: llama, qwen3, gpt2, bert, t5, vit (a classifier of
+    16 x 16 images, 4 labels), or with experts mixtral, qwen3_moe, gpt_oss or deepseek (shared experts), in eval mode.
 
     vocabulary 128, width 32, 2 layers, 4 heads unless `overrides` (keyword arguments of its config) say otherwise.
     """
@@ -55,9 +55,17 @@ def tiny_model(kind: str, seed: int = 0, **overrides: Any) -> nn.Module:
     vit = {key: value for key, value in encoder.items() if key not in ("vocab_size", "max_position_embeddings")}
     vit |= {"image_size": 16, "patch_size": 8, "num_labels": 4}
     del vit["pad_token_id"]
+    head, few, chosen = {"head_dim": 8}, {"moe_intermediate_size": 24}, {"num_experts_per_tok": 2}
+    deepseek: dict[str, Any] = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 0}
+    deepseek |= {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    deepseek |= {"head_dim": 4, "num_key_value_heads": 4}
+    qwen = {**decoder, **head, **few, **chosen, "num_experts": 4}
     builders: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, decoder),
         "mixtral": (hf.MixtralConfig, hf.MixtralForCausalLM, {**decoder, "num_local_experts": 4}),
+        "qwen3_moe": (hf.Qwen3MoeConfig, hf.Qwen3MoeForCausalLM, qwen),
+        "gpt_oss": (hf.GptOssConfig, hf.GptOssForCausalLM, {**decoder, **head, "num_local_experts": 4, **chosen}),
+        "deepseek": (hf.DeepseekV2Config, hf.DeepseekV2ForCausalLM, {**decoder, **deepseek, **few, **chosen}),
         "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM, {**decoder, "head_dim": 8}),
         "gpt2": (hf.GPT2Config, hf.GPT2LMHeadModel, gpt2),
         "bert": (hf.BertConfig, hf.BertForMaskedLM, {**encoder, **still}),

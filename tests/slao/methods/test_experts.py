@@ -1,0 +1,165 @@
+"""Methods on a mixture's experts: one A and one B hold those of all, and SLAO treats each expert's own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+import slao_kernels
+from slao import SLAO
+from slao.methods import METHODS
+from slao_kernels import interference, weighted_merge
+from slao_kernels.adapters import LoraPair, find_pairs
+from slao_kernels.testing import tiny_model
+
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+TREATED = ["seqlora", "slao", "magmax", "ewc", "joint"]
+IDS = torch.randint(0, 128, (2, 6), generator=torch.Generator().manual_seed(1))
+
+
+def base(kind: str = "mixtral") -> nn.Module:
+    model = tiny_model(kind, num_hidden_layers=1).double()
+    model.set_experts_implementation("eager")
+    return model
+
+
+def model_of(kind: str = "mixtral") -> nn.Module:
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=BOTH)
+    torch.manual_seed(0)
+    model = get_peft_model(base(kind), config).double()
+    slao_kernels.patch(model)
+    return model
+
+
+def train(method: Any, index: int) -> None:
+    """Something of its own in every entry of A and B."""
+    g = torch.Generator().manual_seed(index)
+    for pair in method.pairs:
+        for value in (pair.A, pair.B):
+            value.add_(torch.randn(value.shape, generator=g, dtype=torch.float64) * 0.2)
+
+
+def task(method: Any, index: int) -> None:
+    method.begin_task(str(index))
+    train(method, index)
+    method.end_task()
+
+
+def by_expert(pair: LoraPair, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """PEFT's own layout, as `ParamWrapper.get_delta_weight` reads it."""
+    count = pair.experts
+    As = A.reshape(count, -1, A.shape[1])
+    Bs = B.reshape(B.shape[0], -1, count)
+    return [(As[index].clone(), Bs[:, :, index].clone()) for index in range(count)]
+
+
+@pytest.mark.parametrize("schedule", ["inv_sqrt", "adaptive"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_slao_is_the_papers_for_each_expert(kind, schedule):
+    """Algorithm 1 by hand, expert after expert, in fp64."""
+    method = SLAO(model_of(kind), schedule=schedule)
+    assert [pair.experts for pair in method.pairs] == [1, 4, 4]
+    merged: list[list[tuple[Tensor, Tensor]]] = []
+    for index in range(1, 4):
+        last = [by_expert(pair, pair.A, pair.B) for pair in method.pairs]
+        method.begin_task(str(index))
+        if index > 1:
+            for pair, before in zip(method.pairs, last, strict=True):
+                for (A, B), (A_old, B_old) in zip(by_expert(pair, pair.A, pair.B), before, strict=True):
+                    Q, R = torch.linalg.qr(A_old.T)
+                    assert torch.allclose(A, (Q * R.diagonal().sign()).T, atol=1e-12)
+                    assert torch.equal(B, B_old)
+        train(method, index)
+        now = [by_expert(pair, pair.A, pair.B) for pair in method.pairs]
+        method.end_task()
+        if index == 1:
+            merged = now
+            continue
+        lambdas = method.lambdas[-1]
+        each = lambdas if isinstance(lambdas, list) else [lambdas] * 9
+        for (place, own), lam in zip(
+            ((i, e) for i, each in enumerate(now) for e in range(len(each))), each, strict=True
+        ):
+            (A, B), (A_old, B_old) = now[place][own], merged[place][own]
+            if schedule == "adaptive":
+                left, right = (B @ A).flatten(), (B_old @ A_old).flatten()
+                cosine = float(left @ right / (left.norm() * right.norm()))
+                assert lam == pytest.approx(min(1.0, max(1 / index, index ** (-(1 + cosine) / 2))), abs=1e-9)
+            else:
+                assert lam == 1 / math.sqrt(index)
+            merged[place][own] = A, B_old + lam * (B - B_old)
+        with method.merged():
+            shown = [by_expert(pair, *(p.detach() for p in pair.parameters)) for pair in method.pairs]
+        for found, expected in zip(shown, merged, strict=True):
+            for (A, B), (A_right, B_right) in zip(found, expected, strict=True):
+                assert torch.equal(A, A_right)
+                assert torch.allclose(B, B_right, atol=1e-12)
+
+
+def test_preserve_leaves_every_product_as_it_was():
+    method = SLAO(model_of(), preserve=True)
+    task(method, 0)
+    before = [B @ A for pair in method.pairs for A, B in by_expert(pair, pair.A, pair.B)]
+    method.begin_task("1")
+    after = [B @ A for pair in method.pairs for A, B in by_expert(pair, pair.A, pair.B)]
+    assert max((a - b).abs().max().item() for a, b in zip(after, before, strict=True)) <= 1e-12
+
+
+@pytest.mark.parametrize("name", TREATED)
+def test_saved_resumed_and_exported(name, tmp_path):
+    model = model_of()
+    method = METHODS[name](model)
+    for index in range(2):
+        task(method, index)
+    method.save(tmp_path / "state")
+    method.save_pretrained(tmp_path / "adapter")
+    again = METHODS[name](model_of())
+    again.load(tmp_path / "state")
+    for each in (method, again):
+        task(each, 2)
+    for left, right in zip(method.pairs, again.pairs, strict=True):
+        assert torch.equal(left.A, right.A)
+        assert torch.equal(left.B, right.B)
+    earlier = METHODS[name](model_of())
+    earlier.load(tmp_path / "state")
+    with earlier.merged(), torch.no_grad():
+        expected = earlier.model(input_ids=IDS).logits
+    plain = PeftModel.from_pretrained(base(), tmp_path / "adapter").double()
+    assert (plain(input_ids=IDS).logits - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(TREATED)))
+def test_the_others_refuse_by_name(name):
+    with pytest.raises(ValueError, match=r"mlp\.experts") as caught:
+        METHODS[name](model_of())
+    assert "\n" not in str(caught.value)
+
+
+def test_interference_and_weighted_merge_take_experts_one_by_one():
+    model = model_of()
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=7, target_modules=["q_proj"], target_parameters=BOTH))
+    model.double()
+    pairs = {name: find_pairs(model, name)[0] for name in ("default", "second")}
+    torch.manual_seed(4)
+    for pair in (*pairs["default"], *pairs["second"]):
+        pair.B.normal_()
+    found = interference(["default", "second"], model=model)
+    deltas = [
+        [pair.scaling * B @ A for pair in both for A, B in by_expert(pair, pair.A, pair.B)] for both in pairs.values()
+    ]
+    assert [name.partition("[")[2] for name in found.layers] == ["", *[f"{e}]" for e in range(4)] * 2]
+    for index in range(9):
+        for i, left in enumerate(deltas):
+            for j, right in enumerate(deltas):
+                assert float(found.gram[index, i, j]) == pytest.approx(float((left[index] * right[index]).sum()))
+    direct = interference([pairs["default"], pairs["second"]])
+    assert torch.allclose(direct.gram, found.gram)
+    merged = weighted_merge(["default", "second"], [0.5, 0.25], rank=5, model=model)
+    for index, (A, B) in enumerate(merged.pairs):
+        right = 0.5 * deltas[0][index] + 0.25 * deltas[1][index]
+        assert (B @ A - right).norm() <= 1e-9 * right.norm()
