@@ -33,7 +33,7 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
     # so it has to be asked for.
     "lora_linear": ("native", "eager", "triton", "reference"),
     # The same, for a mixture's experts: "eager" is torch's grouped GEMM on a GPU, a loop over the experts elsewhere.
-    "expert_linear": ("eager", "reference"),
+    "expert_linear": ("eager", "triton", "reference"),
     # Of these three "native" is C++ or CUDA and "triton" needs no build: the choice on ROCm and wherever the CUDA build
     # is missing. That "native" comes first is not measured: neither has been timed on a GPU yet.
     "orthogonal_init": ("native", "triton", "reference"),
@@ -136,8 +136,10 @@ def choose(op: str, device_type: str, wish: str = "auto") -> str:
     if wish == "auto":
         return available[0]
     if wish == "eager" and wish not in _PREFERENCE[op]:
-        # Only lora_linear tells torch's calls in a good order from torch's calls in the plain one.
+        # Only LoRA layers tell torch's calls in a good order from torch's calls in the plain one.
         wish = "reference"
+    elif wish == "native" and wish not in _PREFERENCE[op]:
+        wish = "eager"  # experts, for which the core has nothing, beside layers for which it has
     if wish not in available:
         reason = why_not(op, wish, device_type)
         raise ValueError(

@@ -1,7 +1,7 @@
 """The one list of what an adapter consists of, and the one place that says why it may not be touched now.
 
 A layer's own parts are A and B (`adapters.find_pairs`, which says by layer what a pair cannot hold: lora_bias, DoRA's
-magnitude, experts in one matrix), their scaling, and what a method added (`extension.py`: a core, frozen pairs).
+magnitude), their scaling, and what a method added (`extension.py`: a core, frozen pairs).
 Beside them a LoraConfig may train biases of the base, whole modules and single tokens: `beside` finds those. Every
 operation asks `refuse_now` before it reads, writes or runs an adapter; docs/adapter_parts.md has the table.
 """

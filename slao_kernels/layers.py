@@ -253,10 +253,6 @@ def fused_class(layer: nn.Module) -> Any:
     own = peft_class(layer)
     if own is lora.Linear:
         return FusedLoraLinear
-    if own is lora.ParamWrapper:
-        from .experts import FusedExperts
-
-        return FusedExperts
     name = _CALLED.get(f"{own.__module__}.{own.__qualname__}".removeprefix(_PACKAGE))
     return None if name is None else getattr(importlib.import_module(__name__), name)
 

@@ -82,7 +82,7 @@ def patch(
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     from . import adapters, conflicts, eligibility, injection
-    from .layers import FusedOptions, fused_class, is_fused, log_once
+    from .layers import FusedOptions, is_fused, log_once
 
     conflicts.check_none(model)
     undo = None
@@ -120,7 +120,7 @@ def patch(
             _unfuse(layer)
     for name, layer, called in chosen:
         _forget(layer)
-        layer.__class__ = fused_class(layer)
+        layer.__class__ = _fused_class(layer)
         layer.slao_options = FusedOptions(name, backend, precision, report.fallbacks, report.notes)
         if called is not None:
             layer.slao_options.calls_base(called)
@@ -141,11 +141,11 @@ def _check_backend(backend: str) -> None:
 def _skip_reason(layer: Any, precision: str) -> tuple[str | None, str | None]:
     """(why a LoRA layer keeps PEFT's forward whatever it is called with, why its base layer is called)"""
     from . import eligibility, experts
-    from .layers import fused_class, is_fused, peft_class
+    from .layers import is_fused, peft_class
 
     if "slao_before" in layer.__dict__:
         return "a method has given it a core or frozen pairs; patch before the method is made", None
-    swapped = fused_class(layer)
+    swapped = _fused_class(layer)
     if swapped is None:
         return (
             f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no fused forward",
@@ -166,6 +166,14 @@ def _skip_reason(layer: Any, precision: str) -> tuple[str | None, str | None]:
     for adapter in active:
         reason = reason or eligibility.adapter_reason(layer, adapter, early=True)
     return reason, called
+
+
+def _fused_class(layer: nn.Module) -> Any:
+    """The class that a LoRA layer, PEFT's or already fused, is swapped to; None where its forward is not known."""
+    from . import experts, layers
+
+    wraps = layers.peft_class(layer) is experts.FusedExperts.peft_class
+    return experts.FusedExperts if wraps else layers.fused_class(layer)
 
 
 def unpatch(model: nn.Module) -> int:

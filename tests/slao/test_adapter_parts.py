@@ -114,7 +114,7 @@ def save_and_load(part: str, tmp_path: Path) -> None:
 
 
 def export(part: str, tmp_path: Path) -> None:
-    if part in ("lora_bias", "DoRA's magnitude", "target_parameters"):
+    if part in ("lora_bias", "DoRA's magnitude"):
         model = by_peft(part)
         save_adapter(model, tmp_path / "out")
         expected = logits(model)
@@ -127,7 +127,7 @@ def export(part: str, tmp_path: Path) -> None:
 
 
 def by_name(part: str, tmp_path: Path) -> None:
-    model = by_peft(part) if part in ("lora_bias", "DoRA's magnitude", "target_parameters") else trained(part).model
+    model = by_peft(part) if part in ("lora_bias", "DoRA's magnitude") else trained(part).model
     merge = weighted_merge(["default"], [1.0], rank=8, model=model)
     true = [layer.get_delta_weight("default") for layer in model.modules() if hasattr(layer, "lora_A")]
     for (A, B), delta in zip(merge.pairs, true, strict=True):
@@ -138,7 +138,7 @@ def by_name(part: str, tmp_path: Path) -> None:
 
 def from_folders(part: str, tmp_path: Path) -> None:
     """`slao merge` and `slao interference` read with the same reader."""
-    if part in ("lora_bias", "DoRA's magnitude", "target_parameters") or "base changed" in part:
+    if part in ("lora_bias", "DoRA's magnitude") or "base changed" in part:
         by_peft(part).save_pretrained(tmp_path / "out")
     else:
         trained(part).save_pretrained(tmp_path / "out")
@@ -177,7 +177,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     'bias="all"': _BESIDE,
     "modules_to_save": _BESIDE,
     "trainable_token_indices": _BESIDE,
-    "target_parameters": _no_method("packs several experts", "packs several experts"),
+    "target_parameters": (*_PAIRS[:4], "more than A and B"),
     "what no config names": ("treated", "treated", "PEFT would not save it", "treated", "PEFT would not save it"),
     "base changed by pissa, olora": ("treated", "treated", "treated", "treated", "which changes the base"),
     "base changed by other inits": ("treated", "treated", "PEFT cannot repeat", "treated", "which changes the base"),

@@ -151,11 +151,28 @@ LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], list[str], list[str]]] = {
     "LoRA beside DoRA": (two_kinds, ["proj"], []),
     "DoRA beside LoRA": (two_kinds, [], DORA),
     "grouped convolution": (lambda: conv_net(groups=2, r=4), ["head"], GROUPED),
-    "experts": (experts, ["q_proj"], ["ParamWrapper packs several experts into one A and B"] * 2),
     "AdaLoRA": (adalora, [], ["SVDLinear keeps no plain A and B"] * 2),
     "tied": (tied, ["embed_tokens", "q_proj", "q_proj"], TIED),
     "parametrized": (parametrized, [], ["lora_A or lora_B is parametrized: its weight is computed, not kept"]),
 }
+
+
+def test_experts_are_one_pair_of_all_of_them():
+    """PEFT's layout, as its get_delta_weight reads it."""
+    pairs, left_out = find_pairs(experts())
+    assert left_out == {}
+    assert [pair.name.rpartition("layers.0.")[2] for pair in pairs] == [
+        "self_attn.q_proj", "mlp.experts", "mlp.experts.base_layer",
+    ]  # fmt: skip
+    assert [(pair.experts, len(pair.names)) for pair in pairs] == [(1, 1), (4, 4), (4, 4)]
+    for pair in pairs[1:]:
+        nn.init.normal_(pair.parameters[1])
+        delta = pair.layer.get_delta_weight("default")
+        for whole, A, B in zip(delta, pair.split("A", pair.A), pair.split("B", pair.B), strict=True):
+            assert torch.allclose(pair.scaling * B @ A, whole, atol=1e-6)
+            assert A.shape[0] == B.shape[1] == 2
+        pair.split("B", pair.B)[3].zero_()
+        assert not pair.layer.get_delta_weight("default")[3].any(), "views write the adapter"
 
 
 @pytest.mark.parametrize("what", LEFT_OUT)

@@ -40,12 +40,14 @@ def test_automatic_choice():
     whole_model = "reference" if native.why_not("cpu") else "native"
     assert {op: dispatch.choose(op, "cpu") for op in dispatch.OPS} == {
         "lora_linear": AUTO,
+        "expert_linear": "eager",
         "orthogonal_init": whole_model,
         "scaled_merge": whole_model,
         "fold": whole_model,
         "exact_fold": whole_model,
     }
-    assert dispatch.choose("exact_fold", "cuda") == "reference"  # torch's operations, until there are kernels
+    kernels = "triton" if dispatch.why_not("exact_fold", "triton", "cuda") is None else "reference"
+    assert dispatch.choose("exact_fold", "cuda") == kernels
 
 
 @pytest.fixture
@@ -210,7 +212,7 @@ def test_what_main_prints_of_every_op_and_its_backend():
     lines = [line.split() for line in said.splitlines() if line.startswith("  ")]
     chosen = {line[0]: line[1] for line in lines}
     assert chosen.items() >= {op: dispatch.choose(op, "cpu") for op in dispatch.OPS}.items()
-    assert said.count("triton: Triton has no such device") + said.count("triton is not installed") == 4
+    assert said.count("triton: Triton has no such device") + said.count("triton is not installed") == len(dispatch.OPS)
     assert f"torch         {torch.__version__}" in said
     assert "\ncpu: " in said
 

@@ -70,7 +70,7 @@ def replicated() -> nn.Module:
 PARTLY: dict[str, tuple[Callable[[], nn.Module], int, list[str]]] = {
     # PEFT merges what is inside the attention for the call: out_proj, which is patched, does not run.
     "attention": (attention, 1, ["MultiheadAttention"]),
-    "experts": (experts, 2, ["ParamWrapper"] * 2),
+    "experts": (experts, 4, []),
     "tied": (lambda: tied(False), 3, ["Embedding"]),
     "tied, one adapter": (lambda: tied(True), 3, ["Embedding"]),
     "replicated": (replicated, 6, []),

@@ -33,7 +33,7 @@ class CountOps(TorchDispatchMode):
     @property
     def forward(self) -> int:
         """Layers computed."""
-        return self.counts.get("lora_linear", 0) + self.counts.get("lora_add", 0)
+        return sum(self.counts.get(name, 0) for name in ("lora_linear", "lora_add", "expert_linear"))
 
 
 def config(**options) -> peft.LoraConfig:
