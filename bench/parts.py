@@ -40,7 +40,7 @@ TUNER = f"bench/tune_lora_gemm.py --device-json {TABLE}"
 WHOLE = {
     "tests": [Call("tests", "tests -m gpu", 1200)],
     "kernels": [Call("bench", of("lora_kernels"), 600)],
-    "layers": [Call("bench", of("lora_linear"), 900)],
+    "layers": [Call("bench", of("lora_linear"), 900), Call("bench", of("experts"), 300)],
     "steps": [Call("bench", of("training_step"), 1200), Call("bench", of("language_model"), 300)],
     "rest": [Call("bench", of(name), 300) for name in REST],
     "host": [Call("bench", of("host"), 300, "cpu")],
@@ -49,11 +49,12 @@ WHOLE = {
 
 # The headline figures: about six minutes on an H100 (counted, not measured), limits that together make eight.
 KERNELS = "8192x4096-bf16-16 or 8192x4096-bf16-48 or reduce[bf16-16]"
+LAYERS = "8192x4096x4096 and bf16 or 128x2048x768-grouped_mm-bf16"
 BETWEEN = "init[16] or merge[fp32] or merge[bf16] or fold[bf16-bf16]"
 QUICK = {
     "tests": [Call("tests", "tests/slao_kernels -m 'gpu and not exhaustive' --timeout=60", 170)],
     "kernels": [Call("bench", f"{of('lora_kernels')} --timeout=30 -k '{KERNELS}'", 45)],
-    "layers": [Call("bench", f"{of('lora_linear')} --timeout=45 -k '8192x4096x4096 and bf16'", 60)],
+    "layers": [Call("bench", f"{of('lora_linear', 'experts')} --timeout=45 -k '{LAYERS}'", 75)],
     "steps": [Call("bench", f"{of('training_step')} --timeout=60 -k 1b-4x2048-bf16", 75)],
     "rest": [Call("bench", f"{of(*REST[:3])} --timeout=30 -k '{BETWEEN}'", 45)],
     "host": [Call("bench", f"{of('host')} --timeout=30 -k 'block and bf16 and autocast'", 45, "cpu")],
@@ -62,11 +63,12 @@ QUICK = {
 
 LIMIT = 150  # ends what hangs
 SMALL = "--model=minilm --rounds=1 --threads=1 -p no:cacheprovider"
+FORWARD, MIXTURE = "test_layer and 32x384x384-bf16-forward]", "4x64x32-grouped_mm-fp32"
 DRY = {
     "tests": [Call("tests", "tests/slao_kernels/test_cuda.py -m gpu -p no:cacheprovider", LIMIT, "cpu")],
     "kernels": [Call("bench", f"{of('lora_kernels')} {SMALL} -k shrink-1024x384-bf16-16", LIMIT, "cpu")],
     "layers": [
-        Call("bench", f"{of('lora_linear')} {SMALL} -k 'test_layer and 32x384x384-bf16-forward]'", LIMIT, "cpu")
+        Call("bench", f"{of('lora_linear', 'experts')} {SMALL} -k '{FORWARD} or {MIXTURE}'", LIMIT, "cpu"),
     ],
     "steps": [Call("bench", f"{of('training_step')} {SMALL} -k minilm-2x16-fp32", LIMIT, "cpu")],
     "rest": [

@@ -121,7 +121,8 @@ def columns(info: dict[str, Any]) -> dict[str, Any]:
                 continue
             # A graph's ratio is to the frozen layer's graph.
             found[name] = info.get(f"{key}, graph") if name.endswith(", graph") else value
-        return found | ({"overhead left": info["ours share"]} if "ours share" in info else {})
+        others = {"overhead left": "ours share", "memory / PEFT": "ours memory / PEFT"}
+        return found | {name: info[key] for name, key in others.items() if key in info}
     found = {"ours ms": info["ours_ms"]}
     found |= {"graph ms": info["ours, graph ms"]} if "ours, graph ms" in info else {}
     # How many times ours the others take; those replayed from a graph, the graph of ours.

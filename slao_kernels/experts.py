@@ -65,8 +65,11 @@ def wrappers(layer: nn.Module) -> list[Any]:
     return chain
 
 
-def why_not(chain: Sequence[Any]) -> str | None:
-    """What about these wrappers or the experts in them rules the fused forward out, whatever they are called with."""
+def why_not(chain: Sequence[Any], early: bool = False) -> str | None:
+    """What about these wrappers or the experts in them rules the fused forward out, whatever they are called with.
+
+    early: outside of any forward, where DTensors are let pass: FSDP2's are plain parameters while their block runs.
+    """
     base = chain[-1].base_layer
     if not all(hasattr(base, name) for name in _PROTOCOL):
         return f"{type(base).__name__} is no experts module of transformers' registry"
@@ -81,12 +84,13 @@ def why_not(chain: Sequence[Any]) -> str | None:
         if wrapper.parameter_name not in projections(base):
             return f"it adapts {wrapper.parameter_name!r}, which is none of {', '.join(projections(base))}"
         for adapter in _active(wrapper):
-            reason = eligibility.adapter_reason(wrapper, adapter, early=True)
+            reason = eligibility.adapter_reason(wrapper, adapter, early)
             if reason is not None:
                 return reason
     for name in projections(base):
         weight: Any = getattr(base, name, None)
-        if type(weight) not in (nn.Parameter, Tensor) or weight.dim() != 3 or hasattr(weight, "ds_id"):
+        plain = type(weight) in (nn.Parameter, Tensor) or (early and type(weight).__name__ == "DTensor")
+        if not plain or weight.dim() != 3 or hasattr(weight, "ds_id"):
             return f"its {name} is no plain tensor of all experts (sharded or quantised?)"
         if weight.dtype not in eligibility.DTYPES or weight.device.type == "meta":
             return f"its {name} is {weight.dtype} on {weight.device}"

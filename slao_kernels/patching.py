@@ -154,7 +154,7 @@ def _skip_reason(layer: Any, precision: str) -> tuple[str | None, str | None]:
     if not is_fused(layer) and "forward" in layer.__dict__:  # swapping the class would not change it
         return "its forward was replaced on the instance (accelerate hooks?)", None
     if issubclass(swapped, experts.FusedExperts):
-        return experts.why_not(experts.wrappers(layer)), None
+        return experts.why_not(experts.wrappers(layer), early=True), None
     reason = eligibility.meta_reason(layer.base_layer)
     if reason is not None:
         return reason, None

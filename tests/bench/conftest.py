@@ -18,7 +18,7 @@ import report
 
 WANTED = "test_scaled_merge or test_orthogonal_init or test_transition or (test_layer and 32x384x384-bf16) or test_fold"
 WANTED += " or (test_product and 1024x384-bf16) or minilm-2x16-fp32 or test_interference or test_weighted_merge"
-WANTED += " or host[layer-fp32-forward]"
+WANTED += " or host[layer-fp32-forward] or experts[4x64x32-grouped_mm-fp32]"
 
 
 @pytest.fixture(scope="session")

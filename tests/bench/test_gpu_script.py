@@ -299,7 +299,7 @@ def test_benches_run_and_their_figures_are_read(measured):
     assert set(how["backends"]) == set(dispatch.OPS)
     found = {bench["name"]: bench for bench in listed}
     core = dispatch.why_not("lora_linear", "native", "cpu") is None  # without it nothing of bench_lora_kernels runs
-    assert len({name.partition("[")[0] for name in found}) == 9 + core
+    assert len({name.partition("[")[0] for name in found}) == 10 + core
     assert all(bench["lap_s"] > 0 and bench["extra_info"] for bench in found.values())
     step = found["test_step[minilm-2x16-fp32]"]["extra_info"]
     assert step["ours share"] == (step["ours ms"] - step["frozen ms"]) / (step["PEFT ms"] - step["frozen ms"])

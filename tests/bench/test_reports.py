@@ -57,6 +57,7 @@ PRODUCT = {"ours_ms": 0.1, "rows": [{"us": 100.0, "torch us": 150.0, "torch / ou
 def test_columns():
     expected = {"frozen ms": 1.0, "PEFT": 2.0, "ours": 1.5, "ours, graph": 1.2, "overhead left": 0.5}
     assert reports.columns(LAYER) == expected
+    assert reports.columns(LAYER | {"ours memory / PEFT": 0.25}) == expected | {"memory / PEFT": 0.25}
     expected = {"ours ms": 2.0, "graph ms": 0.2, "loop": 4.0, "copy floor, graph": 0.5}
     assert reports.columns(MERGE) == expected
     assert reports.columns(PRODUCT) == {"us": 100.0, "torch us": 150.0, "torch / ours": 1.5, "% roof": 60.0}
