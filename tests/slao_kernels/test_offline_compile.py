@@ -27,6 +27,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from slao_kernels.ops.expert_linear import device as experts  # noqa: E402
+from slao_kernels.ops.expert_linear import kernels as expert_kernels  # noqa: E402
 from slao_kernels.ops.lora_linear import gemm, tiles  # noqa: E402
 from slao_kernels.ops.lora_linear import triton_kernels as kernels  # noqa: E402
 
@@ -43,6 +45,7 @@ MODERN = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8
 SPILL = 0 if MODERN else 512
 
 _POINTERS = {"x", "A", "out", "seed", "g", "dy", "t", "B", "dB", "workspace", "P", "Q", "T", "S", "bias"}
+_POINTERS |= {"G", "X", "ends"}
 _FLOATS = {"alpha", "scaling"}
 # A dense matrix's columns are next to each other; Triton makes a 1 a constant.
 _DENSE = {"stride_xk", "stride_ak", "stride_yn", "stride_tr", "stride_br", "stride_gr", "stride_ok"}
@@ -77,13 +80,21 @@ class Usage:
     text: str = field(repr=False)
 
 
-def compiled(kernel: Any, target: GPUTarget, types: dict[str, Any], options: dict[str, Any], layout: str) -> Usage:
+def compiled(
+    kernel: Any,
+    target: GPUTarget,
+    types: dict[str, Any],
+    options: dict[str, Any],
+    layout: str,
+    more: frozenset[str] = frozenset(),
+) -> Usage:
     """Usage of `kernel`; `types`: pointer name -> element type, and constants.
 
     layout: "multiples of 16", "odd rank", "flipped" (with an odd rank), "odd sizes", or "size" (of a sum in parts).
+    more: integers that are no multiple of 16, whatever the layout.
     """
     signature, constants, attributes = {}, {}, {}
-    dense, odd = (_FLIPPED if layout == "flipped" else _DENSE), set(_NEVER_ALIGNED)
+    dense, odd = (_FLIPPED if layout == "flipped" else _DENSE), _NEVER_ALIGNED | more
     if layout in ("odd rank", "flipped"):
         odd |= _OF_THE_RANK | ({"stride_ak", "stride_ok"} if layout == "flipped" else set())
         odd |= {"stride_s"} if types.get("S_BY_N") else set()
@@ -280,3 +291,68 @@ def test_a_spill_is_seen():
 def test_too_much_shared_memory_is_seen():
     tile = tiles.Tile("shrink", 16, 256, block_m=128, block_k=128, block_r=256, warps=8, stages=4)
     assert usage(tile, "sm_90", "bf16").shared > TARGETS["sm_90"][1]
+
+
+def expert_usage(name: str, dtype: str, target: str, r: int, by_n: bool, aligned: bool = True) -> Usage:
+    """Usage of a kernel of the experts' as expert_linear/kernels.py launches it: `name` of a tile there, or "plain" for
+    a base without a branch. by_n: in forward (of "outer": dB); else in backward."""
+    compute = {"bf16": triton.language.bfloat16, "fp16": triton.language.float16, "fp32": triton.language.float32}
+    bits, by_8 = 32 if dtype == "fp32" else 16, aligned and r % 8 == 0
+    tile = expert_kernels.TILES["base" if name == "plain" else name, bits] if aligned else expert_kernels.ODD
+    types: dict[str, Any] = {"COMPUTE": compute[dtype], "BY_8": by_8, "ends": "i32", "out": dtype}
+    types |= expert_kernels.blocks(name, tile, r, by_8)
+    where, _ = TARGETS[target]
+    stages = min(tile.stages, 2) if where.backend == "hip" else tile.stages
+    options = {"num_warps": tile.warps, "num_stages": stages, "enable_fp_fusion": True}
+    layout = "multiples of 16" if aligned else "odd sizes"
+    if name == "outer":
+        types |= {"G": dtype, "X": dtype, "BY_K": by_n, "stride_xk": 1}
+        return compiled(experts.outer_kernel, where, types, options, layout, frozenset("R" if r % 16 else ""))
+    branch, base = name != "plain", name in ("base", "plain")
+    types |= dict.fromkeys("TS", dtype if branch else None) | dict.fromkeys("PQ", dtype if base else None)
+    types |= {"S_BY_N": by_n, "ADD": name == "expand", "BLOCK_E": 128}
+    types |= dict.fromkeys(("stride_tr", "stride_pk", "stride_qk" if by_n else "stride_qn"), 1)
+    odd = frozenset(() if r % 16 == 0 else ("N",) if name == "shrink" else ("R", "stride_tm"))
+    return compiled(experts.rows_kernel, where, types, options, layout, odd)
+
+
+EXPERTS = {
+    f"{name}-{dtype}-r{r}-{'forward' if by_n else 'backward'}{'' if aligned else '-odd'}": [
+        name,
+        dtype,
+        r,
+        by_n,
+        aligned,
+    ]
+    for name in ("shrink", "expand", "base", "plain", "outer")
+    for dtype, r, aligned in (
+        *(("bf16", r, True) for r in (8, 12, 64)),
+        *(("fp32", r, True) for r in (8, 64)),
+        ("fp16", 16, True),
+        ("fp32", 64, False),
+    )
+    for by_n in (True, False)
+    if (name != "plain" or r == 64) and (dtype != "fp16" or by_n)
+}
+
+
+@pytest.mark.parametrize(("case", "target"), spread(EXPERTS, TARGETS))
+def test_experts_fit_without_a_spill(case, target):
+    name, dtype, *rest = EXPERTS[case]
+    check_fits(expert_usage(name, dtype, target, *rest), target)
+
+
+def test_experts_are_pipelined():
+    """Copies ahead of the products, of 16 bytes at rank 8 too; and Hopper's own products of the base."""
+    older, newer = (expert_usage("base", "bf16", target, 8, True).text for target in ("sm_80", "sm_90"))
+    assert "mma.sync" in older
+    assert "wgmma.mma_async" in newer
+    for name, by_n in product(("shrink", "expand", "base", "outer"), (True, False)):
+        text = newer if (name, by_n) == ("base", True) else expert_usage(name, "bf16", "sm_90", 8, by_n).text
+        assert "cp.async.cg.shared.global" in text
+        assert set(re.findall(r"(?:ld|st)\.global\S*", text)) <= {
+            "ld.global.v4.b32",
+            "st.global.v4.b32",
+            "ld.global.b32",
+        }
+        assert text.count("ld.global.b32") <= 4  # of `ends`
