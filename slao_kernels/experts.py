@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
-from . import eligibility
+from . import dispatch, eligibility
 from .layers import FusedLoraLinear, FusedOptions
 from .ops.expert_linear import expert_linear
+from .ops.expert_linear.mixture import Projection, Routing, mixture
 
 # What transformers' decorator sets on every experts module, and the registered functions whose maths ours is.
 _PROTOCOL = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts", "_apply_gate")
@@ -127,28 +128,34 @@ def _experts(base: Any, adapted: dict[str, Any], backend: str, x: Tensor, index:
     ends = torch.searchsorted(ids, torch.arange(base.num_experts, device=ids.device), right=True, out_int32=True)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
+    up, down = (_projection(base, name, adapted.get(name), x) for name in projections(base))
+    gate = base._apply_gate if base.has_gate else base.act_fn
+    trains = any(parameter.requires_grad for parameter in base.parameters())  # biases, what a gate has
+    if dispatch.direct() and backend != "reference" and not (trains or base.has_post_expert_norm):
+        chosen = dispatch.choose("expert_linear", x.device.type, backend)
+        return mixture(x, weights, Routing(ids, order, back, ends, k), up, down, gate, chosen)
     y = _Rows.apply(x, order, back, k)
-    for name in projections(base):
-        y = _projection(base, name, adapted.get(name), backend, y, ends)
-        if base.has_bias:
-            y = y + getattr(base, f"{name}_bias")[ids]
-        if name != "down_proj":
-            y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
+    for own in (up, down):
+        y = expert_linear(y.to(own.weight.dtype), *own[:4], ends, backend=backend)
+        if own.bias is not None:
+            y = y + own.bias[ids]
+        if own is up:
+            y = gate(y)
     if base.has_post_expert_norm:
         y = base.post_expert_norm(y)
     y = _Rows.apply(y * weights.reshape(-1)[order, None], back, order, 1)
     return y.view(tokens, k, y.shape[1]).sum(1).to(x.dtype)
 
 
-def _projection(base: Any, name: str, wrapper: Any, backend: str, x: Tensor, ends: Tensor) -> Tensor:
-    """(S, N) of x (S, K), in the dtype that transformers computes it in."""
+def _projection(base: Any, name: str, wrapper: Any, x: Tensor) -> Projection:
+    """In the dtype that transformers computes it in."""
     weight = getattr(base, name)
     dtype = weight.dtype
     if torch.is_autocast_enabled(x.device.type) and base.config._experts_implementation == "eager":
         dtype = torch.get_autocast_dtype(x.device.type)  # of transformers' implementations only this one is cast
     weight = weight.transpose(1, 2) if base.is_transposed else weight
     A, B, scaling = (None, None, 1.0) if wrapper is None else _factors(wrapper, dtype)
-    return expert_linear(x.to(dtype), weight.to(dtype), A, B, scaling, ends, backend=backend)
+    return Projection(weight.to(dtype), A, B, scaling, getattr(base, f"{name}_bias") if base.has_bias else None)
 
 
 def _factors(wrapper: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:

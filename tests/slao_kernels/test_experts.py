@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 from typing import Any
 
 import peft
@@ -106,6 +107,49 @@ def test_whatever_the_router_chooses(index):
     assert report.fallbacks == {}
     for found, expected in zip(results[1], results[0], strict=True):
         assert found.abs().sum() == 0 if expected.abs().sum() == 0 else error_ratio(found, expected) <= 1e-12
+
+
+def test_all_rows_at_once(monkeypatch):
+    """As on a GPU, where a loop over the experts would wait for it."""
+    from slao_kernels.ops.expert_linear import mixture
+
+    model = model_of("gpt_oss", torch.float64)
+    slao_kernels.patch(model)
+    expected = step(model)
+    monkeypatch.setattr(mixture, "_loops", lambda tensor: False)
+    for name, value in step(model).items():
+        assert error_ratio(value, expected[name]) <= 1e-12, name
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "mixtral"])
+def test_biases_that_train_and_a_norm_of_the_experts(kind):
+    """Both want more than the one node has: its projections are nodes of their own then."""
+    exact = kind == "gpt_oss"
+    model = model_of(kind, *((torch.float64, "eager") if exact else (torch.float32, "grouped_mm")))
+    experts = _experts(model)
+    if exact:
+        experts.gate_up_proj_bias.requires_grad_(True)
+    else:
+        experts.has_post_expert_norm, experts.post_expert_norm = True, nn.RMSNorm(32)
+    expected, report = step(model), slao_kernels.patch(model)
+    found = step(model)
+    assert (report.skipped, report.fallbacks) == ({}, {})
+    assert ("gate_up_proj_bias" in str(found.keys())) == exact
+    for name, value in found.items():
+        assert error_ratio(value, expected[name]) <= (1e-12 if exact else 1e-5), name
+
+
+def test_what_a_step_keeps():
+    """Of every row the gate's input and both t; no expert's output, no gathered tokens."""
+    model = model_of("mixtral", torch.float32, "grouped_mm")
+    slao_kernels.patch(model)
+    wrapper = next(module for name, module in model.named_modules() if name.endswith("experts"))
+    x, weights = torch.randn(40, 32, requires_grad=True), torch.rand(40, 2, requires_grad=True)
+    index, kept = torch.tensor([[0, 3], [2, 1]] * 20), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        wrapper(x, index, weights)
+    sizes = Counter(t.shape[1] for t in kept if t.dim() == 2 and t.is_floating_point() for _ in range(len(t)))
+    assert sizes == {128: 80, 3: 160, 32: 40}, "u, t, x"
 
 
 @pytest.mark.parametrize("patched", [False, True], ids=["patched after", "patched before"])

@@ -32,12 +32,14 @@ def forward(
         return y, t
     wide = _wide(x)
     for e, rows in _rows(ends):
-        own, W = x[rows].to(wide), weight[e].to(wide)
+        own, W, out = x[rows].to(wide), weight[e].to(wide), _room(y, rows, wide)
         if A is None or B is None:
-            y[rows] = torch.mm(own, W.t())
-            continue
-        t[rows] = found = torch.mm(own, A[e].to(wide).t())
-        y[rows] = torch.mm(found, B[e].to(wide).t()).mul_(scaling).addmm_(own, W.t())
+            torch.mm(own, W.t(), out=out)
+        else:
+            t[rows] = found = torch.mm(own, A[e].to(wide).t())
+            torch.addmm(out, found, B[e].to(wide).t(), beta=0, alpha=scaling, out=out).addmm_(own, W.t())
+        if out.dtype is not y.dtype:
+            y[rows] = out
     return y, t
 
 
@@ -78,14 +80,17 @@ def backward(
     wide = _wide(x)
     for e, rows in _rows(ends):
         own, base = dy[rows].to(wide), weight[e].to(wide) if need_x else None
+        out = None if dx is None else _room(dx, rows, wide)
         if A is not None and B is not None and (need_x or need_A):
             g = torch.mm(own, B[e].to(wide)).mul_(scaling)
             if dA is not None:
                 dA[e] = torch.mm(g.t(), x[rows].to(wide))
-            if dx is not None:
-                dx[rows] = torch.mm(g, A[e].to(wide)).addmm_(own, base)
-        elif dx is not None:
-            dx[rows] = torch.mm(own, base)
+            if out is not None:
+                torch.mm(g, A[e].to(wide), out=out).addmm_(own, base)
+        elif out is not None:
+            torch.mm(own, base, out=out)
+        if dx is not None and out is not None and out.dtype is not dx.dtype:
+            dx[rows] = out
         if dB is not None:
             dB[e] = torch.mm(own.t(), t[rows].to(wide)).mul_(scaling)
     return dx, dA, dB
@@ -112,16 +117,22 @@ def _rows(ends: Tensor) -> Iterator[tuple[int, slice]]:
         start = end
 
 
+def _room(whole: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Where an expert's result is computed: its rows of the whole, or as much memory in another dtype."""
+    own = whole[rows]
+    return own if whole.dtype is dtype else torch.empty_like(own, dtype=dtype)
+
+
 def _takes_grouped(x: Tensor, *tensors: Tensor | None) -> bool:
     """Whether torch's grouped GEMM may compute this: its rows begin at multiples of 16 bytes, in the one dtype."""
     if not x.is_cuda or not hasattr(F, "grouped_mm") or x.shape[0] == 0:
         return False
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
-    sizes = [size for tensor in (x, *tensors) if tensor is not None for size in tensor.shape[-2:]]
-    every = [size * x.element_size() % _ALIGNED == 0 for size in sizes if size != x.shape[0]]
-    return x.dtype in _GROUPED and all(every)
+    sizes = [x.shape[1], *(size for tensor in tensors if tensor is not None for size in tensor.shape[1:])]
+    return x.dtype in _GROUPED and all(size * x.element_size() % _ALIGNED == 0 for size in sizes)
 
 
 def _grouped(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    left = left if left.stride(0) == 1 or left.stride(1) == 1 else left.contiguous()  # an expanded gradient is neither
     return F.grouped_mm(left, right, offs=ends)

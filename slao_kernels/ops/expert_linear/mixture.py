@@ -1,0 +1,182 @@
+"""A whole experts module in one node: gather, up, gate, down, routing weights, sum; and only what must be is kept.
+
+Computed by blocks of rows: where the products are loops over the experts (a CPU), an expert at a time, so that what
+stands between the tokens and the result is never whole; else all rows at once. Kept for the backward pass are the
+gate's input and the branches' t; its output is computed again, and the gradient of the routing weights comes from the
+product that the gradient of x needs anyway, so that the experts' own outputs are not kept at all. T tokens of H
+features, k experts a token, S = T k rows, sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import operators
+
+
+class Projection(NamedTuple):
+    """weight (E, N, K); A (E, r, K) and B (E, N, r), or neither; bias (E, N) or None. None of it but A and B trains."""
+
+    weight: Tensor
+    A: Tensor | None
+    B: Tensor | None
+    scaling: float
+    bias: Tensor | None
+
+
+class Routing(NamedTuple):
+    """Where the rows come from: ids (S) their experts, order (S) the place of each in index.reshape(-1), back its
+    inverse, ends (E) where each expert's rows end, k."""
+
+    ids: Tensor
+    order: Tensor
+    back: Tensor
+    ends: Tensor
+    k: int
+
+
+def mixture(
+    x: Tensor,
+    weights: Tensor,
+    routing: Routing,
+    up: Projection,
+    down: Projection,
+    gate: Callable[[Tensor], Tensor],
+    backend: str,
+) -> Tensor:
+    """(T, H) of x (T, H) and the routing weights (T, k). gate: (rows, N_up) to (rows, K_down), with no parameter that
+    trains. Gradients of x, weights, and both A and B."""
+    static = _Static(up, down, routing, gate, backend, weights.shape)
+    return _Mixture.apply(x, weights, up.A, up.B, down.A, down.B, static)
+
+
+class _Static(NamedTuple):
+    """What has no gradient; the A and B in it are not looked at."""
+
+    up: Projection
+    down: Projection
+    routing: Routing
+    gate: Callable[[Tensor], Tensor]
+    backend: str
+    shape: torch.Size
+
+
+class _Block(NamedTuple):
+    rows: slice
+    experts: slice
+    ends: Tensor
+
+
+def _blocks(ends: Tensor) -> Iterator[_Block]:
+    if not _loops(ends):
+        yield _Block(slice(None), slice(None), ends)
+        return
+    start = 0
+    for e, end in enumerate(ends.tolist()):
+        if end > start:
+            yield _Block(slice(start, end), slice(e, e + 1), torch.tensor([end - start], dtype=torch.int32))
+        start = end
+
+
+def _loops(tensor: Tensor) -> bool:
+    """Whether the products are loops over the experts, and adding in place has an order."""
+    return tensor.device.type == "cpu"
+
+
+def _part(tensor: Tensor | None, experts: slice) -> Any:
+    return None if tensor is None else tensor[experts]
+
+
+class _Mixture(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, A1: Any, B1: Any, A2: Any, B2: Any, static: _Static) -> Tensor:
+        up, down, routing = static.up, static.down, static.routing
+        of = weights.reshape(-1)[routing.order]
+        y, kept = _sums(x), []
+        for rows, experts, ends in _blocks(routing.ends):
+            tokens = routing.order[rows] // routing.k
+            read = x.index_select(0, tokens).to(up.weight.dtype)
+            u, t1 = _forward(up, A1, B1, read, static, rows, experts, ends)
+            z, t2 = _forward(down, A2, B2, static.gate(u), static, rows, experts, ends)
+            y = _add(y, z * of[rows, None], tokens, routing)
+            kept += [u, t1, t2]
+        ctx.save_for_backward(x, of, A1, B1, A2, B2, *kept)
+        ctx.static = static
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, of, A1, B1, A2, B2, *kept = ctx.saved_tensors
+        static, (need_x, need_weights, *needs, _) = ctx.static, ctx.needs_input_grad
+        run: Any = operators.expert_linear_backward
+        up, down, routing = static.up, static.down, static.routing
+        grads = [None if factor is None else torch.zeros_like(factor) for factor in (A1, B1, A2, B2)]
+        dx, d_of = _sums(x), torch.empty(of.shape, dtype=of.dtype, device=of.device)
+        for (rows, experts, ends), u, t1, t2 in zip(
+            _blocks(routing.ends), *(kept[i::3] for i in range(3)), strict=True
+        ):
+            tokens, w = routing.order[rows] // routing.k, of[rows, None]
+            with torch.enable_grad():
+                leaf = u.detach().requires_grad_()
+                h = static.gate(leaf)
+            own = dy.index_select(0, tokens).to(u.dtype)
+            # The weight goes to what the gradient meets, not into it: so g is the one that the weight's own wants.
+            pair = _part(A2, experts), _part(B2, experts)
+            wh, wt = ((each.detach() * w).to(u.dtype) for each in (h, t2))
+            g, *found = run(
+                own, wh, down.weight[experts], wt, *pair, down.scaling, ends, True, *needs[2:], static.backend
+            )
+            _put(grads[2:], found, experts)
+            if need_weights:
+                sums = torch.promote_types(g.dtype, torch.float32)
+                found_w = (g * h.detach()).sum(1, dtype=sums)
+                if down.bias is not None:
+                    found_w += (own * down.bias[routing.ids[rows]]).sum(1, dtype=sums)
+                d_of[rows] = found_w
+            if not (need_x or True in needs[:2]):
+                continue
+            (du,) = torch.autograd.grad(h, leaf, (g * w).to(h.dtype))
+            read = x.index_select(0, tokens).to(u.dtype)
+            pair = _part(A1, experts), _part(B1, experts)
+            part, *found = run(
+                du, read, up.weight[experts], t1, *pair, up.scaling, ends, need_x, *needs[:2], static.backend
+            )
+            _put(grads[:2], found, experts)
+            if need_x:
+                dx = _add(dx, part, tokens, routing)
+        d_weights = d_of[routing.back].view(static.shape) if need_weights else None
+        kept_grads = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return dx.to(x.dtype) if need_x else None, d_weights, *kept_grads, None
+
+
+def _forward(
+    of: Projection, A: Any, B: Any, x: Tensor, static: _Static, rows: slice, experts: slice, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    pair = _part(A, experts), _part(B, experts)
+    y, t = operators.expert_linear(x, of.weight[experts], *pair, of.scaling, ends, static.backend)
+    return y if of.bias is None else y.add_(of.bias[static.routing.ids[rows]]), t
+
+
+def _sums(x: Tensor) -> Tensor:
+    """Of a loop: what its blocks are added to, in fp32 at least."""
+    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _add(sums: Tensor, part: Tensor, tokens: Tensor, routing: Routing) -> Tensor:
+    """The rows of a block added to those of their tokens. All rows at once are sorted back first: adding in place has
+    no order on a GPU."""
+    if _loops(sums):
+        return sums.index_add_(0, tokens, part.to(sums.dtype))
+    return part[routing.back].view(len(sums), routing.k, -1).sum(1, dtype=sums.dtype)
+
+
+def _put(grads: list[Any], found: list[Tensor], experts: slice) -> None:
+    for grad, part in zip(grads, found, strict=True):
+        if grad is not None and part.numel():
+            grad[experts] = part
