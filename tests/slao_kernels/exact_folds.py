@@ -1,4 +1,4 @@
-"""Exact folds on the backends that a CPU has: a decorator for tests, cases, and the round trip."""
+"""Exact folds on the backends that this process has for a CPU: a decorator for tests, cases, and the round trip."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_lists import bits
+from on_lists import INTERPRETED, bits
 from torch import Tensor
 
 from slao_kernels import Kept, fold_, native, unfold_
@@ -15,7 +15,9 @@ from slao_kernels import Kept, fold_, native, unfold_
 STORED = [torch.bfloat16, torch.float16, torch.float32]
 missing = native.why_not("cpu")
 needs_core = pytest.mark.skipif(missing is not None, reason=f"no compiled core: {missing}")
-both = pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_core), "reference"])
+# In the process where Triton interprets, the others have had their turn.
+BACKENDS = ["triton"] if INTERPRETED else [pytest.param("native", marks=needs_core), "reference"]
+each = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def same(W: Tensor, before: Tensor) -> bool:

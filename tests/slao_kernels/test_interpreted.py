@@ -21,6 +21,11 @@ HERE = Path(__file__).parent
 TOGETHER = {
     "init": {"ops/test_orthogonal_init.py": 25, "ops/test_repeated.py": 15, "ops/test_tables.py": 8},
     "fold": {"ops/test_fold.py": 25, "ops/test_lora_linear_accuracy.py": 6, "ops/test_tune_lora_gemm.py": 14},
+    "exact fold": {
+        "ops/test_exact_fold.py": 14,
+        "ops/test_exact_fold_keep.py": 10,
+        "ops/test_exact_fold_triton.py": 10,
+    },
     "products": {
         "ops/test_every_op.py": 13,
         "ops/test_lora_linear_products.py": 90,

@@ -30,8 +30,9 @@ def fold_exactly_(
                 keep.folded.append(
                     Folded(W.shape, W.dtype, W.device, flipped, A.detach().clone(), B.detach().clone(), s)
                 )
-            for owners in module.groups(weights):
-                streams, sums = module.fold([keep.folded[owner].layer(weights[owner]) for owner in owners])
+            layers = [one.layer(W) for W, one in zip(weights, keep.folded, strict=True)]
+            for owners in module.groups(layers):
+                streams, sums = module.fold([layers[owner] for owner in owners])
                 streams.owners = owners
                 keep.streams.append(streams)
                 for owner, total in zip(owners, sums, strict=True):
@@ -46,7 +47,7 @@ def unfold_(weights: Sequence[Tensor], keep: Kept) -> None:
 
     weights: the tensors of that call, in its order (or others that hold their bits: same shapes, dtypes, device). The
     thread count may be another, and the A and B of the fold may have changed: the keep has its own. Of several folds
-    into one weight the last is undone first. On a GPU by torch's elementwise operations, for now.
+    into one weight the last is undone first.
     Raises ValueError that names every weight whose bits changed since the fold, or that is another's, with nothing
     written.
     """

@@ -42,7 +42,8 @@ class Kept:
 
     It holds for every weight a stream (what rounding lost, under two bits a weight up to a delta as large as W),
     copies of A and B, which may train on meanwhile: r (N + K) numbers, and a checksum of what the fold wrote. Streams
-    belong to the backend that wrote them, and on a CPU to the instruction set. Not meant for the disk.
+    belong to the backend that wrote them: of the compiled core to an instruction set, of Triton to a version. Not meant
+    for the disk.
     """
 
     def __init__(self) -> None:

@@ -6,7 +6,6 @@ import array
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ... import native
 from .kept import Layer, Streams
@@ -22,15 +21,15 @@ def mark() -> str:
     return native.instruction_set()
 
 
-def groups(weights: Sequence[Tensor]) -> list[list[int]]:
-    """Which weights go into one call of `fold`."""
+def groups(layers: Sequence[Layer]) -> list[list[int]]:
+    """Which layers go into one call of `fold`."""
     found: list[list[int]] = []
     size = 0
-    for index, W in enumerate(weights):
-        size += W.numel()
+    for index, layer in enumerate(layers):
+        size += layer.W.numel()
         if size > _GROUP or not found:
             found.append([])
-            size = W.numel()
+            size = layer.W.numel()
         found[-1].append(index)
     return found
 

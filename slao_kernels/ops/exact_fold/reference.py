@@ -25,9 +25,9 @@ def mark() -> str:
     return "denormals are numbers" if (torch.full((1,), 2.0**-140) * 1.5).any() else "denormals are zeros"
 
 
-def groups(weights: Sequence[Tensor]) -> list[list[int]]:
-    """Which weights go into one call of `fold`."""
-    return [[index] for index in range(len(weights))]
+def groups(layers: Sequence[Layer]) -> list[list[int]]:
+    """Which layers go into one call of `fold`."""
+    return [[index] for index in range(len(layers))]
 
 
 def fold(layers: Sequence[Layer]) -> tuple[Streams, list[int]]:

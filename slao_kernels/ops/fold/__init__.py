@@ -29,8 +29,8 @@ def fold_(
     Arithmetic in fp32 or wider, rounded once to W's dtype. Deterministic. Values are not inspected.
     keep: an empty `Kept`, with which `unfold_` gives every W its bits back, whatever the dtype and the delta. It takes
     0.06 bits a weight for a bf16 delta of 1 % of W, 1.5 for one as large as W, and copies of A and B. Sums are those of
-    the delta by itself, so W may differ by their rounding from a fold without keep. On a GPU by torch's elementwise
-    operations, for now; not under torch.compile.
+    the delta by itself, so W may differ by their rounding from a fold without keep. Not under torch.compile; on a GPU
+    the host waits for the streams' length and the checksums.
     Raises ValueError that names every offender, with nothing written.
     Source: LoRA, arXiv 2106.09685, section 4.1 (merging for inference).
     """
