@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch
+from .adapters import LoraPair
 from .ops.checks import FLOATING, not_finite
 from .ops.exact_fold import Kept, bits_of, unfold_
 from .ops.fold import fold_
@@ -40,13 +41,14 @@ class Merged:
 
 def why_not(layer: Any, adapters: list[str]) -> str | None:
     """What about the layer or one of these adapters cannot be merged exactly; None if nothing."""
-    base = layer.get_base_layer()
-    weight = base._parameters.get("weight")
+    base, name = place(layer)
+    weight = base._parameters.get(name)
     if type(weight) not in _PLAIN or hasattr(weight, "ds_id") or weight.layout is not torch.strided:
         return f"the base weight is no plain tensor of its own ({type(base).__name__}; quantised or sharded?)"
-    if weight.dim() != 2 or weight.dtype not in FLOATING or weight.device.type == "meta":
+    experts = getattr(layer, "num_experts", 1)
+    if weight.dim() != (2 if experts == 1 else 3) or weight.dtype not in FLOATING or weight.device.type == "meta":
         return f"the base weight has {weight.dim()} dimensions of {weight.dtype} on {weight.device}"
-    if layer.lora_embedding_A or hasattr(layer, "parameter_name"):
+    if layer.lora_embedding_A:
         return f"{type(layer).__name__} adds no product of one A and B"
     for adapter in adapters:
         if adapter in layer.lora_variant:
@@ -55,6 +57,11 @@ def why_not(layer: Any, adapters: list[str]) -> str | None:
             if adapter in part and not _is_plain(part[adapter], weight.device):
                 return "lora_A or lora_B is no plain matrix beside the base weight (sharded, or on another device?)"
     return None
+
+
+def place(layer: Any) -> tuple[Any, str]:
+    """The module and the name under which it keeps what the layer's adapters are merged into."""
+    return layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
 
 
 def _is_plain(part: nn.Module, device: torch.device) -> bool:
@@ -111,12 +118,11 @@ def _merge_one(layer: Any, adapter: str, safe: bool) -> None:
         wide = torch.promote_types(torch.promote_types(base.bias.dtype, own.dtype), torch.float32)
         after = (base.bias.detach().to(wide) + own.detach().to(wide) * scaling).to(base.bias.dtype)
         bias = base.bias.detach().clone(), after
-    A, B = layer.slao_product() if getattr(layer, "slao_adapter", None) == adapter else _pair(layer, adapter)
-    W = _matrix(layer)
-    with _wish(W):
-        fold_([W], [A], [B], scaling, keep=kept)
-    if safe and not_finite([W, *(bias or ())]):
-        unfold_([W], kept)
+    Ws, (As, Bs) = _matrices(layer), _factors(layer, adapter)
+    with _wish(Ws[0]):
+        fold_(Ws, As, Bs, scaling, keep=kept)
+    if safe and not_finite([*Ws, *(bias or ())]):
+        unfold_(Ws, kept)
         raise ValueError(_BROKEN.format(adapter, _name(layer)))
     with torch.no_grad():
         if bias is not None:
@@ -126,25 +132,26 @@ def _merge_one(layer: Any, adapter: str, safe: bool) -> None:
 
 
 def _unmerge_one(layer: Any, one: Merged) -> None:
-    base, W, of = layer.get_base_layer(), _matrix(layer), one.kept.folded[0]
+    base, Ws, of = layer.get_base_layer(), _matrices(layer), one.kept.folded[0]
     where = f"unmerge of adapter {one.adapter!r} in {_name(layer)}"
     otherwise = "slao_kernels.unpatch(model), and PEFT's own unmerge subtracts, with its rounding"
     if one.bias is not None and not _is(base.bias.detach(), one.bias[1]):
         raise ValueError(f"{where}: the base bias has changed since the merge: undo that first; or {otherwise}")
     # The model may have moved since, or got a wider dtype: unfolded is where and as it was folded.
-    there = W.to(of.device, of.dtype)
-    if there is not W and not torch.equal(bits_of(there.to(W)), bits_of(W)):
+    there = [W.to(of.device, of.dtype) for W in Ws]
+    moved = there[0] is not Ws[0]
+    if moved and not all(torch.equal(bits_of(two.to(W)), bits_of(W)) for two, W in zip(there, Ws, strict=True)):
         raise ValueError(
             f"{where}: the base weight was {of.dtype} when it was merged and has changed since: undo that first; or "
             + otherwise
         )
     try:
-        unfold_([there], one.kept)
+        unfold_(there, one.kept)
     except ValueError as error:
         raise ValueError(f"{where}: {error} Or {otherwise}") from None
     with torch.no_grad():
-        if there is not W:
-            W.copy_(there)
+        for W, two in zip(Ws, there, strict=True) if moved else ():
+            W.copy_(two)
         if one.bias is not None:
             base.bias.copy_(one.bias[0])
 
@@ -155,14 +162,22 @@ def _is(now: Tensor, then: Tensor) -> bool:
     return torch.equal(bits_of(back), bits_of(then)) and torch.equal(bits_of(back.to(now)), bits_of(now))
 
 
-def _matrix(layer: Any) -> Tensor:
-    """The base weight as (N, K)."""
-    weight: Tensor = layer.get_base_layer().weight.detach()
-    return weight.t() if getattr(layer, "fan_in_fan_out", False) else weight
+def _matrices(layer: Any) -> list[Tensor]:
+    """The base weight as (N, K); of experts each one's."""
+    base, name = place(layer)
+    weight: Tensor = getattr(base, name).detach()
+    if weight.dim() == 3:  # stored as (E, N, K), for which PEFT has swapped the features, or as (E, K, N)
+        return list((weight if layer._did_swap_in_out_features else weight.mT).unbind(0))
+    return [weight.t() if getattr(layer, "fan_in_fan_out", False) else weight]
 
 
-def _pair(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+def _factors(layer: Any, adapter: str) -> tuple[list[Tensor], list[Tensor]]:
+    """As and Bs of `_matrices`."""
+    if getattr(layer, "slao_adapter", None) == adapter:
+        A, B = layer.slao_product()
+        return [A], [B]
+    pair = LoraPair("", layer, (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight), 1.0)
+    return pair.split("A", pair.A), pair.split("B", pair.B)
 
 
 def _wish(W: Tensor) -> AbstractContextManager[None]:

@@ -37,6 +37,7 @@ class FusedExperts(lora.ParamWrapper):
     peft_class: Any = lora.ParamWrapper
     slao_knows_base = True
     _get_name = FusedLoraLinear._get_name
+    merge, unmerge = FusedLoraLinear.merge, FusedLoraLinear.unmerge
 
     def extra_repr(self) -> str:
         return "fused by slao_kernels"

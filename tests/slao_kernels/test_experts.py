@@ -245,6 +245,31 @@ def test_copied_pickled_deleted():
     assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_unmerging_gives_the_base_its_bits_back(kind, dtype):
+    """gpt_oss stores its experts transposed. What is merged answers as the adapter does."""
+    model = model_of(kind, dtype)
+    slao_kernels.patch(model)
+    experts = _experts(model)
+    before = {name: p.detach().clone() for name, p in experts.named_parameters()}
+    expected = [
+        layer.get_delta_weight("default").double() for layer in model.modules() if hasattr(layer, "parameter_name")
+    ]
+    for cycle in range(5):
+        model.merge_adapter(safe_merge=cycle % 2 == 0)
+        for name, delta in zip(("down_proj", "gate_up_proj"), expected, strict=True):
+            now = getattr(experts, name).double()
+            assert (now - before[name].double() - delta).norm() <= 2 * torch.finfo(dtype).eps * now.norm()
+            assert not torch.equal(now, before[name].double())
+        model.unmerge_adapter()
+        assert all(torch.equal(p, before[name]) for name, p in experts.named_parameters())
+    model.merge_adapter()
+    experts.down_proj.data[1, 2, 3] += 1
+    with pytest.raises(ValueError, match="has changed since the fold"):
+        model.unmerge_adapter()
+
+
 def test_merged_and_disabled_are_pefts():
     model = model_of("qwen3_moe", torch.float64)
     plain = copy.deepcopy(model)

@@ -59,7 +59,7 @@ def folded(model: nn.Module, pairs: Sequence[LoraPair], adapter: str) -> Iterato
     for pair in pairs:
         layer: Any = pair.layer
         reason = exact_merge.why_not(layer, [adapter])
-        if reason is None and shared[id(layer.get_base_layer().weight)] > 1:
+        if reason is None and shared[id(getattr(*exact_merge.place(layer)))] > 1:
             reason = "its base weight is tied to another module's, which would change as well"
         if reason is not None:
             refused[pair.name] = reason

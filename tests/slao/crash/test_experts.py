@@ -20,7 +20,8 @@ def run(request, tiny, server, stream_folder, tmp_path_factory):
             "run", "--model", str(model), "--stream", "jsonl", "--stream-path", str(stream_folder),
             "--methods", "seqlora,slao", "--rank", "2", "--batch-size", "4", "--seeds", "0",
             "--set", "lora.target_modules=[q_proj]", "--set", f"lora.target_parameters={PARAMETERS}",
-            "--set", "train.max_steps=3", "--set", "train.arguments.logging_steps=1", "--set", "train.learning_rate=0.01",
+            "--set", "train.max_steps=3", "--set", "train.arguments.logging_steps=1",
+            "--set", "train.learning_rate=0.01",
             "--runs", str(root / name), "--name", "tiny",
         ]  # fmt: skip
         answer = server.run([*argv, *more], root / f"{name}.log", **job)

@@ -133,6 +133,21 @@ def test_saved_resumed_and_exported(name, tmp_path):
     assert (plain(input_ids=IDS).logits - expected).abs().max() <= 1e-12
 
 
+def test_merged_and_folded():
+    """For long evaluations: the merge in the base itself, which has its bits back afterwards."""
+    method = SLAO(model_of())
+    for index in range(2):
+        task(method, index)
+    before = {name: p.detach().clone() for name, p in method.model.named_parameters()}
+    with torch.no_grad():
+        with method.merged():
+            expected = method.model(input_ids=IDS).logits
+        with method.merged(fold=True):
+            assert (method.model(input_ids=IDS).logits - expected).abs().max() <= 1e-12
+            assert any(not torch.equal(p, before[name]) for name, p in method.model.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in method.model.named_parameters())
+
+
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(TREATED)))
 def test_the_others_refuse_by_name(name):
     with pytest.raises(ValueError, match=r"mlp\.experts") as caught:

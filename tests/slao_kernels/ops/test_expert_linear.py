@@ -59,9 +59,7 @@ def test_layouts_of_the_weight(layout):
     """transformers keeps some models' experts as (E, K, N)."""
     tensors, ends, dy = make((3, 0, 5), 24, 16, 4, torch.float32)
     expected = run(expert_linear, tensors, ends, dy)
-    for name, value in run(
-        expert_linear, tensors | {"weight": laid_out(tensors["weight"], layout)}, ends, dy
-    ).items():
+    for name, value in run(expert_linear, tensors | {"weight": laid_out(tensors["weight"], layout)}, ends, dy).items():
         assert error_ratio(value, expected[name]) <= 1e-6, name
     stored = tensors["weight"].transpose(1, 2).contiguous()
     for name, value in run(expert_linear, tensors | {"weight": stored.transpose(1, 2)}, ends, dy).items():
@@ -89,7 +87,7 @@ def test_one_gradient_alone(needed):
 
 def test_what_backward_keeps():
     """x, t and the factors; nothing of the size of all experts' weights but the weight itself."""
-    tensors, ends, dy = make((40, 24), 32, 48, 4, torch.float32)
+    tensors, ends, _ = make((40, 24), 32, 48, 4, torch.float32)
     leaves = {name: value.requires_grad_(name != "weight") for name, value in tensors.items()}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
