@@ -34,7 +34,7 @@ def identity(
     names = [f"{variant.name}: " if variant.name else "" for variant in variants]
     adapter = {
         "layers": len(pairs),
-        "ranks": sorted({pair.A.shape[0] for pair in pairs}),
+        "ranks": sorted({pair.A.shape[0] // pair.experts for pair in pairs}),
         "scalings": sorted({float(pair.scaling) for pair in pairs}),
     }
     models = {f"{name}base model": each.base for name, each in zip(names, prepared, strict=True) if each.base}

@@ -36,7 +36,7 @@ class Similarity:
         self._trained: list[list[tuple[Tensor, Tensor]]] = []
 
     def record(self, method: Method) -> None:
-        """Keep a copy of A (r, n) and B (m, r) of every layer, as the task that runs has trained them.
+        """Keep a copy of A (r, n) and B (m, r) of every layer and expert, as the task that runs has trained them.
 
         Every rank calls it. ValueError, with nothing kept, where no task runs, where layers or shapes are others than
         in the tasks before, or where a weight is NaN or infinite.
@@ -44,9 +44,10 @@ class Similarity:
         if not method.in_task:
             raise ValueError("record(method) belongs between a task's training and end_task(); no task is running")
         with sharding.whole(method.model, method.adapter, method.pairs, write=False) as (pairs, _):
-            trained = [tuple(weight.to("cpu", copy=True) for weight in (pair.A, pair.B)) for pair in pairs]
-            layers = [pair.name for pair in pairs]
-        self._append(method.names[-1], layers, [(A, B) for A, B in trained])
+            both = [two for pair in pairs for two in zip(pair.split("A", pair.A), pair.split("B", pair.B), strict=True)]
+            trained = [(A.to("cpu", copy=True), B.to("cpu", copy=True)) for A, B in both]
+            layers = [name for pair in pairs for name in pair.names]
+        self._append(method.names[-1], layers, trained)
 
     def _append(self, task: str, layers: list[str], trained: list[tuple[Tensor, Tensor]]) -> None:
         if self.tasks:

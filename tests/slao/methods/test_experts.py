@@ -155,6 +155,21 @@ def test_the_others_refuse_by_name(name):
     assert "\n" not in str(caught.value)
 
 
+def test_similarity_compares_each_expert_with_itself():
+    from slao.similarity import Similarity
+
+    method, similarity = SLAO(model_of()), Similarity()
+    for index in range(2):
+        method.begin_task(str(index))
+        train(method, index)
+        similarity.record(method)
+        method.end_task()
+    table = similarity.table()
+    assert len(table["layers"]) == 9
+    assert table["shapes"]["A"][1:] == [[3, 64]] * 4 + [[3, 32]] * 4
+    assert all(0 < matrix[0][1] < 1 for matrix in table["overlap"]["A"])
+
+
 def test_interference_and_weighted_merge_take_experts_one_by_one():
     model = model_of()
     model.add_adapter("second", LoraConfig(r=2, lora_alpha=7, target_modules=["q_proj"], target_parameters=BOTH))
