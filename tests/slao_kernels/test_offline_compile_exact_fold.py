@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets in this process and compiles nothing", allow_module_level=True)
 
 import torch  # noqa: E402
-from test_offline_compile import TARGETS, Usage, check_fits, measured, spread  # noqa: E402
+from test_offline_compile import MODERN, TARGETS, Usage, check_fits, measured, spread  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from slao_kernels.ops.exact_fold import device, kernels  # noqa: E402
@@ -75,6 +75,7 @@ def test_a_fused_product_is_seen(target):
         check_rounds(usage("unfold", "fp32", target, fused=True), target)
 
 
+@pytest.mark.skipif(not MODERN, reason="Triton before 3.8 loads A an element at a time")
 @pytest.mark.parametrize("case", ["bf16", "fp32"])
 def test_five_loads_serve_16_products(case):
     """Four elements of A at once, and one of B for each of four rows; 16 bytes of A a load."""

@@ -52,7 +52,9 @@ def _tile(
     i = find(table, count, unit, SEARCH)
     cols, stride, step = word(table, count, N, i), word(table, count, W_ROW, i), word(table, count, W_COL, i)
     if DENSE:
-        cols, stride, step = tl.multiple_of(cols, 16), tl.multiple_of(stride, 16), 1
+        # Triton 3.6 forgets what it is told of a call's result.
+        cols, stride = tl.multiple_of(cols.to(tl.int32), 16), tl.multiple_of(stride.to(tl.int32), 16)
+        cols, stride, step = cols.to(tl.int64), stride.to(tl.int64), 1
     tile, across = unit - word(table, count, FIRST, i).to(tl.int32), tl.cdiv(cols, BLOCK_N).to(tl.int32)
     row, col = (tile // across).to(tl.int64) * BLOCK_M, (tile % across).to(tl.int64) * BLOCK_N
     o_m, o_n = row + tl.arange(0, BLOCK_M)[:, None], col + tl.arange(0, BLOCK_N)[None, :]

@@ -20,9 +20,10 @@ from .. import tables
 from . import device
 from .kept import Layer, Streams
 
-# The tile of W, by what is computed in: a thread has 16 or 8 elements, four or two of them in one column, so that five
-# loads serve 16 products, and four 8. Compiled for, not timed. The interpreter takes its time to begin a tile.
-TILES = {tl.float32: (32, 128), tl.float64: (16, 128)}
+# The tile of W, by what is computed in: a thread has 16 elements, four in a column, so that five loads serve 16
+# products; in fp64 four, two in a column, since some of its kernels spill with more. Compiled for, not timed. The
+# interpreter takes its time to begin a tile.
+TILES = {tl.float32: (32, 128), tl.float64: (16, 64)}
 if tables.INTERPRETED:
     TILES = dict.fromkeys(TILES, (64, 512))
 # Without fused multiply-add a product and a sum are one rounding each, in every kernel.
@@ -128,7 +129,7 @@ def constants_of(code: int, compute: torch.dtype, dense: bool) -> dict[str, Any]
 def _kind(layer: Layer) -> tuple[int, torch.dtype, bool]:
     """What decides the constants. Dense: W's and A's rows begin at multiples of 16 bytes."""
     address, _, cols, row, col, code = native.matrix(layer.W)
-    dense = col == 1 and address % 16 == 0 and cols % _DENSE == row % _DENSE == 0
+    dense = col == 1 and address % 16 == 0 and cols % _DENSE == row % _DENSE == 0 and max(cols, row) < 1 << 31
     double = torch.float64 in (layer.W.dtype, layer.A.dtype, layer.B.dtype)
     return code, torch.float64 if double else torch.float32, dense
 
