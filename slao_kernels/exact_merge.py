@@ -45,8 +45,7 @@ def why_not(layer: Any, adapters: list[str]) -> str | None:
     weight = base._parameters.get(name)
     if type(weight) not in _PLAIN or hasattr(weight, "ds_id") or weight.layout is not torch.strided:
         return f"the base weight is no plain tensor of its own ({type(base).__name__}; quantised or sharded?)"
-    experts = getattr(layer, "num_experts", 1)
-    if weight.dim() != (2 if experts == 1 else 3) or weight.dtype not in FLOATING or weight.device.type == "meta":
+    if weight.dim() != getattr(layer, "_param_ndim", 2) or weight.dtype not in FLOATING or weight.device.type == "meta":
         return f"the base weight has {weight.dim()} dimensions of {weight.dtype} on {weight.device}"
     if layer.lora_embedding_A:
         return f"{type(layer).__name__} adds no product of one A and B"

@@ -19,6 +19,7 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
+from transformers.integrations.moe import use_experts_implementation
 
 from . import dispatch, eligibility
 from .layers import FusedLoraLinear, FusedOptions
@@ -28,6 +29,8 @@ from .ops.expert_linear.mixture import Projection, Routing, mixture
 # What transformers' decorator sets on every experts module, and the registered functions whose maths ours is.
 _PROTOCOL = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts", "_apply_gate")
 _SERVED = (None, "eager", "batched_mm", "grouped_mm")
+# What the decorator makes of every class's forward.
+_DISPATCHES = use_experts_implementation(type("_Any", (nn.Module,), {"forward": lambda self: None})).forward.__code__
 
 
 class FusedExperts(lora.ParamWrapper):
@@ -45,14 +48,16 @@ class FusedExperts(lora.ParamWrapper):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: the experts of x (T, H) with every active adapter; (T, H)."""
         chain = wrappers(self)
-        if any(wrapper.disable_adapters or wrapper.merged_adapters or not _active(wrapper) for wrapper in chain):
+        acting = [one for one in chain if not (one.disable_adapters or one.merged_adapters) and _active(one)]
+        # Nothing to add, or PEFT's forward is to unmerge first.
+        if not acting or any(one.disable_adapters and one.merged_adapters for one in chain):
             return lora.ParamWrapper.forward(self, x, *args, **kwargs)
         reason = why_not(chain) or _call_reason(chain, x, args, kwargs)
         if reason is not None:
             self.slao_options.fell_back(reason)
             return lora.ParamWrapper.forward(self, x, *args, **kwargs)
         base, backend = chain[-1].base_layer, self.slao_options.backend
-        return _experts(base, {wrapper.parameter_name: wrapper for wrapper in chain}, backend, x, *args)
+        return _experts(base, {wrapper.parameter_name: wrapper for wrapper in acting}, backend, x, *args)
 
 
 # PEFT asks for the class by name where it adds or removes an adapter; pickle goes by __qualname__.
@@ -75,6 +80,8 @@ def why_not(chain: Sequence[Any], early: bool = False) -> str | None:
     base = chain[-1].base_layer
     if not all(hasattr(base, name) for name in _PROTOCOL):
         return f"{type(base).__name__} is no experts module of transformers' registry"
+    if getattr(type(base).forward, "__code__", None) is not _DISPATCHES:
+        return f"{type(base).__name__} has a forward of its own"
     chosen = getattr(base.config, "_experts_implementation", None)
     if chosen not in _SERVED:
         return f"the config asks for experts_implementation={chosen!r}, whose kernels are its own"
@@ -132,8 +139,8 @@ def _experts(base: Any, adapted: dict[str, Any], backend: str, x: Tensor, index:
     up, down = (_projection(base, name, adapted.get(name), x) for name in projections(base))
     gate = base._apply_gate if base.has_gate else base.act_fn
     trains = any(parameter.requires_grad for parameter in base.parameters())  # biases, what a gate has
-    if dispatch.direct() and backend != "reference" and not (trains or base.has_post_expert_norm):
-        chosen = dispatch.choose("expert_linear", x.device.type, backend)
+    chosen = dispatch.choose("expert_linear", x.device.type, backend)
+    if dispatch.direct() and chosen != "reference" and not (trains or base.has_post_expert_norm):
         return mixture(x, weights, Routing(ids, order, back, ends, k), up, down, gate, chosen)
     y = _Rows.apply(x, order, back, k)
     for own in (up, down):
@@ -152,7 +159,8 @@ def _projection(base: Any, name: str, wrapper: Any, x: Tensor) -> Projection:
     """In the dtype that transformers computes it in."""
     weight = getattr(base, name)
     dtype = weight.dtype
-    if torch.is_autocast_enabled(x.device.type) and base.config._experts_implementation == "eager":
+    eager = base.config._experts_implementation in (None, "eager")
+    if eager and dtype is not torch.float64 and torch.is_autocast_enabled(x.device.type):  # which leaves fp64 alone
         dtype = torch.get_autocast_dtype(x.device.type)  # of transformers' implementations only this one is cast
     weight = weight.transpose(1, 2) if base.is_transposed else weight
     A, B, scaling = (None, None, 1.0) if wrapper is None else _factors(wrapper, dtype)

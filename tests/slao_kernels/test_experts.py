@@ -335,6 +335,83 @@ def test_what_keeps_pefts_forward(what):
         assert report.fallbacks[report.patched[0]] == reason
 
 
+def test_a_forward_of_its_own():
+    """A subclass may compute something else."""
+    model = model_of("mixtral", torch.float32)
+    experts = _experts(model)
+    own = type("Mine", (type(experts),), {"forward": lambda self, *args: 2 * super(type(self), self).forward(*args)})
+    experts.__class__ = own
+    report = slao_kernels.patch(model)
+    assert set(report.skipped.values()) == {"Mine has a forward of its own"}
+
+
+def test_a_base_that_changes_before_the_backward_pass_is_noticed():
+    model = model_of("mixtral", torch.float32)
+    slao_kernels.patch(model)
+    loss = model(input_ids=IDS, labels=IDS).loss
+    with torch.no_grad():
+        _experts(model).down_proj.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradients_of_gradients_are_refused():
+    model = model_of("mixtral", torch.float64)
+    slao_kernels.patch(model)
+    wrapper = next(module for name, module in model.named_modules() if name.endswith("experts"))
+    x = torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
+    y = wrapper(x, torch.tensor([[0, 1]] * 5), torch.rand(5, 2, dtype=torch.float64))
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (y.sum() + g.square().sum()).backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp64_under_autocast_stays_fp64(kind):
+    model = model_of(kind, torch.float64)
+    expected = step(model, dtype=torch.bfloat16)
+    report = slao_kernels.patch(model)
+    for name, value in step(model, dtype=torch.bfloat16).items():
+        assert error_ratio(value, expected[name]) <= 1e-12, name
+    assert report.fallbacks == {}
+
+
+def test_the_reference_by_wish_of_the_process():
+    model = model_of("gpt_oss", torch.float64)
+    slao_kernels.patch(model)
+    expected = step(model)
+    with slao_kernels.use_backend("reference"):
+        for name, value in step(model).items():
+            assert error_ratio(value, expected[name]) <= 1e-12, name
+
+
+def test_one_of_two_wrappers_with_nothing_to_add():
+    """Still one node: the other's adapter alone."""
+    model, plain = model_of("mixtral", torch.float64), model_of("mixtral", torch.float64)
+    report = slao_kernels.patch(model)
+    for each in (model, plain):
+        chain = [module for module in each.modules() if hasattr(module, "parameter_name")]
+        chain[-1].enable_adapters(False)
+    found, expected = step(model), step(plain)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert error_ratio(value, expected[name]) <= 1e-12, name
+    assert report.fallbacks == {}
+
+
+def test_no_tokens_all_rows_at_once(monkeypatch):
+    from slao_kernels.ops.expert_linear import mixture
+
+    monkeypatch.setattr(mixture, "_loops", lambda tensor: False)
+    model = model_of("mixtral", torch.float64)
+    slao_kernels.patch(model)
+    wrapper = next(module for name, module in model.named_modules() if name.endswith("experts"))
+    x = torch.empty(0, 32, dtype=torch.float64, requires_grad=True)
+    y = wrapper(x, torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2, dtype=torch.float64))
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 32)
+
+
 def test_a_router_keeps_pefts_forward():
     """A 2-D parameter is none of the experts'."""
     model = model_of("mixtral", torch.float32, parameters=["mlp.gate.weight"])

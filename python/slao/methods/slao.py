@@ -160,6 +160,11 @@ class SLAO(Method):
             self._measured = stats.cosine()
         lam = float(chosen) if isinstance(chosen, int | float) else [float(value) for value in chosen]
         each = lam if isinstance(lam, list) else [lam] * len(stats.layers)  # of experts, too
+        if len(each) != len(stats.layers):
+            raise ValueError(f"the schedule gave {len(each)} λ for {len(stats.layers)} layers (each expert is one)")
+        wrong = [f"{name}: {value}" for name, value in zip(stats.layers, each, strict=True) if not 0.0 <= value <= 1.0]
+        if wrong:
+            raise ValueError(f"the schedule's λ must lie in [0, 1]: {', '.join(wrong[:8])}")
         targets, sources, factors = [], [], []
         for factor in averaged:
             rest = iter(each)

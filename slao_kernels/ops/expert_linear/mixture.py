@@ -51,19 +51,22 @@ def mixture(
 ) -> Tensor:
     """(T, H) of x (T, H) and the routing weights (T, k). gate: (rows, N_up) to (rows, K_down), with no parameter that
     trains. Gradients of x, weights, and both A and B."""
-    static = _Static(up, down, routing, gate, backend, weights.shape)
-    return _Mixture.apply(x, weights, up.A, up.B, down.A, down.B, static)
+    given = x, weights, up.A, up.B, down.A, down.B
+    keeps = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given)
+    static = _Static(up.scaling, down.scaling, routing.k, gate, backend, weights.shape, keeps)
+    return _Mixture.apply(*given, static, *routing[:4], up.weight, up.bias, down.weight, down.bias)
 
 
 class _Static(NamedTuple):
-    """What has no gradient; the A and B in it are not looked at."""
+    """What is no tensor: those are saved, so that a checkpoint lets go of them and a change in place is noticed."""
 
-    up: Projection
-    down: Projection
-    routing: Routing
+    up: float
+    down: float
+    k: int
     gate: Callable[[Tensor], Tensor]
     backend: str
     shape: torch.Size
+    keeps: bool
 
 
 class _Block(NamedTuple):
@@ -94,73 +97,90 @@ def _part(tensor: Tensor | None, experts: slice) -> Any:
 
 class _Mixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, A1: Any, B1: Any, A2: Any, B2: Any, static: _Static) -> Tensor:
-        up, down, routing = static.up, static.down, static.routing
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, A1: Any, B1: Any, A2: Any, B2: Any, static: _Static, *frozen: Any
+    ) -> Tensor:
+        up, down, routing = _parts(static, (A1, B1, A2, B2), frozen)
         of = weights.reshape(-1)[routing.order]
         y, kept = _sums(x), []
         for rows, experts, ends in _blocks(routing.ends):
             tokens = routing.order[rows] // routing.k
             read = x.index_select(0, tokens).to(up.weight.dtype)
-            u, t1 = _forward(up, A1, B1, read, static, rows, experts, ends)
-            z, t2 = _forward(down, A2, B2, static.gate(u), static, rows, experts, ends)
+            u, t1 = _forward(up, read, static, routing, rows, experts, ends)
+            z, t2 = _forward(down, static.gate(u).to(down.weight.dtype), static, routing, rows, experts, ends)
             y = _add(y, z * of[rows, None], tokens, routing)
-            kept += [u, t1, t2]
-        ctx.save_for_backward(x, of, A1, B1, A2, B2, *kept)
+            if static.keeps:
+                kept += [u, t1, t2]
+        if static.keeps:
+            ctx.save_for_backward(x, of, A1, B1, A2, B2, *frozen, *kept)
         ctx.static = static
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, of, A1, B1, A2, B2, *kept = ctx.saved_tensors
-        static, (need_x, need_weights, *needs, _) = ctx.static, ctx.needs_input_grad
-        run: Any = operators.expert_linear_backward
-        up, down, routing = static.up, static.down, static.routing
-        grads = [None if factor is None else torch.zeros_like(factor) for factor in (A1, B1, A2, B2)]
-        dx, d_of = _sums(x), torch.empty(of.shape, dtype=of.dtype, device=of.device)
-        for (rows, experts, ends), u, t1, t2 in zip(
-            _blocks(routing.ends), *(kept[i::3] for i in range(3)), strict=True
-        ):
-            tokens, w = routing.order[rows] // routing.k, of[rows, None]
-            with torch.enable_grad():
-                leaf = u.detach().requires_grad_()
-                h = static.gate(leaf)
-            own = dy.index_select(0, tokens).to(u.dtype)
-            # The weight goes to what the gradient meets, not into it: so g is the one that the weight's own wants.
-            pair = _part(A2, experts), _part(B2, experts)
-            wh, wt = ((each.detach() * w).to(u.dtype) for each in (h, t2))
-            g, *found = run(
-                own, wh, down.weight[experts], wt, *pair, down.scaling, ends, True, *needs[2:], static.backend
-            )
-            _put(grads[2:], found, experts)
-            if need_weights:
-                sums = torch.promote_types(g.dtype, torch.float32)
-                found_w = (g * h.detach()).sum(1, dtype=sums)
-                if down.bias is not None:
-                    found_w += (own * down.bias[routing.ids[rows]]).sum(1, dtype=sums)
-                d_of[rows] = found_w
-            if not (need_x or True in needs[:2]):
-                continue
-            (du,) = torch.autograd.grad(h, leaf, (g * w).to(h.dtype))
-            read = x.index_select(0, tokens).to(u.dtype)
-            pair = _part(A1, experts), _part(B1, experts)
-            part, *found = run(
-                du, read, up.weight[experts], t1, *pair, up.scaling, ends, need_x, *needs[:2], static.backend
-            )
-            _put(grads[:2], found, experts)
-            if need_x:
-                dx = _add(dx, part, tokens, routing)
-        d_weights = d_of[routing.back].view(static.shape) if need_weights else None
-        kept_grads = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return dx.to(x.dtype) if need_x else None, d_weights, *kept_grads, None
+        if torch.is_grad_enabled() and not dy.requires_grad:
+            dy = dy.detach().requires_grad_()  # else torch takes the gradients for constants, and says nothing
+        return _grads(ctx, dy)
+
+
+@once_differentiable
+def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    if operators.batched(dy):
+        raise RuntimeError("many gradients at once (is_grads_batched, vectorize=True) through fused experts; unpatch")
+    x, of, A1, B1, A2, B2, *saved = ctx.saved_tensors
+    static, (need_x, need_weights, *needs) = ctx.static, ctx.needs_input_grad[:6]
+    run: Any = operators.expert_linear_backward
+    frozen, kept = saved[:8], saved[8:]
+    up, down, routing = _parts(static, (A1, B1, A2, B2), frozen)
+    pairs = zip((A1, B1, A2, B2), needs, strict=True)
+    grads = [torch.zeros_like(factor) if need else None for factor, need in pairs]
+    dx, d_of = _sums(x), torch.zeros(of.shape, dtype=of.dtype, device=of.device)
+    for (rows, experts, ends), u, t1, t2 in zip(_blocks(routing.ends), *(kept[i::3] for i in range(3)), strict=True):
+        tokens, w = routing.order[rows] // routing.k, of[rows, None]
+        with torch.enable_grad():
+            leaf = u.detach().requires_grad_()
+            h = static.gate(leaf)
+        own = dy.index_select(0, tokens).to(u.dtype)
+        # The weight goes to what the gradient meets, not into it: so g is the one that the weight's own wants.
+        pair = _part(A2, experts), _part(B2, experts)
+        wh, wt = ((each.detach() * w).to(u.dtype) for each in (h, t2))
+        g, *found = run(own, wh, down.weight[experts], wt, *pair, down.scaling, ends, True, *needs[2:], static.backend)
+        _put(grads[2:], found, experts)
+        if need_weights:
+            sums = torch.promote_types(g.dtype, torch.float32)
+            found_w = (g * h.detach()).sum(1, dtype=sums)
+            if down.bias is not None:
+                found_w += (own * down.bias[routing.ids[rows]]).sum(1, dtype=sums)
+            d_of[rows] = found_w
+        if not (need_x or True in needs[:2]):
+            continue
+        (du,) = torch.autograd.grad(h, leaf, (g * w).to(h.dtype))
+        read = x.index_select(0, tokens).to(u.dtype)
+        pair = _part(A1, experts), _part(B1, experts)
+        part, *found = run(
+            du, read, up.weight[experts], t1, *pair, up.scaling, ends, need_x, *needs[:2], static.backend
+        )
+        _put(grads[:2], found, experts)
+        if need_x:
+            dx = _add(dx, part, tokens, routing)
+    d_weights = d_of[routing.back].view(static.shape) if need_weights else None
+    kept_grads = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return dx.to(x.dtype) if need_x else None, d_weights, *kept_grads, *(None,) * 9
+
+
+def _parts(static: _Static, factors: Any, frozen: Any) -> tuple[Projection, Projection, Routing]:
+    A1, B1, A2, B2 = factors
+    ids, order, back, ends, W1, bias1, W2, bias2 = frozen
+    up, down = Projection(W1, A1, B1, static.up, bias1), Projection(W2, A2, B2, static.down, bias2)
+    return up, down, Routing(ids, order, back, ends, static.k)
 
 
 def _forward(
-    of: Projection, A: Any, B: Any, x: Tensor, static: _Static, rows: slice, experts: slice, ends: Tensor
+    of: Projection, x: Tensor, static: _Static, routing: Routing, rows: slice, experts: slice, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
-    pair = _part(A, experts), _part(B, experts)
+    pair = _part(of.A, experts), _part(of.B, experts)
     y, t = operators.expert_linear(x, of.weight[experts], *pair, of.scaling, ends, static.backend)
-    return y if of.bias is None else y.add_(of.bias[static.routing.ids[rows]]), t
+    return y if of.bias is None else y.add_(of.bias[routing.ids[rows]]), t
 
 
 def _sums(x: Tensor) -> Tensor:
@@ -173,7 +193,7 @@ def _add(sums: Tensor, part: Tensor, tokens: Tensor, routing: Routing) -> Tensor
     no order on a GPU."""
     if _loops(sums):
         return sums.index_add_(0, tokens, part.to(sums.dtype))
-    return part[routing.back].view(len(sums), routing.k, -1).sum(1, dtype=sums.dtype)
+    return part[routing.back].view(len(sums), routing.k, part.shape[1]).sum(1, dtype=sums.dtype)
 
 
 def _put(grads: list[Any], found: list[Tensor], experts: slice) -> None:

@@ -101,6 +101,18 @@ def test_slao_is_the_papers_for_each_expert(kind, schedule):
                 assert torch.allclose(B, B_right, atol=1e-12)
 
 
+@pytest.mark.parametrize("given", [[0.5] * 3, [0.5], [0.5] * 8 + [math.nan], [0.5] * 8 + [1.7]], ids=str)
+def test_a_schedule_that_gives_something_else_writes_nothing(given):
+    method = SLAO(model_of(), schedule=lambda i, stats: given)
+    task(method, 0)
+    method.begin_task("1")
+    train(method, 1)
+    before = {name: tensor.clone() for name, tensor in method._state().items()}
+    with pytest.raises(ValueError, match="the schedule"):
+        method.end_task()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in method._state().items())
+
+
 def test_preserve_leaves_every_product_as_it_was():
     method = SLAO(model_of(), preserve=True)
     task(method, 0)
