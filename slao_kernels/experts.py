@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 from transformers.integrations.moe import use_experts_implementation
 
@@ -25,6 +24,7 @@ from . import dispatch, eligibility
 from .layers import FusedLoraLinear, FusedOptions
 from .ops.expert_linear import expert_linear
 from .ops.expert_linear.mixture import Projection, Routing, mixture
+from .ops.lora_linear.autograd import once
 
 # What transformers' decorator sets on every experts module, and the registered functions whose maths ours is.
 _PROTOCOL = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts", "_apply_gate")
@@ -38,7 +38,6 @@ class FusedExperts(lora.ParamWrapper):
 
     slao_options = FusedOptions("(unnamed experts)")
     peft_class: Any = lora.ParamWrapper
-    slao_knows_base = True
     _get_name = FusedLoraLinear._get_name
     merge, unmerge = FusedLoraLinear.merge, FusedLoraLinear.unmerge
 
@@ -181,7 +180,8 @@ def _factors(wrapper: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
         As.append(A.view(experts, -1, A.shape[1]))
         Bs.append((B if alone else B * scaling).view(B.shape[0], -1, experts).permute(2, 0, 1))
     A, B = (As[0], Bs[0]) if len(names) == 1 else (torch.cat(As, 1), torch.cat(Bs, 2))
-    return A.to(dtype), B.to(dtype).contiguous(), float(scalings[0]) if alone else 1.0
+    B = B.to(dtype, memory_format=torch.contiguous_format).contiguous()  # one copy, whether it casts or not
+    return A.to(dtype), B, float(scalings[0]) if alone else 1.0
 
 
 class _Rows(torch.autograd.Function):
@@ -195,8 +195,11 @@ class _Rows(torch.autograd.Function):
         return x.index_select(0, order if k == 1 else order // k)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (back,) = ctx.saved_tensors
-        dx = dy.index_select(0, back)
-        return dx if ctx.k == 1 else dx.view(-1, ctx.k, dx.shape[1]).sum(1), None, None, None
+        return once(_rows_grads, ctx, dy) if torch.is_grad_enabled() else _rows_grads(ctx, dy)
+
+
+def _rows_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    (back,) = ctx.saved_tensors
+    dx = dy.index_select(0, back)
+    return dx if ctx.k == 1 else dx.view(-1, ctx.k, dx.shape[1]).sum(1), None, None, None

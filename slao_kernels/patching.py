@@ -140,7 +140,7 @@ def _check_backend(backend: str) -> None:
 
 def _skip_reason(layer: Any, precision: str) -> tuple[str | None, str | None]:
     """(why a LoRA layer keeps PEFT's forward whatever it is called with, why its base layer is called)"""
-    from . import eligibility, experts
+    from . import eligibility
     from .layers import is_fused, peft_class
 
     if "slao_before" in layer.__dict__:
@@ -153,7 +153,9 @@ def _skip_reason(layer: Any, precision: str) -> tuple[str | None, str | None]:
         )
     if not is_fused(layer) and "forward" in layer.__dict__:  # swapping the class would not change it
         return "its forward was replaced on the instance (accelerate hooks?)", None
-    if issubclass(swapped, experts.FusedExperts):
+    if hasattr(layer, "parameter_name"):
+        from . import experts
+
         return experts.why_not(experts.wrappers(layer), early=True), None
     reason = eligibility.meta_reason(layer.base_layer)
     if reason is not None:
@@ -170,10 +172,13 @@ def _skip_reason(layer: Any, precision: str) -> tuple[str | None, str | None]:
 
 def _fused_class(layer: nn.Module) -> Any:
     """The class that a LoRA layer, PEFT's or already fused, is swapped to; None where its forward is not known."""
-    from . import experts, layers
+    from . import layers
 
-    wraps = layers.peft_class(layer) is experts.FusedExperts.peft_class
-    return experts.FusedExperts if wraps else layers.fused_class(layer)
+    if not hasattr(layer, "parameter_name"):
+        return layers.fused_class(layer)
+    from .experts import FusedExperts
+
+    return FusedExperts if layers.peft_class(layer) is FusedExperts.peft_class else None
 
 
 def unpatch(model: nn.Module) -> int:

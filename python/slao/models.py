@@ -10,14 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from slao_kernels.dispatch import cpu_computes
+
 from .reading import inside, read_json
 
 logger = logging.getLogger("slao")
-# Dtypes that not every CPU computes in -> whether this one does.
-_SLOW: dict[torch.dtype, Callable[[], bool]] = {
-    torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-}
 
 
 def model_path(name: str) -> str:
@@ -88,7 +85,7 @@ def load_model(path: str, objective: str, dtype: str, device: str) -> nn.Module:
     loader = AutoModelForCausalLM if causal else AutoModel
     model: nn.Module = from_pretrained(loader, path, dtype=kind, use_safetensors=True)
     own = getattr(model, "dtype", torch.float32)
-    if dtype == "auto" and own in _SLOW and torch.device(device).type == "cpu" and not _SLOW[own]():
+    if dtype == "auto" and torch.device(device).type == "cpu" and not cpu_computes(own):
         logger.warning("%s is %s, for which this CPU has no instructions: computing in float32 (--dtype)", path, own)
         model = model.float()
     try:

@@ -80,7 +80,7 @@ def _of_model(problems: checks.Problems, adapters: Sequence[Adapter], model: nn.
         problems.add("adapters", "names need model=, and with model= all adapters are names")
         return []
     before = len(problems.found)
-    found: list[dict[str, tuple[Tensor, Tensor, float]]] = []
+    found: list[dict[str, list[tuple[str, tuple[Tensor, Tensor, float]]]]] = []
     for adapter in names:
         pairs, left_out = find_pairs(model, adapter)
         reasons = {pair.name: why_not_now(pair.layer, adapter, "read") for pair in pairs}
@@ -91,30 +91,24 @@ def _of_model(problems: checks.Problems, adapters: Sequence[Adapter], model: nn.
             if part.kind != "other":
                 problems.add(f"adapter {adapter!r}, {part.name}", "trains beside A and B, which alone are compared")
         if len(problems.found) == before:
-            found.append({name: one for pair in pairs for name, one in _named(pair, *added(pair, adapter))})
+            found.append({pair.name: _named(pair, *added(pair, adapter)) for pair in pairs})
     if len(problems.found) > before:
         return []
     layers = []
-    order = {plain_name(name): place for place, (name, _) in enumerate(lora_layers(model))}
-    for name in sorted({name for pairs in found for name in pairs}, key=lambda name: _place(order, name)):
-        own = [pairs.get(name) for pairs in found]
-        first = next(pair for pair in own if pair is not None)
-        empty = first[0][:0], first[1][:, :0], 1.0
-        As, Bs, scalings = zip(*(pair or empty for pair in own), strict=True)
-        layers.append(Layer(name, list(As), list(Bs), list(scalings)))
+    for name, _ in lora_layers(model):
+        own = [pairs.get(plain_name(name)) for pairs in found]
+        for index, (label, (A, B, _)) in enumerate(next((named for named in own if named), [])):
+            empty = A[:0], B[:, :0], 1.0
+            As, Bs, scalings = zip(*(named[index][1] if named else empty for named in own), strict=True)
+            layers.append(Layer(label, list(As), list(Bs), list(scalings)))
     _check(problems, layers)
     return layers
 
 
-def _named(pair: LoraPair, A: Tensor, B: Tensor) -> Iterator[tuple[str, tuple[Tensor, Tensor, float]]]:
-    """Each expert is a layer of its own."""
-    for name, own_A, own_B in zip(pair.names, pair.split("A", A), pair.split("B", B), strict=True):
-        yield name, (own_A, own_B, pair.scaling)
-
-
-def _place(order: dict[str, int], name: str) -> tuple[int, int]:
-    layer, _, expert = name.removesuffix("]").partition("[")
-    return order[layer], int(expert or 0)
+def _named(pair: LoraPair, A: Tensor, B: Tensor) -> list[tuple[str, tuple[Tensor, Tensor, float]]]:
+    """(its name, (A, B, scaling)) of the layer, or of each of its experts."""
+    both = zip(pair.split("A", A), pair.split("B", B), strict=True)
+    return [(name, (*two, pair.scaling)) for name, two in zip(pair.names, both, strict=True)]
 
 
 def _columns(adapter: Any) -> list[tuple[Any, Any, float]]:

@@ -130,10 +130,12 @@ def search(count: int) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> Any:
-    """Run `kernel` on `device`, which need not be the current one; the compiled kernel, None of an empty grid."""
+    """Run `kernel` on `device`, which need not be the current one; the compiled kernel, None of an empty grid.
+
+    Multiply-add is fused unless the options say otherwise: its default differs between Triton's versions.
+    """
     if 0 in grid:
         return None
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
-        # Fused multiply-add, said out loud: its default differs between Triton's versions.
-        return kernel[grid](*arguments, **options, enable_fp_fusion=True)
+        return kernel[grid](*arguments, **{"enable_fp_fusion": True, **options})

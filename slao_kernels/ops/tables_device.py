@@ -129,7 +129,7 @@ def rounded(b, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _to_odd(b):
+def to_odd(b):
     """fp64 as fp32 towards zero, the last bit set when that was inexact: rounding it again equals rounding once."""
     b_near = b.to(tl.float32)
     b_back = b_near.to(tl.float64)
@@ -143,7 +143,7 @@ def _to_odd(b):
 def _store(address, o, b, mask, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     p = _pointer(address, TYPE, ALIGNED) + o
     if TYPE.primitive_bitwidth == 16:
-        b = _to_odd(b) if b.dtype == tl.float64 else b
+        b = to_odd(b) if b.dtype == tl.float64 else b
     if INTERPRETED and TYPE == tl.bfloat16:
         tl.store(p, _bf16_bits(b), mask=mask)
     else:

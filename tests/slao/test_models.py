@@ -217,7 +217,7 @@ def test_labels_that_are_the_same_to_the_model(tiny):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_auto_is_the_checkpoints_own_dtype(tiny, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(models, "_SLOW", dict.fromkeys(models._SLOW, lambda: True))
+    monkeypatch.setattr(models, "cpu_computes", lambda dtype: True)
     tiny.base("llama").to(dtype).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), "causal_lm", "auto", "cpu")
     assert {weight.dtype for weight in model.parameters()} == {dtype}
@@ -231,7 +231,7 @@ def test_auto_is_the_checkpoints_own_dtype(tiny, tmp_path, monkeypatch, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_auto_is_float32_where_the_cpu_has_no_such_instructions(tiny, tmp_path, monkeypatch, caplog, dtype):
-    monkeypatch.setattr(models, "_SLOW", dict.fromkeys(models._SLOW, lambda: False))
+    monkeypatch.setattr(models, "cpu_computes", lambda dtype: False)
     tiny.base("llama").to(dtype).save_pretrained(tmp_path)
     assert load_model(str(tmp_path), "causal_lm", "auto", "cpu").dtype == torch.float32
     assert f"is {dtype}, for which this CPU has no instructions: computing in float32" in caplog.text

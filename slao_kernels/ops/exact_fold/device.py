@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tables_device import _to_odd, find, rounded, word
+from ..tables_device import find, rounded, to_odd, word
 
 # Rows of the table. W (M, N) by its strides; A (R, N) and s B (M, R), in what is computed in, are dense.
 FIRST, W, M, N, W_ROW, W_COL, A, R, B = (tl.constexpr(row) for row in range(9))
@@ -97,7 +97,7 @@ def _number(b, TYPE: tl.constexpr, COMPUTE: tl.constexpr):
 def _nearest(b, TYPE: tl.constexpr):
     """The bits of the number rounded once to TYPE."""
     if TYPE.primitive_bitwidth == 16 and b.dtype == tl.float64:
-        b = _to_odd(b)
+        b = to_odd(b)
     return rounded(b, TYPE).to(integer(TYPE), bitcast=True).to(wide(TYPE))
 
 

@@ -6,7 +6,6 @@ The stream is measured first so that it is allocated as long as it is, and befor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,12 +94,8 @@ class _Call:
 
     def run(self, kernel: Any, *more: Tensor) -> None:
         """On the current stream."""
-        if not self.programs:
-            return
-        elsewhere = self.device.type == "cuda" and self.device.index != torch.cuda.current_device()
-        with torch.cuda.device(self.device) if elsewhere else nullcontext():
-            arguments = self.table.get(), self.count, *more
-            kernel[(self.programs,)](*arguments, **self.constants, **OPTIONS)
+        arguments = self.table.get(), self.count, *more
+        tables.launch(kernel, (self.programs,), self.device, *arguments, **self.constants, **OPTIONS)
 
 
 def _call(layers: Sequence[Layer]) -> _Call:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import dispatch
 from .. import operators
+from ..lora_linear.autograd import once
 
 
 def expert_linear(
@@ -49,12 +49,15 @@ class ExpertLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, t, A, B, ends = ctx.saved_tensors
-        need_x, _, need_A, need_B = ctx.needs_input_grad[:4]
-        direct = dispatch.direct()
-        run = operators.expert_linear_backward if direct else torch.ops.slao_kernels.expert_linear_backward
-        grads = run(dy, x, weight, t, A, B, ctx.scaling, ends, need_x, need_A, need_B, ctx.backend)
-        dx, dA, dB = (grad if need else None for grad, need in zip(grads, (need_x, need_A, need_B), strict=True))
-        return dx, None, dA, dB, None, None, None
+        return once(_grads, ctx, dy) if torch.is_grad_enabled() else _grads(ctx, dy)
+
+
+def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, t, A, B, ends = ctx.saved_tensors
+    need_x, _, need_A, need_B = ctx.needs_input_grad[:4]
+    direct = dispatch.direct()
+    run = operators.expert_linear_backward if direct else torch.ops.slao_kernels.expert_linear_backward
+    grads = run(dy, x, weight, t, A, B, ctx.scaling, ends, need_x, need_A, need_B, ctx.backend)
+    dx, dA, dB = (grad if need else None for grad, need in zip(grads, (need_x, need_A, need_B), strict=True))
+    return dx, None, dA, dB, None, None, None

@@ -8,9 +8,7 @@ fp64 is torch's, in products.py. Sums are in fp32, in an order that depends on s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
-import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
@@ -18,6 +16,7 @@ from torch import Tensor
 from ..lora_linear.gemm import rank_block
 from ..lora_linear.triton_kernels import COMPUTE, launch
 from . import device, products
+from .products import aligned, grouped_serves, multiples
 
 
 @dataclass(frozen=True)
@@ -122,10 +121,10 @@ def _rows(
     r, k = 0 if T is None else T.shape[1], 0 if P is None else P.shape[1]
     by_n = S is not None and not S.is_contiguous()
     S = S.transpose(1, 2).contiguous() if S is not None and by_n else S
-    by_8 = T is not None and T.stride(1) == 1 and _multiples(8, n, r, T.stride(0)) and _starts(T, S)
+    by_8 = T is not None and T.stride(1) == 1 and multiples(8, n, r, T.stride(0)) and aligned(T, S)
     shrink = name == "shrink"
     large = [matrix for matrix in (T if shrink else None, P, Q) if matrix is not None]
-    tile = _tile(name, out, _multiples(16, r if shrink else n, k) and all(map(_aligned, large)))
+    tile = _tile(name, out, multiples(16, r if shrink else n, k) and all(map(_rows_aligned, large)))
     sides = blocks(name, tile, n if shrink else r, by_8) | {"BLOCK_E": triton.next_power_of_2(max(experts, 1))}
     strides = [
         stride for of, dims in ((T, 2), (P, 2), (Q, 3)) for stride in (of.stride() if of is not None else [0] * dims)
@@ -154,8 +153,8 @@ def _outer(G: Tensor, X: Tensor, alpha: float, ends: Tensor, by_k: bool = False)
     """alpha G_eᵀ X_e: G (S, R) dense, X (S, K); (E, R, K), or (E, K, R) by_k."""
     r, k, experts = G.shape[1], X.shape[1], len(ends)
     out = X.new_empty((experts, k, r) if by_k else (experts, r, k))
-    tile = _tile("outer", X, _multiples(16, k) and _aligned(X))
-    flags = {"BY_K": by_k, "BY_8": _multiples(8, r) and _starts(G)}
+    tile = _tile("outer", X, multiples(16, k) and _rows_aligned(X))
+    flags = {"BY_K": by_k, "BY_8": multiples(8, r) and aligned(G)}
     sides = blocks("outer", tile, r, flags["BY_8"])
     grid = (experts * -(-r // sides["BLOCK_R"]) * -(-k // tile.n),)
     arguments = G, X, out, ends, r, k, *X.stride(), alpha
@@ -167,33 +166,7 @@ def _tile(name: str, x: Tensor, aligned: bool) -> Tile:
     return TILES[name, x.itemsize * 8] if aligned else ODD
 
 
-def _multiples(of: int, *sizes: int) -> bool:
-    return all(size % of == 0 for size in sizes)
-
-
-def _starts(*tensors: Tensor | None) -> bool:
-    return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-
-
-def _aligned(matrix: Tensor) -> bool:
+def _rows_aligned(matrix: Tensor) -> bool:
     """Whether what lies side by side can be loaded 16 bytes at a time: one stride is 1, the others multiples of 16."""
     others = [stride for stride in matrix.stride() if stride != 1]
-    return len(others) == matrix.dim() - 1 and _multiples(16, *others) and _starts(matrix)
-
-
-@cache
-def _has_grouped(index: int) -> bool:
-    """Whether torch has a grouped GEMM there: for sm_90 and sm_100, and on ROCm in some builds, which do not say so.
-    Elsewhere its function waits for `ends` and loops (aten/src/ATen/native/cuda/GroupedBlas.cpp)."""
-    if not hasattr(F, "grouped_mm") or torch.version.hip:
-        return False
-    return torch.cuda.get_device_capability(index) in ((9, 0), (10, 0))
-
-
-def grouped_serves(left: Tensor, right: Tensor) -> bool:
-    """Whether torch's grouped GEMM computes left_e right_e without a wait."""
-    if not left.is_cuda or left.dtype is not torch.bfloat16 or 0 in left.shape or not _has_grouped(left.device.index):
-        return False
-    unit, step = sorted(right.stride()[1:])
-    dense = left.stride(1) == unit == 1 and left.stride(0) >= left.shape[1] and step >= min(right.shape[1:])
-    return dense and _multiples(8, left.stride(0), right.stride(0), step, *right.shape[1:]) and _starts(left, right)
+    return len(others) == matrix.dim() - 1 and multiples(16, *others) and aligned(matrix)

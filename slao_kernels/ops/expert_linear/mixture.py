@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import operators
+from ..lora_linear.autograd import once
+from .products import rows_of_experts
 
 
 class Projection(NamedTuple):
@@ -79,11 +80,8 @@ def _blocks(ends: Tensor) -> Iterator[_Block]:
     if not _loops(ends):
         yield _Block(slice(None), slice(None), ends)
         return
-    start = 0
-    for e, end in enumerate(ends.tolist()):
-        if end > start:
-            yield _Block(slice(start, end), slice(e, e + 1), torch.tensor([end - start], dtype=torch.int32))
-        start = end
+    for e, rows in rows_of_experts(ends):
+        yield _Block(rows, slice(e, e + 1), torch.tensor([rows.stop - rows.start], dtype=torch.int32))
 
 
 def _loops(tensor: Tensor) -> bool:
@@ -101,10 +99,10 @@ class _Mixture(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Tensor, A1: Any, B1: Any, A2: Any, B2: Any, static: _Static, *frozen: Any
     ) -> Tensor:
         up, down, routing = _parts(static, (A1, B1, A2, B2), frozen)
-        of = weights.reshape(-1)[routing.order]
+        of, all_tokens = weights.reshape(-1)[routing.order], routing.order // routing.k
         y, kept = _sums(x), []
         for rows, experts, ends in _blocks(routing.ends):
-            tokens = routing.order[rows] // routing.k
+            tokens = all_tokens[rows]
             read = x.index_select(0, tokens).to(up.weight.dtype)
             u, t1 = _forward(up, read, static, routing, rows, experts, ends)
             z, t2 = _forward(down, static.gate(u).to(down.weight.dtype), static, routing, rows, experts, ends)
@@ -118,12 +116,9 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not dy.requires_grad:
-            dy = dy.detach().requires_grad_()  # else torch takes the gradients for constants, and says nothing
-        return _grads(ctx, dy)
+        return once(_grads, ctx, dy) if torch.is_grad_enabled() else _grads(ctx, dy)
 
 
-@once_differentiable
 def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if operators.batched(dy):
         raise RuntimeError("many gradients at once (is_grads_batched, vectorize=True) through fused experts; unpatch")
@@ -132,11 +127,10 @@ def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     run: Any = operators.expert_linear_backward
     frozen, kept = saved[:8], saved[8:]
     up, down, routing = _parts(static, (A1, B1, A2, B2), frozen)
-    pairs = zip((A1, B1, A2, B2), needs, strict=True)
-    grads = [torch.zeros_like(factor) if need else None for factor, need in pairs]
-    dx, d_of = _sums(x), torch.zeros(of.shape, dtype=of.dtype, device=of.device)
+    of_up, of_down = _Factors((A1, B1), needs[:2]), _Factors((A2, B2), needs[2:])
+    dx, d_of, all_tokens = _sums(x), torch.zeros_like(of), routing.order // routing.k
     for (rows, experts, ends), u, t1, t2 in zip(_blocks(routing.ends), *(kept[i::3] for i in range(3)), strict=True):
-        tokens, w = routing.order[rows] // routing.k, of[rows, None]
+        tokens, w = all_tokens[rows], of[rows, None]
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
             h = static.gate(leaf)
@@ -145,7 +139,7 @@ def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         pair = _part(A2, experts), _part(B2, experts)
         wh, wt = ((each.detach() * w).to(u.dtype) for each in (h, t2))
         g, *found = run(own, wh, down.weight[experts], wt, *pair, down.scaling, ends, True, *needs[2:], static.backend)
-        _put(grads[2:], found, experts)
+        of_down.put(found, experts)
         if need_weights:
             sums = torch.promote_types(g.dtype, torch.float32)
             found_w = (g * h.detach()).sum(1, dtype=sums)
@@ -160,12 +154,11 @@ def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         part, *found = run(
             du, read, up.weight[experts], t1, *pair, up.scaling, ends, need_x, *needs[:2], static.backend
         )
-        _put(grads[:2], found, experts)
+        of_up.put(found, experts)
         if need_x:
             dx = _add(dx, part, tokens, routing)
     d_weights = d_of[routing.back].view(static.shape) if need_weights else None
-    kept_grads = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return dx.to(x.dtype) if need_x else None, d_weights, *kept_grads, *(None,) * 9
+    return dx.to(x.dtype) if need_x else None, d_weights, *of_up.grads(), *of_down.grads(), *(None,) * 9
 
 
 def _parts(static: _Static, factors: Any, frozen: Any) -> tuple[Projection, Projection, Routing]:
@@ -184,8 +177,9 @@ def _forward(
 
 
 def _sums(x: Tensor) -> Tensor:
-    """Of a loop: what its blocks are added to, in fp32 at least."""
-    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    """Of a loop: what its blocks are added to, in fp32 at least. Of all rows at once no more than its length and dtype
+    are asked for."""
+    return x.new_zeros(x.shape if _loops(x) else (len(x), 0), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _add(sums: Tensor, part: Tensor, tokens: Tensor, routing: Routing) -> Tensor:
@@ -196,7 +190,25 @@ def _add(sums: Tensor, part: Tensor, tokens: Tensor, routing: Routing) -> Tensor
     return part[routing.back].view(len(sums), routing.k, part.shape[1]).sum(1, dtype=sums.dtype)
 
 
-def _put(grads: list[Any], found: list[Tensor], experts: slice) -> None:
-    for grad, part in zip(grads, found, strict=True):
-        if grad is not None and part.numel():
-            grad[experts] = part
+class _Factors:
+    """The gradients of a projection's A and B, an expert or all of them at a time."""
+
+    def __init__(self, factors: tuple[Any, Any], needs: Any) -> None:
+        self.factors, self.needs = factors, needs
+        self.found: list[Any] = [None, None]
+
+    def put(self, parts: list[Tensor], experts: slice) -> None:
+        for index, part in enumerate(parts):
+            if not self.needs[index]:
+                continue
+            if experts == slice(None):
+                self.found[index] = part
+                continue
+            if self.found[index] is None:
+                self.found[index] = torch.zeros_like(self.factors[index])
+            self.found[index][experts] = part
+
+    def grads(self) -> list[Any]:
+        """None where not needed; zeros where no expert had a row."""
+        every = zip(self.found, self.factors, self.needs, strict=True)
+        return [torch.zeros_like(of) if need and grad is None else grad for grad, of, need in every]

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_GROUPED = (torch.bfloat16,)  # what torch's grouped GEMM takes on every GPU that has it
-_ALIGNED = 16  # bytes: of the rows of whatever it reads
+from ... import dispatch
 
 
 def forward(
@@ -24,14 +23,14 @@ def forward(
     """(y (S, N), t = x_e A_eᵀ (S, r)) of the operator `expert_linear`; t is empty without a branch."""
     r = 0 if A is None else A.shape[1]
     y, t = x.new_empty((x.shape[0], weight.shape[1])), x.new_empty((x.shape[0], r))
-    if _takes_grouped(x, weight, A, B):
-        y = _grouped(x, weight.transpose(1, 2), ends)
+    if _all_grouped(x, weight.mT, A):
+        y = F.grouped_mm(x, weight.mT, offs=ends)
         if A is not None and B is not None:
-            t = _grouped(x, A.transpose(1, 2), ends)
-            y.add_(_grouped(t, B.transpose(1, 2), ends), alpha=scaling)
+            t = F.grouped_mm(x, A.mT, offs=ends)
+            y.add_(F.grouped_mm(t, B.mT, offs=ends), alpha=scaling)
         return y, t
     wide = _wide(x)
-    for e, rows in _rows(ends):
+    for e, rows in rows_of_experts(ends):
         own, W, out = x[rows].to(wide), weight[e].to(wide), _room(y, rows, wide)
         if A is None or B is None:
             torch.mm(own, W.t(), out=out)
@@ -62,23 +61,23 @@ def backward(
     if A is None or B is None:
         need_A = need_B = False
     dx = torch.empty_like(x) if need_x else None
-    if _takes_grouped(x, weight, A, B):
+    if _all_grouped(dy, weight, A) and _all_grouped(x, weight.mT, A):
         dA = dB = None
         if need_x:
-            dx = _grouped(dy, weight, ends)
+            dx = F.grouped_mm(dy, weight, offs=ends)
         if A is not None and B is not None and (need_x or need_A):
-            g = _grouped(dy, B, ends).mul_(scaling)
+            g = F.grouped_mm(dy, B, offs=ends).mul_(scaling)
             if dx is not None:
-                dx.add_(_grouped(g, A, ends))
+                dx.add_(F.grouped_mm(g, A, offs=ends))
             if need_A:
-                dA = _grouped(g.t(), x, ends)
+                dA = F.grouped_mm(g.t(), x, offs=ends)
         if need_B:
-            dB = _grouped(dy.t(), t, ends).mul_(scaling)
+            dB = F.grouped_mm(dy.t(), t, offs=ends).mul_(scaling)
         return dx, dA, dB
     dA = torch.zeros_like(A) if A is not None and need_A else None
     dB = torch.zeros_like(B) if B is not None and need_B else None
     wide = _wide(x)
-    for e, rows in _rows(ends):
+    for e, rows in rows_of_experts(ends):
         own, base = dy[rows].to(wide), weight[e].to(wide) if need_x else None
         out = None if dx is None else _room(dx, rows, wide)
         if A is not None and B is not None and (need_x or need_A):
@@ -96,20 +95,15 @@ def backward(
     return dx, dA, dB
 
 
-@cache
-def _has_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def _wide(x: Tensor) -> torch.dtype:
     """What a loop computes in: a CPU without bf16 instructions takes ten times as long over it as over fp32, for which
     one expert's weight at a time is widened."""
-    narrow = x.device.type == "cpu" and x.dtype is torch.bfloat16 and not _has_bf16()
+    narrow = x.device.type == "cpu" and x.dtype is torch.bfloat16 and not dispatch.cpu_computes(x.dtype)
     return torch.float32 if narrow else x.dtype
 
 
-def _rows(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) of every expert that has any."""
+def rows_of_experts(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of every expert that has any. Waits for a GPU."""
     start = 0
     for e, end in enumerate(ends.tolist()):
         if end > start:
@@ -123,16 +117,33 @@ def _room(whole: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
     return own if whole.dtype is dtype else torch.empty_like(own, dtype=dtype)
 
 
-def _takes_grouped(x: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether torch's grouped GEMM may compute this: its rows begin at multiples of 16 bytes, in the one dtype."""
-    if not x.is_cuda or not hasattr(F, "grouped_mm") or x.shape[0] == 0:
-        return False
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return False
-    sizes = [x.shape[1], *(size for tensor in tensors if tensor is not None for size in tensor.shape[1:])]
-    return x.dtype in _GROUPED and all(size * x.element_size() % _ALIGNED == 0 for size in sizes)
+def _all_grouped(left: Tensor, right: Tensor, A: Tensor | None) -> bool:
+    """Whether torch's grouped GEMM serves left_e right_e, and the products with factors of A's rank beside it."""
+    return grouped_serves(left, right) and (A is None or multiples(8, A.shape[1]))
 
 
-def _grouped(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    left = left if left.stride(0) == 1 or left.stride(1) == 1 else left.contiguous()  # an expanded gradient is neither
-    return F.grouped_mm(left, right, offs=ends)
+def grouped_serves(left: Tensor, right: Tensor) -> bool:
+    """Whether torch's grouped GEMM computes left_e right_e without a wait."""
+    if not left.is_cuda or left.dtype is not torch.bfloat16 or 0 in left.shape or not _has_grouped(left.device.index):
+        return False
+    unit, step = sorted(right.stride()[1:])
+    dense = left.stride(1) == unit == 1 and left.stride(0) >= left.shape[1] and step >= min(right.shape[1:])
+    return dense and multiples(8, left.stride(0), right.stride(0), step, *right.shape[1:]) and aligned(left, right)
+
+
+@cache
+def _has_grouped(index: int) -> bool:
+    """Whether torch has a grouped GEMM there: for sm_90 and sm_100, and on ROCm in some builds, which do not say so.
+    Elsewhere its function waits for `ends` and loops (aten/src/ATen/native/cuda/GroupedBlas.cpp)."""
+    if not hasattr(F, "grouped_mm") or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(index) in ((9, 0), (10, 0))
+
+
+def multiples(of: int, *sizes: int) -> bool:
+    return all(size % of == 0 for size in sizes)
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether each begins at a multiple of 16 bytes."""
+    return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)

@@ -297,8 +297,11 @@ def routing(cores: Sequence[Any]) -> Tensor:
 
 
 def once(grads: Callable[..., Any], ctx: Any, dy: Tensor) -> Any:
-    """The gradients, which refuse to be differentiated. Only where somebody may: it costs microseconds."""
-    return once_differentiable(grads)(ctx, dy)
+    """The gradients, which refuse to be differentiated. Only where somebody may: it costs microseconds.
+
+    torch's own refusal is silent where dy has no gradient: what they depend on beside dy would be lost.
+    """
+    return once_differentiable(grads)(ctx, dy if dy.requires_grad else dy.detach().requires_grad_())
 
 
 def _kept(call: Call, drawn: Tensor | None) -> Tensor | float:

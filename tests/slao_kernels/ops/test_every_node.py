@@ -47,11 +47,12 @@ def test_without_a_graph_the_value_is_the_same(op, place):
 
 @every_op
 @pytest.mark.parametrize("place", NODES)
-def test_double_backward_is_refused_in_one_line(op, place):
+@pytest.mark.parametrize("loss", [torch.square, torch.clone], ids=["dy has a graph", "dy has none"])
+def test_double_backward_is_refused_in_one_line(op, place, loss):
     inputs = make((3,), 8, 8, 2, fp32, device=place[1])
     leaves = leaves_of(op, inputs)
     y = OPS[op].ours(inputs, backend=place[0])
-    grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(loss(y).sum(), leaves, create_graph=True, allow_unused=True)
     for name, grad in zip(OPS[op].names, grads, strict=True):
         if name in ("core", "y"):  # none, and dy itself, which torch differentiates
             continue

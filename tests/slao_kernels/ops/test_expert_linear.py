@@ -6,8 +6,8 @@ import pytest
 import torch
 from oracle import DTYPES, SCALING, draws, laid_out
 
-import slao_kernels.ops.operators  # noqa: F401  (defines the operators)
-from slao_kernels.ops.expert_linear import expert_linear, reference
+from slao_kernels import dispatch
+from slao_kernels.ops.expert_linear import expert_linear, products, reference
 from slao_kernels.testing import TOLERANCE, error_ratio
 
 # Rows of each expert, K, N, r.
@@ -118,11 +118,29 @@ def test_compiled_is_one_graph():
 
 def test_a_cpu_without_bf16_widens_an_expert_at_a_time(monkeypatch):
     """Either way: sums in fp32, t and y rounded once."""
-    from slao_kernels.ops.expert_linear import products
-
     tensors, ends, dy = make((9, 4), 64, 48, 16, torch.bfloat16)
     exact = run(reference.expert_linear, {k: v.double() for k, v in tensors.items()}, ends, dy.double())
     for has in (True, False):
-        monkeypatch.setattr(products, "_has_bf16", lambda has=has: has)
+        monkeypatch.setattr(dispatch, "cpu_computes", lambda dtype, has=has: has)
         for name, value in run(expert_linear, tensors, ends, dy).items():
             assert error_ratio(value, exact[name]) <= TOLERANCE[torch.bfloat16], (has, name)
+
+
+@pytest.mark.parametrize("rows", [(8, 16, 8), (0, 24, 8), (0, 0, 8)], ids=str)
+def test_one_grouped_product_for_all(monkeypatch, rows):
+    """torch's grouped GEMM, which a GPU gets; on a CPU torch has it in fp32."""
+    tensors, ends, dy = make(rows, 64, 48, 16, torch.float32)
+    expected = run(expert_linear, tensors, ends, dy)
+    monkeypatch.setattr(products, "grouped_serves", lambda left, right: True)
+    monkeypatch.setattr(products, "rows_of_experts", None)
+    for name, value in run(expert_linear, tensors, ends, dy).items():
+        assert error_ratio(value, expected[name]) <= 1e-6, name
+
+
+def test_a_second_derivative_is_refused():
+    tensors, ends, _ = make((3, 0, 5), 24, 16, 4, torch.float64)
+    x = tensors["x"].requires_grad_()
+    y = expert_linear(x, tensors["weight"], tensors["A"].requires_grad_(), tensors["B"], SCALING, ends)
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (y.sum() + g.square().sum()).backward()
