@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -46,6 +47,11 @@ class LoraPair:
         return int(self.layer.num_experts) if hasattr(self.layer, "parameter_name") else 1
 
     @property
+    def rank(self) -> int:
+        """r, of experts each one's."""
+        return self.parameters[0].shape[0] // self.experts
+
+    @property
     def names(self) -> list[str]:
         """The layer's name, or one for each of its experts."""
         return [self.name] if self.experts == 1 else [f"{self.name}[{index}]" for index in range(self.experts)]
@@ -53,17 +59,50 @@ class LoraPair:
     def split(self, factor: str, packed: Tensor) -> list[Tensor]:
         """Each expert's own matrix, (r, n) of "A" or (m, r) of "B", as views of a tensor that is laid out as PEFT lays
         them out: an expert's rows of A together, its columns of B r steps of `experts` apart."""
+        return split_experts(self.experts, factor, packed)
+
+    def join(self, factor: str, parts: Sequence[Tensor]) -> Tensor:
+        """What `split` takes apart, of whatever rank: parts, (r, n) or (m, r) each, laid out as PEFT lays them out."""
         if self.experts == 1:
-            return [packed]
-        if factor == "A":
-            return list(packed.view(self.experts, -1, packed.shape[1]).unbind(0))
-        return list(packed.view(packed.shape[0], -1, self.experts).unbind(2))
+            return parts[0]
+        return torch.cat(list(parts)) if factor == "A" else torch.stack(list(parts), 2).flatten(1)
 
     def with_weights(self, A: Tensor | None, B: Tensor | None) -> LoraPair:
         """The same layer with other tensors in place of its parameters; None keeps one."""
         old = self.parameters
         new = [was if now is None else now.view(was.shape) for was, now in zip(old, (A, B), strict=True)]
         return replace(self, parameters=(new[0], new[1]))
+
+
+def split_experts(experts: int, factor: str, packed: Tensor) -> list[Tensor]:
+    """`LoraPair.split` of tensors that no pair holds."""
+    if experts == 1:
+        return [packed]
+    if factor == "A":
+        return list(packed.view(experts, -1, packed.shape[1]).unbind(0))
+    return list(packed.view(packed.shape[0], -1, experts).unbind(2))
+
+
+def stack(experts: int, factor: str, first: Tensor, second: Tensor) -> Tensor:
+    """Both, as PEFT lays them out, in one of the sum of their ranks: of experts each one's."""
+    both = first, second
+    if factor == "A":
+        return torch.cat([one.reshape(experts, len(one) // experts, -1) for one in both], 1).flatten(0, 1)
+    return torch.cat([one.reshape(len(one), one.shape[1] // experts, experts) for one in both], 1).flatten(1)
+
+
+def through(B: Tensor, core: Tensor) -> Tensor:
+    """B core: B (m, r) and core (r, r), or of experts B (m, r experts) and core (experts, r, r)."""
+    if core.dim() == 2:
+        return B @ core
+    each = B.view(len(B), -1, len(core)).permute(2, 0, 1) @ core
+    return each.permute(1, 2, 0).flatten(1)
+
+
+def scales_of_columns(scale: Tensor, experts: int, columns: int) -> Tensor:
+    """(columns,): for each of a stacked B's columns the factor of its pair; scale: (pairs experts,), a pair's experts
+    together."""
+    return scale.view(-1, experts).repeat_interleave(columns // len(scale), 0).flatten()
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch
-from .adapters import LoraPair
+from .adapters import split_experts
 from .ops.checks import FLOATING, not_finite
 from .ops.exact_fold import Kept, bits_of, unfold_
 from .ops.fold import fold_
@@ -174,9 +174,10 @@ def _factors(layer: Any, adapter: str) -> tuple[list[Tensor], list[Tensor]]:
     """As and Bs of `_matrices`."""
     if getattr(layer, "slao_adapter", None) == adapter:
         A, B = layer.slao_product()
-        return [A], [B]
-    pair = LoraPair("", layer, (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight), 1.0)
-    return pair.split("A", pair.A), pair.split("B", pair.B)
+    else:
+        A, B = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+    experts = getattr(layer, "num_experts", 1)
+    return split_experts(experts, "A", A), split_experts(experts, "B", B)
 
 
 def _wish(W: Tensor) -> AbstractContextManager[None]:

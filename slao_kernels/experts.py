@@ -109,6 +109,13 @@ def why_not(chain: Sequence[Any], early: bool = False) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
+def of_experts(wrapper: Any) -> bool:
+    """Whether a wrapper adapts a parameter of all experts of a module that follows the protocol."""
+    base = wrapper.get_base_layer()
+    follows = all(hasattr(base, name) for name in _PROTOCOL)
+    return follows and wrapper.parameter_name in projections(base) and wrapper.get_param().dim() == 3
+
+
 def projections(base: Any) -> tuple[str, str]:
     """The names of an experts module's parameters, in the order in which a token meets them."""
     return ("gate_up_proj" if base.has_gate else "up_proj"), "down_proj"
@@ -176,7 +183,10 @@ def _factors(wrapper: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     scalings = [wrapper.scaling[name] for name in names]
     alone = len(names) == 1 and not isinstance(scalings[0], Tensor)
     for name, scaling in zip(names, scalings, strict=True):
-        A, B = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+        if getattr(wrapper, "slao_adapter", None) == name:
+            A, B = wrapper.slao_factors()
+        else:
+            A, B = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
         As.append(A.view(experts, -1, A.shape[1]))
         Bs.append((B if alone else B * scaling).view(B.shape[0], -1, experts).permute(2, 0, 1))
     A, B = (As[0], Bs[0]) if len(names) == 1 else (torch.cat(As, 1), torch.cat(Bs, 2))

@@ -252,10 +252,8 @@ def added(pair: LoraPair, adapter: str) -> tuple[Tensor, Tensor]:
     layer: Any = pair.layer
     if getattr(layer, "slao_adapter", None) != adapter:
         return pair.A, pair.B
-    with torch.no_grad():
-        A, B = layer.slao_factors()
-        cores = [core for core in (layer.slao_core, layer.slao_core_delta) if core is not None]
-        return A.detach(), (B @ sum(cores[1:], cores[0]) if cores else B).detach()
+    A, B = layer.slao_product()
+    return A.to(pair.A.dtype), B.to(pair.B.dtype)
 
 
 def _weights(layer: Any, adapter: str) -> list[Tensor]:

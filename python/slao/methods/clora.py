@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from slao_kernels import sharding
+from slao_kernels.adapters import through
 
 from .base import Method
 from .extended import extend_all, fresh
 from .showing import Weights
 
 if TYPE_CHECKING:
-    from slao_kernels.extension import ExtendedLoraLinear
+    from slao_kernels.extension import Extended
 
 ORTHOGONALITIES = ("core", "up")
 
@@ -64,11 +65,11 @@ class CLoRA(Method):
         if b_std is not None and not 0.0 < b_std < float("inf"):
             raise ValueError(f"b_std must be a finite number above 0, or None, not {b_std}")
         self.delta_std, self.b_std, self.seed = float(delta_std), b_std, seed
-        self.layers: list[ExtendedLoraLinear] = extend_all(self)
+        self.layers: list[Extended] = extend_all(self)
         for pair, layer in zip(self.pairs, self.layers, strict=True):
-            r = pair.A.shape[0]
-            layer.slao_core = pair.A.new_zeros(r, r)
-            layer.slao_core_delta = nn.Parameter(pair.A.new_zeros(r, r))
+            shape = (pair.rank,) * 2 if pair.experts == 1 else (pair.experts, pair.rank, pair.rank)
+            layer.slao_core = pair.A.new_zeros(shape)
+            layer.slao_core_delta = nn.Parameter(pair.A.new_zeros(shape))
 
     def _refuse_shards(self) -> None:
         sharded = [pair.name for pair, layer in zip(self.pairs, self.layers, strict=True) if not _is_whole(layer)]
@@ -86,13 +87,14 @@ class CLoRA(Method):
             delta.requires_grad_(True)  # PEFT 0.20 freezes it where another adapter is added
             with torch.no_grad():
                 if task == 1 and not pair.B.any():
-                    r = pair.B.shape[1]
-                    std = (3 * r) ** -0.5 if self.b_std is None else self.b_std
-                    pair.B.copy_(fresh(pair.B, f"{self.seed}/B/{pair.name}") * (std * (3 * r) ** 0.5))
+                    std = (3 * pair.rank) ** -0.5 if self.b_std is None else self.b_std
+                    columns = pair.B.shape[1]
+                    noise = fresh(pair.B, f"{self.seed}/B/{pair.name}")  # uniform in ±1/√columns
+                    pair.B.copy_(noise * (std * (3 * columns) ** 0.5))
                 if self.delta_std > 0.0:
-                    r = delta.shape[0]
-                    noise = fresh(delta, f"{self.seed}/{task}/{pair.name}")  # uniform in ±1/√r
-                    delta.copy_(noise * (self.delta_std * (3 * r) ** 0.5))
+                    rows = delta.view(-1, pair.rank)
+                    noise = fresh(rows, f"{self.seed}/{task}/{pair.name}")  # uniform in ±1/√r
+                    rows.copy_(noise * (self.delta_std * (3 * pair.rank) ** 0.5))
 
     def _end(self, task: int) -> float:
         self._refuse_shards()
@@ -114,9 +116,10 @@ class CLoRA(Method):
             assert core is not None
             assert delta is not None
             if self.orthogonality == "core":
-                terms.append((core.T @ delta).float().square().sum())
+                terms.append((core.mT @ delta).float().square().sum())
             else:  # ‖B R_δ‖² = tr(R_δᵀ (BᵀB) R_δ): r×r, never m×r with a graph
-                terms.append((delta * ((pair.B.T @ pair.B) @ delta)).float().sum())
+                grams = torch.stack([B.T @ B for B in pair.split("B", pair.B)]).view(delta.shape)
+                terms.append((delta * (grams @ delta)).float().sum())
         return self.orthogonality_weight * torch.stack(terms).sum()
 
     def _exported_weights(self) -> Weights:
@@ -127,7 +130,7 @@ class CLoRA(Method):
             assert core is not None
             assert delta is not None
             wide = torch.promote_types(pair.B.dtype, torch.float32)
-            out.append((None, (pair.B.to(wide) @ (core + delta.detach()).to(wide)).to(pair.B.dtype)))
+            out.append((None, through(pair.B.to(wide), (core + delta.detach()).to(wide)).to(pair.B.dtype)))
         return out
 
     def _options(self) -> dict[str, Any]:
@@ -149,5 +152,5 @@ class CLoRA(Method):
         return live
 
 
-def _is_whole(layer: ExtendedLoraLinear) -> bool:
+def _is_whole(layer: Extended) -> bool:
     return sharding.is_plain(layer.slao_core_delta) and type(layer.slao_core) is Tensor

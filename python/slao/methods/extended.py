@@ -13,10 +13,10 @@ from slao_kernels import sharding
 from .base import Method
 
 if TYPE_CHECKING:
-    from slao_kernels.extension import ExtendedLoraLinear
+    from slao_kernels.extension import Extended
 
 
-def extend_all(method: Method) -> list[ExtendedLoraLinear]:
+def extend_all(method: Method) -> list[Extended]:
     """Every layer of the method, extended for its adapter. ValueError, with none changed, if one cannot be."""
     from slao_kernels import extension  # which loads PEFT
 

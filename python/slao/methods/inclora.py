@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from slao_kernels.adapters import LoraPair, stack
+
 from .base import Method
 from .extended import extend_all, fresh
 from .showing import Weights
 
 if TYPE_CHECKING:
-    from slao_kernels.extension import ExtendedLoraLinear
+    from slao_kernels.extension import Extended
 
 
 class IncLoRA(Method):
@@ -29,7 +31,7 @@ class IncLoRA(Method):
     def __init__(self, model: nn.Module, adapter: str = "default", seed: int = 0, beside: str = "keep") -> None:
         super().__init__(model, adapter=adapter, beside=beside)
         self.seed = seed
-        self.layers: list[ExtendedLoraLinear] = extend_all(self)
+        self.layers: list[Extended] = extend_all(self)
 
     def _begin(self, task: int) -> None:
         if task > 1:
@@ -39,13 +41,7 @@ class IncLoRA(Method):
     def _freeze_last(self) -> None:
         """The trained pair becomes the last of the frozen ones."""
         for pair, layer in zip(self.pairs, self.layers, strict=True):
-            self._append(layer, pair.A, pair.B)
-
-    def _append(self, layer: ExtendedLoraLinear, A: Tensor, B: Tensor) -> None:
-        frozen_A, frozen_B = layer.slao_frozen_A, layer.slao_frozen_B
-        # Copies, the first ones too: the live pair goes on in its own memory.
-        layer.slao_frozen_A = A.clone() if frozen_A is None else torch.cat([frozen_A, A])
-        layer.slao_frozen_B = B.clone() if frozen_B is None else torch.cat([frozen_B, B], 1)
+            append(pair, layer, pair.A, pair.B)
 
     def _start_fresh(self, task: int) -> None:
         for pair in self.pairs:
@@ -68,7 +64,9 @@ class IncLoRA(Method):
         out: Weights = []
         for index, (pair, (_, live_B)) in enumerate(zip(self.pairs, self._merged_weights(), strict=True)):
             A, B = self._scaled(index)
-            out.append((torch.cat([A, pair.A]), torch.cat([B, pair.B if live_B is None else live_B], 1)))
+            out.append(
+                (stack(pair.experts, "A", A, pair.A), stack(pair.experts, "B", B, pair.B if live_B is None else live_B))
+            )
         return out
 
     def _scaled(self, index: int) -> tuple[Tensor, Tensor]:
@@ -104,3 +102,11 @@ class IncLoRA(Method):
         for (A, B), pair, layer in zip(found, self.pairs, self.layers, strict=True):
             layer.slao_frozen_A = None if A is None else A.to(pair.A)
             layer.slao_frozen_B = None if B is None else B.to(pair.B)
+
+
+def append(pair: LoraPair, layer: Extended, A: Tensor, B: Tensor) -> None:
+    """(A, B) becomes the last of the layer's frozen pairs."""
+    frozen_A, frozen_B = layer.slao_frozen_A, layer.slao_frozen_B
+    # Copies, the first ones too: the live pair goes on in its own memory.
+    layer.slao_frozen_A = A.clone() if frozen_A is None else stack(pair.experts, "A", frozen_A, A)
+    layer.slao_frozen_B = B.clone() if frozen_B is None else stack(pair.experts, "B", frozen_B, B)

@@ -51,6 +51,12 @@ class InfLoRA(IncLoRA):
         self.bases = [dual_gpm.empty(pair.A.shape[1], pair.A.device) for pair in self.pairs]
         self._grams: list[Tensor] = []
 
+    def _check(self) -> None:
+        mixed = [pair.name for pair in self.pairs if pair.experts > 1]
+        if mixed:
+            some = ", ".join(mixed[:8])
+            raise ValueError(f"inflora cannot treat {len(mixed)} layers of experts, whose inputs no hook sees: {some}")
+
     def observe(self, batches: Iterable[dict[str, Tensor]]) -> None:
         """Sum x xᵀ of every layer over `batches` (on the model's device), without training. Weights are as they are."""
         refuse_shards(self)

@@ -11,7 +11,7 @@ from .inclora import IncLoRA
 
 
 class OLoRA(IncLoRA):
-    """IncLoRA and, in every step's loss, λ₁ Σ |A_old A_newᵀ| + λ₂ Σ (‖A_new‖ + ‖B_new‖), over all layers.
+    """IncLoRA and, in every step's loss, λ₁ Σ |A_old A_newᵀ| + λ₂ Σ (‖A_new‖ + ‖B_new‖), over layers and experts.
 
     |·| is the sum of the absolute values of all entries, ‖·‖ the Frobenius norm (not squared), as in the authors' code.
     orthogonality_weight: λ₁, 0.5 in the paper; it acts from the second task on. l2_weight: λ₂, 0 to 0.5 there.
@@ -39,10 +39,13 @@ class OLoRA(IncLoRA):
         terms = []
         for pair, layer in zip(self.pairs, self.layers, strict=True):
             A, B = pair.parameters
-            if self.orthogonality_weight and layer.slao_frozen_A is not None:
-                terms.append(self.orthogonality_weight * (layer.slao_frozen_A @ A.T).abs().sum(dtype=_wide(A)))
+            count, n = pair.experts, A.shape[1]
+            if self.orthogonality_weight and (old := layer.slao_frozen_A) is not None:
+                both = old.view(count, -1, n) @ A.view(count, -1, n).mT
+                terms.append(self.orthogonality_weight * both.abs().sum(dtype=_wide(A)))
             if self.l2_weight:
-                terms += [self.l2_weight * torch.linalg.vector_norm(factor, dtype=_wide(factor)) for factor in (A, B)]
+                each = A.view(count, -1), B.view(-1, count).T
+                terms += [self.l2_weight * torch.linalg.vector_norm(one, dim=1, dtype=_wide(one)).sum() for one in each]
         return torch.stack(terms).sum() if terms else None
 
     def _options(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class OPCM(Method):
 
     alpha: 0.5 in the paper; 0 removes the diagonal alone. seed: of the fresh A that each further task starts from,
     with B = 0. `lambdas` holds 1/λ_t. The merge is exact, so its rank, and that of the exported adapter, is T · r.
-    Raises ValueError for an alpha outside [0, 1], and for convolutions and experts.
+    Each of a mixture's experts is a layer. Raises ValueError for an alpha outside [0, 1], and for convolutions.
     """
 
     name = "opcm"
@@ -36,7 +37,7 @@ class OPCM(Method):
         super().__init__(model, adapter=adapter, beside=beside)
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
-        wide = [pair.name for pair in self.pairs if pair.experts > 1 or any(p.dim() != 2 for p in pair.parameters)]
+        wide = [pair.name for pair in self.pairs if any(p.dim() != 2 for p in pair.parameters)]
         if wide:
             raise ValueError(f"opcm cannot treat {len(wide)} layers that are no matrices: {', '.join(wide[:8])}")
         self.alpha, self.seed = float(alpha), seed
@@ -51,31 +52,40 @@ class OPCM(Method):
                 pair.B.zero_()
 
     def _end(self, task: int) -> float:
-        live = [(pair.A.double(), pair.B.double()) for pair in self.pairs]
+        live = self._each([(pair.A, pair.B) for pair in self.pairs])
         self._norms += self._norm(live)
         if task == 1:
             self._merged = [(pair.A.clone(), pair.B.clone()) for pair in self.pairs]
             return 1.0
         sums = [
-            added(A_old.double(), B_old.double(), A, B, self._lambda, self.alpha)
-            for (A_old, B_old), (A, B) in zip(self._merged, live, strict=True)
+            added(A_old, B_old, A, B, self._lambda, self.alpha)
+            for (A_old, B_old), (A, B) in zip(self._each(self._merged), live, strict=True)
         ]
         mean = self._norms / task
         self._lambda = self._norm(sums) / mean if mean > 0 else 1.0
         by = self._lambda or 1.0  # a sum that is zero stays zero
-        self._merged = [
-            (
-                _padded(A, task * len(pair.A), 0).to(pair.A.dtype),
-                _padded(B / by, task * len(pair.A), 1).to(pair.B.dtype),
-            )
-            for pair, (A, B) in zip(self.pairs, sums, strict=True)
-        ]
+        rest = iter(sums)
+        self._merged = []
+        for pair in self.pairs:
+            own, rank = list(islice(rest, pair.experts)), task * pair.rank
+            A = pair.join("A", [_padded(A, rank, 0) for A, _ in own])
+            B = pair.join("B", [_padded(B / by, rank, 1) for _, B in own])
+            self._merged.append((A.to(pair.A.dtype), B.to(pair.B.dtype)))
         return 1.0 / by
 
+    def _each(self, factors: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """The matrices of layers and experts, in fp64."""
+        return [
+            (A.double(), B.double())
+            for pair, (As, Bs) in zip(self.pairs, factors, strict=True)
+            for A, B in zip(pair.split("A", As), pair.split("B", Bs), strict=True)
+        ]
+
     def _norm(self, factors: list[tuple[Tensor, Tensor]]) -> float:
+        scalings = [pair.scaling for pair in self.pairs for _ in range(pair.experts)]
         squares = [
-            pair.scaling**2 * ((A @ A.T) * (B.T @ B)).sum().clamp(min=0)
-            for pair, (A, B) in zip(self.pairs, factors, strict=True)
+            scaling**2 * ((A @ A.T) * (B.T @ B)).sum().clamp(min=0)
+            for scaling, (A, B) in zip(scalings, factors, strict=True)
         ]
         return float(torch.stack(squares).sum().sqrt())
 

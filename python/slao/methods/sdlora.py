@@ -8,8 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from slao_kernels.adapters import scales_of_columns
+
 from .extended import refuse_shards
-from .inclora import IncLoRA
+from .inclora import IncLoRA, append
 from .showing import Weights
 
 
@@ -31,13 +33,17 @@ class SDLoRA(IncLoRA):
 
     def _freeze_last(self) -> None:
         for pair, layer in zip(self.pairs, self.layers, strict=True):
-            A, B = pair.A.double(), pair.B.double()
-            norm = ((A @ A.T) * (B.T @ B)).sum().clamp(min=0).sqrt()
+            As, Bs = ([one.double() for one in pair.split(factor, getattr(pair, factor))] for factor in "AB")
+            norms = [((A @ A.T) * (B.T @ B)).sum().clamp(min=0).sqrt() for A, B in zip(As, Bs, strict=True)]
             # 1/√‖B A‖ to each: neither factor leaves the range of its dtype. A zero pair stays zero.
-            part = torch.where(norm > 0, norm.rsqrt(), 0.0)
-            self._append(layer, (A * part).to(pair.A.dtype), (B * part).to(pair.B.dtype))
+            parts = [torch.where(norm > 0, norm.rsqrt(), 0.0) for norm in norms]
+            A, B = (
+                pair.join(factor, [one * part for one, part in zip(each, parts, strict=True)])
+                for factor, each in (("A", As), ("B", Bs))
+            )
+            append(pair, layer, A.to(pair.A.dtype), B.to(pair.B.dtype))
             old = layer.slao_frozen_scale
-            new = norm.to(pair.B.dtype)[None]
+            new = torch.stack(norms).to(pair.B.dtype)
             layer.slao_frozen_scale = nn.Parameter(new if old is None else torch.cat([old.detach(), new]))
 
     def _begin(self, task: int) -> None:
@@ -67,7 +73,11 @@ class SDLoRA(IncLoRA):
     def _scaled(self, index: int) -> tuple[Tensor, Tensor]:
         A, B = self.frozen(index)
         scale = self._before[index] if self._before else self.layers[index].slao_frozen_scale
-        return (A, B) if scale is None else (A, B * scale.detach().repeat_interleave(self.pairs[index].A.shape[0]))
+        return (
+            (A, B)
+            if scale is None
+            else (A, B * scales_of_columns(scale.detach(), self.pairs[index].experts, B.shape[1]))
+        )
 
     def _state(self) -> dict[str, Tensor]:
         state = super()._state()
@@ -80,7 +90,7 @@ class SDLoRA(IncLoRA):
     def _load_state(self, tensors: dict[str, Tensor]) -> None:
         for pair in self.pairs:
             frozen, scale = tensors.get(f"{pair.name}.frozen_A"), tensors.get(f"{pair.name}.frozen_scale")
-            if (0 if frozen is None else len(frozen)) != (0 if scale is None else len(scale) * pair.A.shape[0]):
+            if (0 if frozen is None else len(frozen)) != (0 if scale is None else len(scale) * pair.rank):
                 raise ValueError(f"the saved magnitudes of {pair.name} do not fit its frozen pairs")
         super()._load_state(tensors)
         self._before = []
