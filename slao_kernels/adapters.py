@@ -63,9 +63,7 @@ class LoraPair:
 
     def join(self, factor: str, parts: Sequence[Tensor]) -> Tensor:
         """What `split` takes apart, of whatever rank: parts, (r, n) or (m, r) each, laid out as PEFT lays them out."""
-        if self.experts == 1:
-            return parts[0]
-        return torch.cat(list(parts)) if factor == "A" else torch.stack(list(parts), 2).flatten(1)
+        return join_experts(factor, parts)
 
     def with_weights(self, A: Tensor | None, B: Tensor | None) -> LoraPair:
         """The same layer with other tensors in place of its parameters; None keeps one."""
@@ -79,15 +77,22 @@ def split_experts(experts: int, factor: str, packed: Tensor) -> list[Tensor]:
     if experts == 1:
         return [packed]
     if factor == "A":
-        return list(packed.view(experts, -1, packed.shape[1]).unbind(0))
-    return list(packed.view(packed.shape[0], -1, experts).unbind(2))
+        return list(packed.view(experts, len(packed) // experts, packed.shape[1]).unbind(0))
+    return list(packed.view(len(packed), packed.shape[1] // experts, experts).unbind(2))
+
+
+def join_experts(factor: str, parts: Sequence[Tensor]) -> Tensor:
+    """`LoraPair.join` without a pair."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(list(parts)) if factor == "A" else torch.stack(list(parts), 2).flatten(1)
 
 
 def stack(experts: int, factor: str, first: Tensor, second: Tensor) -> Tensor:
     """Both, as PEFT lays them out, in one of the sum of their ranks: of experts each one's."""
     both = first, second
     if factor == "A":
-        return torch.cat([one.reshape(experts, len(one) // experts, -1) for one in both], 1).flatten(0, 1)
+        return torch.cat([one.reshape(experts, len(one) // experts, one.shape[1]) for one in both], 1).flatten(0, 1)
     return torch.cat([one.reshape(len(one), one.shape[1] // experts, experts) for one in both], 1).flatten(1)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from slao_kernels.adapters import split_experts
 from slao_kernels.inventory import changes_base, is_beside, is_embedding, more_than_pairs, trains_beside
 from slao_kernels.ops import checks
 
@@ -49,25 +50,35 @@ _MAPPED_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of one adapter. keys: of A and B in the file; shapes: there, a convolution's with its kernel."""
+    """One layer of one adapter. keys: of A and B in the file; shapes: there, a convolution's with its kernel.
+
+    experts: how many experts share the two, each of `rank` (`LoraPair.split`); the scaling is that of each.
+    """
 
     name: str
     keys: tuple[str, str]
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     dtypes: tuple[str, str]
     scaling: float
+    experts: int = 1
 
     @property
     def rank(self) -> int:
-        return self.shapes[0][0]
+        return self.shapes[0][0] // self.experts
+
+    @property
+    def names(self) -> list[str]:
+        """The layer's, or of each of its experts."""
+        return [self.name] if self.experts == 1 else [f"{self.name}[{index}]" for index in range(self.experts)]
 
 
 class Source:
     """A folder with an adapter: its config, its layers in the file's order, and their tensors on demand.
 
-    beside: take one that trains heads, biases or tokens beside A and B; `parts` has their shapes and dtypes by the keys
-    of the file. more: fields of a config under which a layer is more than A and B that are taken as well; `parts` then
-    has whatever else the file holds.
+    A mixture's experts (target_parameters) are layers of `Layer.experts`, as many as their rows are times the config's
+    r. beside: take one that trains heads, biases or tokens beside A and B; `parts` has their shapes and dtypes by the
+    keys of the file. more: fields of a config under which a layer is more than A and B that are taken as well; `parts`
+    then has whatever else the file holds.
     The weights are adapter_model.safetensors, or, where there is none, adapter_model.bin, read as in `PickledFile`.
     Raises ValueError when the folder holds no adapter in one of these, or one that adds more than B A to its base.
     """
@@ -93,6 +104,12 @@ class Source:
         self._file: Any = None
         self._read = 0
         self.parts: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._by_experts = bool(self.config.get("target_parameters")) and "target_parameters" not in more
+        if self._by_experts and (self.config.get("rank_pattern") or self.config.get("alpha_pattern")):
+            raise ValueError(
+                f"{self.folder} has target_parameters with a rank_pattern or an alpha_pattern: which layer is which "
+                "parameter's stands in its base alone; slao fold takes it"
+            )
         self.layers = {layer.name: layer for layer in self._layers(bool(more), beside)}
 
     def _open(self) -> Any:
@@ -123,9 +140,9 @@ class Source:
                 name = key[: -len(down) - 1].removeprefix(PREFIX)
                 dtypes = (slices[0].get_dtype(), slices[1].get_dtype())
                 self._check(name, shapes[0], shapes[1], dtypes)
-                found.append(
-                    Layer(name, pair, (shapes[0], shapes[1]), dtypes, scaling(self.config, name, shapes[0][0]))
-                )
+                experts = self._experts(name, shapes[0][0])
+                factor = scaling(self.config, name, shapes[0][0] // experts)
+                found.append(Layer(name, pair, (shapes[0], shapes[1]), dtypes, factor, experts))
         if not found:
             raise ValueError(f"{self.path} holds no LoRA layers")
         extra = [key for key in rest if not (anything or is_beside(key, self.config))]
@@ -136,6 +153,14 @@ class Source:
             piece = file.get_slice(key)
             self.parts[key] = tuple(piece.get_shape()), piece.get_dtype()
         return found
+
+    def _experts(self, name: str, rows: int) -> int:
+        r = self.config.get("r")
+        if not self._by_experts or r is None:
+            return 1
+        if rows % r:
+            raise ValueError(f"{self.path}: A of {name} has {rows} rows, for experts of rank {r} (adapter_config.json)")
+        return int(rows // r)
 
     def _check(self, name: str, A: tuple[int, ...], B: tuple[int, ...], dtypes: tuple[str, str]) -> None:
         if len(A) < 2 or len(B) < 2 or B[1] != A[0] or 0 in (*A, *B):
@@ -179,8 +204,13 @@ def read_adapter(folder: str | Path) -> dict[str, Triple]:
 
 
 def triples(source: Source) -> dict[str, Triple]:
-    """As `read_adapter`."""
-    return {name: (*source.read(name), layer.scaling) for name, layer in source.layers.items()}
+    """As `read_adapter`, an expert a layer."""
+    found: dict[str, Triple] = {}
+    for name, layer in source.layers.items():
+        each = (split_experts(layer.experts, *one) for one in zip("AB", source.read(name), strict=True))
+        for own, A, B in zip(layer.names, *each, strict=True):
+            found[own] = A, B, layer.scaling
+    return found
 
 
 def scaling(config: Mapping[str, Any], name: str, r: int) -> float:
@@ -213,7 +243,8 @@ def read_config(folder: Path, beside: bool = False, taken: Collection[str] = ())
     ranks = [config.get("r", 1), *(config.get("rank_pattern") or {}).values()]
     if min(ranks) < 1:
         raise ValueError(f"{path}: a rank of {min(ranks)}; ranks are at least 1")
-    more = [field for field in more_than_pairs(config) if field not in taken]
+    # Experts are pairs like any other, once they are taken apart (`Layer.experts`).
+    more = [field for field in more_than_pairs(config) if field not in (*taken, "target_parameters")]
     if more:
         what = "which is not folded or merged" if taken else "which alone are compared or merged"
         hint = " (slao merge takes a DoRA by --method svd --base FOLDER)" if more == ["use_dora"] else ""

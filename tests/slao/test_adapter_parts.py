@@ -177,7 +177,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     'bias="all"': _BESIDE,
     "modules_to_save": _BESIDE,
     "trainable_token_indices": _BESIDE,
-    "target_parameters": (*_PAIRS[:4], "more than A and B"),
+    "target_parameters": _PAIRS,
     "what no config names": ("treated", "treated", "PEFT would not save it", "treated", "PEFT would not save it"),
     "base changed by pissa, olora": ("treated", "treated", "treated", "treated", "which changes the base"),
     "base changed by other inits": ("treated", "treated", "PEFT cannot repeat", "treated", "which changes the base"),

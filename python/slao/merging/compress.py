@@ -42,6 +42,10 @@ def compress_adapter(
     from tqdm.auto import tqdm
 
     limit, source, target = Limit(rank, keep), Source(folder, beside=True), Path(out)
+    if any(layer.experts > 1 for layer in source.layers.values()):
+        raise ValueError(
+            f"{folder} adapts a mixture's experts, which all have one rank: cut them by slao merge --method svd --rank"
+        )
     own = max(layer.rank for layer in source.layers.values())
     if keep is None and rank is not None and rank >= own:
         raise ValueError(f"rank {rank} cuts nothing: the layers of {folder} have ranks up to {own}")

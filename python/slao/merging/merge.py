@@ -12,7 +12,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from slao_kernels.adapters import join_experts, split_experts
 from slao_kernels.ops import checks
 
 from ..schedules import MergeStats, Schedule, make_schedule
@@ -95,7 +97,13 @@ def merge_adapters(
         having = [source.layers[name] for source in sources if name in source.layers]
         dtype = reduce(torch.promote_types, [DTYPES[stored] for each in having for stored in each.dtypes])
         (_, *n), (m, _, *kernel) = layer.shapes
-        tensors |= {layer.keys[0]: ((ranks[name], *n), dtype), layer.keys[1]: ((m, ranks[name], *kernel), dtype)}
+        rows = ranks[name] * layer.experts
+        tensors |= {layer.keys[0]: ((rows, *n), dtype), layer.keys[1]: ((m, rows, *kernel), dtype)}
+    if any(layer.experts > 1 for layer in layers.values()) and len(set(ranks.values())) > 1:
+        raise ValueError(
+            f"the merge would have ranks {sorted(set(ranks.values()))}, and no rank_pattern finds a mixture's experts "
+            "without their base: pass one --rank that all layers can have"
+        )
     tensors |= further
     note = {"method": method, "adapters": [source.folder.resolve().name for source in sources], **options}
     note |= ({} if beside is None else {"beside": beside}) | ({"union": True} if apart else {})
@@ -104,8 +112,14 @@ def merge_adapters(
     def make(name: str) -> Pair | Cut:
         if exact is not None and exact.needed(name):
             return exact.cut(name, options["weights"], ranks[name])
+        layer, scalings = layers[name], together.scalings(sources, name)
         pairs = together.pairs(sources, name, method, method in ONE_RANK)
-        merged = _layer(method, name, pairs, together.scalings(sources, name), options, lam, ranks[name])
+        each = zip(*(_experts(layer.experts, *pair) for pair in pairs), strict=True)
+        found = [
+            _layer(method, own, list(of_all), scalings, options, lam, ranks[name])
+            for own, of_all in zip(layer.names, each, strict=True)
+        ]
+        merged = found[0] if layer.experts == 1 else _joined(found)
         if apart and method == "slao" and not isinstance(merged, Cut):  # written with scaling 1, as r differs
             return together.scaled(merged, layers[name].scaling)
         return merged
@@ -195,6 +209,22 @@ def _layer(
         return factors.linear(pairs, given)
     cut = {"svd": product.svd, "magmax": product.magmax, "opcm": product.opcm}[method]
     return cut(pairs, given, rank)
+
+
+def _experts(count: int, A: Tensor, B: Tensor) -> list[Pair]:
+    return list(zip(split_experts(count, "A", A), split_experts(count, "B", B), strict=True))
+
+
+def _joined(found: Sequence[Pair | Cut]) -> Pair | Cut:
+    """The merges of a layer's experts as one layer's."""
+    cuts = [one for one in found if isinstance(one, Cut)]
+    both = [(one.A, one.B) if isinstance(one, Cut) else one for one in found]
+    A, B = (join_experts(factor, parts) for factor, parts in zip("AB", zip(*both, strict=True), strict=True))
+    if not cuts:
+        return A, B
+    norms = [one.norms for one in cuts if one.norms is not None]
+    lost, total = (sum(part) for part in zip(*((one.lost, one.total) for one in cuts), strict=True))
+    return Cut(A, B, lost, total, torch.stack(norms).sum(0) if norms else None)
 
 
 def _rank(sources: Sequence[Source], name: str, rank: int | None) -> int:

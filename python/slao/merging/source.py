@@ -41,6 +41,10 @@ def check(
                     )
             elif mine != other:
                 problems.add(str(source.folder), f"{key} is {mine!r}, that of {first.folder} {other!r}")
+        # In a file two parameters of one module are told apart by how deep their wrappers are nested alone.
+        mine, other = (sorted(each.config.get("target_parameters") or []) for each in (source, first))
+        if mine != other:
+            problems.add(str(source.folder), f"target_parameters are {mine}, those of {first.folder} {other}")
         apart = sorted(source.layers.keys() ^ first.layers.keys())
         if apart and not union:
             owner = source if apart[0] in source.layers else first
@@ -84,7 +88,8 @@ def _compare(
     problems: Problems, source: Source, first: Source, name: str, same_rank: bool, same_scaling: bool, method: str
 ) -> None:
     mine, other = source.layers[name], first.layers[name]
-    if mine.shapes[0][1:] != other.shapes[0][1:] or mine.shapes[1][:1] != other.shapes[1][:1]:
+    sides = [(each.shapes[0][1:], each.shapes[1][:1], each.experts) for each in (mine, other)]
+    if sides[0] != sides[1]:
         problems.add(str(source.folder), f"{name}: A and B are {mine.shapes}, those of {first.folder} {other.shapes}")
     elif same_rank and mine.rank != other.rank:
         problems.add(
