@@ -169,15 +169,13 @@ class BuildNative(build_ext):
         if cuda:
             lines += [
                 "rule nvcc",
-                f"  command = {cuda.nvcc} {' '.join(cuda.flags)} $tables -MMD -MF $out.d -c $in -o $out",
+                f"  command = {cuda.nvcc} {' '.join(cuda.flags)} -MMD -MF $out.d -c $in -o $out",
             ]
             lines += ["  depfile = $out.d", "  deps = gcc"]
-            # Every kernel for either size of tables (csrc/cuda/launch.h); the driver is asked at run time.
-            sources = [(stem, tables) for stem in GPU_KERNELS for tables in ("few", "many")] + [("driver", "many")]
-            for stem, tables in sources:
-                objects.append(f"{stem}.{tables}.cuda.o")
+            for stem in (*GPU_KERNELS, "driver"):
+                objects.append(f"{stem}.cuda.o")
                 source = str(ROOT / "csrc" / "cuda" / f"{stem}.cu").replace(" ", "$ ")
-                lines += [f"build {objects[-1]}: nvcc {source}", f"  tables = -DSLAO_TABLES={tables}"]
+                lines.append(f"build {objects[-1]}: nvcc {source}")
         if cuda:
             linker = " ".join([cuda.nvcc, *cuda.flags, *cuda.link, "-Xlinker=--strip-all"])
             linker += " -Xcompiler=-fopenmp" if openmp else ""

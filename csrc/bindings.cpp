@@ -62,7 +62,7 @@ bool orthogonal_init(const py::buffer& table, const py::buffer& triangles, const
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Whole-model kernels over tables of raw pointers. Call slao_kernels' ops, not this.";
-  module.attr("abi") = 7;
+  module.attr("abi") = 8;
   module.def("best_isa", [] { return slao::kNames[int(slao::best_isa())]; });
   module.def("scaled_merge", &scaled_merge);
   module.def("fold", &fold);

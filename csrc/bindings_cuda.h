@@ -9,19 +9,20 @@ namespace slao {
 inline void define_cuda(pybind11::module_& module) {
   using pybind11::buffer, pybind11::gil_scoped_release;
   module.attr("cuda_max_rank") = cuda::kMaxRank;
+  module.def("cuda_driver", &cuda::driver_version);
   module.def("cuda_scaled_merge", [](const buffer& table, const buffer& lam, int device, uintptr_t stream) {
     const auto records = records_of<MergeRecord, 0, 1>(table, lam);
     gil_scoped_release release;
-    SLAO_CUDA_CALL(scaled_merge(records.data(), int64_t(records.size()), device, stream));
+    cuda::scaled_merge(records.data(), int64_t(records.size()), device, stream);
   });
   module.def("cuda_fold", [](const buffer& table, const buffer& scalings, int device, uintptr_t stream) {
     const auto records = records_of<FoldRecord, 0, 1, 2>(table, scalings);
     gil_scoped_release release;
-    SLAO_CUDA_CALL(fold(records.data(), int64_t(records.size()), device, stream));
+    cuda::fold(records.data(), int64_t(records.size()), device, stream);
   });
   module.def("cuda_orthogonal_init_workspace", [](const buffer& table) {
     const auto m = matrices_of(table, 1);
-    return cuda::many::orthogonal_init_workspace(m.data, m.size);
+    return cuda::orthogonal_init_workspace(m.data, m.size);
   });
   // status and workspace: addresses on the device.
   module.def("cuda_orthogonal_init", [](const buffer& table, const buffer& triangles, uintptr_t status,
@@ -29,8 +30,8 @@ inline void define_cuda(pybind11::module_& module) {
     const auto m = matrices_of(table, 1), r = matrices_of(triangles, 1);
     if (r.size && r.size != m.size) throw std::invalid_argument("one R a matrix");
     gil_scoped_release release;
-    SLAO_CUDA_CALL(orthogonal_init(m.data, r.size ? r.data : nullptr, reinterpret_cast<int32_t*>(status), m.size,
-                                   reinterpret_cast<char*>(workspace), device, stream));
+    cuda::orthogonal_init(m.data, r.size ? r.data : nullptr, reinterpret_cast<int32_t*>(status), m.size,
+                          reinterpret_cast<char*>(workspace), device, stream);
   });
 }
 

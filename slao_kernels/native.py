@@ -16,9 +16,10 @@ from types import ModuleType
 import torch  # before the extension: its OpenMP runtime is then the one that both use
 from torch import Tensor
 
-ABI = 7
+ABI = 8
 # Tensor cores for fp64, which the Gram matrices take, and the oldest that the binary holds code for.
 _CAPABILITY = (8, 0)
+_DRIVER = 12010  # CUDA 12.1
 # The words of records, and which of a call's tensors each record is of.
 Tables = tuple["array.array[int]", list[int]]
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -61,7 +62,14 @@ def why_not(device_type: str) -> str | None:
         return loaded
     if device_type == "cpu":
         return None
-    return _gpu() if loaded.cuda else "the extension was built without CUDA"
+    return (_gpu() or _driver(loaded.cuda_driver())) if loaded.cuda else "the extension was built without CUDA"
+
+
+def _driver(version: int) -> str | None:
+    """Why the kernels, whose parameters hold the tables, cannot be launched by a driver of that version."""
+    if version >= _DRIVER:
+        return None
+    return f"the driver is CUDA {version // 1000}.{version % 1000 // 10}'s, the kernels need 12.1's (R530) or later"
 
 
 def why_not_lora(device_type: str) -> str | None:

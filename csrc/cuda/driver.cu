@@ -4,6 +4,10 @@
 
 namespace slao::cuda {
 
-bool takes_many() { return driver_version() >= 12010; }
+int driver_version() {
+  int version = 0;
+  check(cudaDriverGetVersion(&version));
+  return version;
+}
 
 }  // namespace slao::cuda

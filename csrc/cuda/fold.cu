@@ -5,7 +5,7 @@
 #include "device.h"
 #include "stage.cuh"
 
-namespace slao::cuda::SLAO_TABLES {
+namespace slao::cuda {
 namespace {
 
 constexpr int kCols = 128;   // of W in a tile: 32 lanes of four neighbours
@@ -131,4 +131,4 @@ void fold(const FoldRecord* records, int64_t count, int device, uintptr_t stream
   wide.flush();
 }
 
-}  // namespace slao::cuda::SLAO_TABLES
+}  // namespace slao::cuda

@@ -14,14 +14,8 @@
 namespace slao::cuda {
 
 // Tables travel as kernel parameters: a captured graph keeps its own copy, which it would not of a table that was
-// copied to the device. How large they may be depends on the driver, and a kernel's parameters have one size: so all
-// kernels are compiled twice, and SLAO_TABLES names the namespace.
-namespace few {
-constexpr size_t kParameterBytes = 4096;
-}
-namespace many {
+// copied to the device. Drivers take so many bytes since CUDA 12.1 (native.py asks), before it 4,096.
 constexpr size_t kParameterBytes = 32764;
-}
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
 inline void check(cudaError_t error) {
@@ -29,15 +23,6 @@ inline void check(cudaError_t error) {
 }
 
 #ifdef __CUDACC__
-
-inline int driver_version() {
-  static const int found = [] {
-    int version = 0;
-    check(cudaDriverGetVersion(&version));
-    return version;
-  }();
-  return found;
-}
 
 inline void use_device(int device) { check(cudaSetDevice(device)); }
 

@@ -15,7 +15,7 @@
 #include "orthogonal_init/complete.cuh"
 #include "orthogonal_init/gram.cuh"
 
-namespace slao::cuda::SLAO_TABLES {
+namespace slao::cuda {
 namespace {
 
 // A vote of all threads. slots: kThreads doubles of shared memory.
@@ -237,4 +237,4 @@ void orthogonal_init(const Matrix* matrices, const Matrix* triangles, int32_t* s
   }
 }
 
-}  // namespace slao::cuda::SLAO_TABLES
+}  // namespace slao::cuda

@@ -5,7 +5,7 @@
 #include "convert.cuh"
 #include "device.h"
 
-namespace slao::cuda::SLAO_TABLES {
+namespace slao::cuda {
 namespace {
 
 // Elements a CTA takes: each thread has all its loads of a tile in flight at once (fp32: 4 × 16 bytes of each side).
@@ -134,4 +134,4 @@ void scaled_merge(const MergeRecord* records, int64_t count, int device, uintptr
   flush();
 }
 
-}  // namespace slao::cuda::SLAO_TABLES
+}  // namespace slao::cuda

@@ -8,6 +8,5 @@ PYBIND11_MODULE(slao_cuda_emulated, module) {
     slao::cuda::emulator.block_order = blocks;
     slao::cuda::emulator.last_thread_first = last_thread_first;
   });
-  module.def("set_driver", [](int version) { slao::cuda::emulator.driver = version; });
   module.def("launches", [] { return slao::cuda::emulator.launches; });
 }

@@ -112,15 +112,11 @@ def _build(cxx: list[str], pybind11: str, folder: Path, library: Path) -> None:
     include = [f"-I{_ROOT / 'tests' / 'csrc'}", f"-I{pybind11}", f"-I{sysconfig.get_paths()['include']}"]
     kernels = sorted((_ROOT / "csrc" / "cuda").glob("*.cu"))
     assert len(kernels) == 4
-    # Every kernel for either size of tables, as setup.py builds them.
-    sources = [(source, tables) for source in kernels if source.stem != "driver" for tables in ("few", "many")]
-    sources += [(source, "many") for source in kernels if source.stem == "driver"]
-    sources.append((_ROOT / "tests" / "csrc" / "emulated.cpp", "many"))
-    objects = [str(folder / f"{source.stem}.{tables}.o") for source, tables in sources]
+    sources = [*kernels, _ROOT / "tests" / "csrc" / "emulated.cpp"]
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
     compile_it = [*cxx, *_FLAGS.split(), *checked, *include]
     commands = [
-        [*compile_it, f"-DSLAO_TABLES={tables}", "-x", "c++", "-c", str(source), "-o", to]
-        for (source, tables), to in zip(sources, objects, strict=True)
+        [*compile_it, "-x", "c++", "-c", str(source), "-o", to] for source, to in zip(sources, objects, strict=True)
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda command: _run(*command), commands))

@@ -52,19 +52,13 @@ def listed() -> list[tuple[str, str, int, int, int]]:
     return found
 
 
-def test_every_kernel_is_there_for_every_gpu_and_table(listed):
+def test_every_kernel_is_there_for_every_gpu(listed):
     assert {path.stem for path in CUDA.glob("*.cu")} == {*KERNELS, "driver"}  # which has no kernel
     gpus = {gpu for gpu, *_ in listed}
     assert {"sm_90"} <= gpus <= GPUS
-    seen = {
-        (gpu, tables, stem)
-        for gpu, name, *_ in listed
-        for stem in KERNELS
-        for tables in ("few", "many")
-        if f"{stem}_cu_" in name and f"{len(tables)}{tables}" in name
-    }
-    assert seen == {(gpu, tables, stem) for gpu in gpus for tables in ("few", "many") for stem in KERNELS}
-    assert len(listed) == len(gpus) * 2 * sum(KERNELS.values())
+    seen = {(gpu, stem) for gpu, name, *_ in listed for stem in KERNELS if f"{stem}_cu_" in name}
+    assert seen == {(gpu, stem) for gpu in gpus for stem in KERNELS}
+    assert len(listed) == len(gpus) * sum(KERNELS.values())
 
 
 def test_none_spills(listed):

@@ -3,7 +3,7 @@
 #include "../stage.cuh"
 #include "plan.h"
 
-namespace slao::cuda::SLAO_TABLES {
+namespace slao::cuda {
 
 SLAO_BOTH int64_t apply_shared_bytes(int r, int width, int element) {
   return int64_t(padded(r)) * (width + 2 + (r <= kSharedRank ? r : 0)) * element;
@@ -61,4 +61,4 @@ __device__ void apply_columns(const View& from, const View& to, const double* F,
   }
 }
 
-}  // namespace slao::cuda::SLAO_TABLES
+}  // namespace slao::cuda

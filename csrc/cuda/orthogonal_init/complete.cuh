@@ -3,7 +3,7 @@
 #pragma once
 #include "factor.cuh"
 
-namespace slao::cuda::SLAO_TABLES {
+namespace slao::cuda {
 
 // As in ops/orthogonal_init/reference.py: what is left of a row after projection, below one rounding error of the row.
 __device__ inline double no_direction(int8_t dtype) { return dtype == 0 ? 0x1p-50 : 0x1p-23; }
@@ -107,4 +107,4 @@ __device__ inline bool complete(const View& X, const View& triangle) {
   return deficient;
 }
 
-}  // namespace slao::cuda::SLAO_TABLES
+}  // namespace slao::cuda

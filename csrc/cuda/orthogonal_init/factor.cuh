@@ -2,7 +2,7 @@
 #pragma once
 #include "plan.h"
 
-namespace slao::cuda::SLAO_TABLES {
+namespace slao::cuda {
 
 // Every thread gets op over all threads' x, in a fixed order. slots: kThreads doubles of shared memory.
 template <typename Op> __device__ inline double block_reduce(double x, double* slots, const Op& op) {
@@ -61,4 +61,4 @@ __device__ inline double condition(const double* F, const double* lengths, int r
   return block_sum(squares, slots) - r + 2;
 }
 
-}  // namespace slao::cuda::SLAO_TABLES
+}  // namespace slao::cuda

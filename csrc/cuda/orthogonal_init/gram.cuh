@@ -2,7 +2,7 @@
 #pragma once
 #include "plan.h"
 
-namespace slao::cuda::SLAO_TABLES {
+namespace slao::cuda {
 
 // A warp's sums over its share of the columns [begin, begin + kChunk): rows of block I against rows of block J, blocks
 // of 8 kBlocks rows. A lane holds four neighbours of row lane / 4 of every 8; the four products that they enter take
@@ -89,4 +89,4 @@ __device__ inline void sum_pieces(const double* pieces, int r, int chunks, doubl
   }
 }
 
-}  // namespace slao::cuda::SLAO_TABLES
+}  // namespace slao::cuda

@@ -7,7 +7,7 @@
 
 #include "../convert.cuh"
 
-namespace slao::cuda::SLAO_TABLES {
+namespace slao::cuda {
 
 // Squared sine of a row's angle to the rows before it, below which an fp64 Gram has too few digits left: 1e-6².
 constexpr double kPivot = 1e-12;
@@ -107,4 +107,4 @@ __device__ inline View unrounded(const Parameters& p, const Item& item) {
           1, 1};
 }
 
-}  // namespace slao::cuda::SLAO_TABLES
+}  // namespace slao::cuda
