@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .adapters import stack, through
 from .experts import FusedExperts, wrappers
-from .extension import Extended
+from .extended import Extended
 
 
 class ExtendedExperts(Extended, FusedExperts):
