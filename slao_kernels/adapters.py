@@ -54,7 +54,7 @@ class LoraPair:
     @property
     def names(self) -> list[str]:
         """The layer's name, or one for each of its experts."""
-        return [self.name] if self.experts == 1 else [f"{self.name}[{index}]" for index in range(self.experts)]
+        return expert_names(self.name, self.experts)
 
     def split(self, factor: str, packed: Tensor) -> list[Tensor]:
         """Each expert's own matrix, (r, n) of "A" or (m, r) of "B", as views of a tensor that is laid out as PEFT lays
@@ -70,6 +70,11 @@ class LoraPair:
         old = self.parameters
         new = [was if now is None else now.view(was.shape) for was, now in zip(old, (A, B), strict=True)]
         return replace(self, parameters=(new[0], new[1]))
+
+
+def expert_names(name: str, experts: int) -> list[str]:
+    """What a layer's experts are called; the layer's name where it has none."""
+    return [name] if experts == 1 else [f"{name}[{index}]" for index in range(experts)]
 
 
 def split_experts(experts: int, factor: str, packed: Tensor) -> list[Tensor]:
@@ -91,6 +96,8 @@ def join_experts(factor: str, parts: Sequence[Tensor]) -> Tensor:
 def stack(experts: int, factor: str, first: Tensor, second: Tensor) -> Tensor:
     """Both, as PEFT lays them out, in one of the sum of their ranks: of experts each one's."""
     both = first, second
+    if experts == 1:  # within every forward
+        return torch.cat(both, 0 if factor == "A" else 1)
     if factor == "A":
         return torch.cat([one.reshape(experts, len(one) // experts, one.shape[1]) for one in both], 1).flatten(0, 1)
     return torch.cat([one.reshape(len(one), one.shape[1] // experts, experts) for one in both], 1).flatten(1)

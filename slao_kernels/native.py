@@ -50,7 +50,7 @@ def _gpu() -> str | None:
         if capability < _CAPABILITY:
             name = torch.cuda.get_device_name(index)
             return f"{name} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
-    return None
+    return _driver(core().cuda_driver())
 
 
 def why_not(device_type: str) -> str | None:
@@ -62,7 +62,7 @@ def why_not(device_type: str) -> str | None:
         return loaded
     if device_type == "cpu":
         return None
-    return (_gpu() or _driver(loaded.cuda_driver())) if loaded.cuda else "the extension was built without CUDA"
+    return _gpu() if loaded.cuda else "the extension was built without CUDA"
 
 
 def _driver(version: int) -> str | None:

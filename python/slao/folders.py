@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slao_kernels.adapters import split_experts
+from slao_kernels.adapters import expert_names, split_experts
 from slao_kernels.inventory import changes_base, is_beside, is_embedding, more_than_pairs, trains_beside
 from slao_kernels.ops import checks
 
@@ -69,7 +69,7 @@ class Layer:
     @property
     def names(self) -> list[str]:
         """The layer's, or of each of its experts."""
-        return [self.name] if self.experts == 1 else [f"{self.name}[{index}]" for index in range(self.experts)]
+        return expert_names(self.name, self.experts)
 
 
 class Source:
