@@ -73,9 +73,10 @@ def test_a_prompt_is_run_once_and_what_answers_share_once():
     assert [tuple(shape) for shape in seen] == [(2, 20), (6, 4)]
 
 
-@pytest.mark.parametrize("sharp", [1, 100])
+@pytest.mark.parametrize("sharp", [1, 16, 100])
 def test_answers_that_cannot_be_the_best_are_not_run(sharp):
-    """A model that is sure runs its own answer alone; one that is not, also what that one's whole leaves open."""
+    """A model that is sure runs its own answer alone; one that is not, also what that one's whole leaves open: as far
+    as two tokens, and then what is still open."""
     model, seen, line, draw = causal("llama").eval(), [], prompts()[0], random.Random(1)
     model.lm_head.weight.data *= sharp
     own = model.generate(torch.tensor([line]), max_new_tokens=4, do_sample=False)[0, len(line) :].tolist()
@@ -83,14 +84,14 @@ def test_answers_that_cannot_be_the_best_are_not_run(sharp):
     answers = [own, *([token, *(draw.randrange(5, WORDS) for _ in range(3))] for token in others)]
     lines = [line, line]
     expected = one_by_one(model, lines, answers)
-    logp = model(input_ids=torch.tensor([line])).logits[0, -1].log_softmax(-1)
-    further = int((logp[others] >= expected[0, 0]).sum())
+    begun = [one_by_one(model, [line], [answer[:count] for answer in answers[1:]]) for count in (1, 2)]
+    further = [2 * int((logp >= expected[0, 0]).sum()) for logp in begun]
     model.model.register_forward_pre_hook(
         lambda module, args, given: seen.append(len(given["input_ids"])), with_kwargs=True
     )
     assert most_likely(model, lines, answers, 64, 0) == expected.argmax(1).tolist()
-    assert seen == [2, 2, *([2 * further] if further else [])]
-    assert (further == 0) == (sharp == 100)
+    assert seen == [2, 2, *(count for count in further if count)]
+    assert {1: further == [40, 40], 16: 40 > further[0] > further[1] > 0, 100: further == [0, 0]}[sharp]
 
 
 def test_of_equal_answers_the_first_counts():

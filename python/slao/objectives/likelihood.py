@@ -36,8 +36,9 @@ def most_likely(
 ) -> list[int]:
     """The place in `answers` of each prompt's most likely one, the first of equals: the argmax of `log_likelihoods`.
 
-    An answer is given up as soon as its first token alone is less likely than another answer as a whole, since further
-    tokens only make it less so: a model that has learned its task runs little more than the right one.
+    The answer with the best beginning is run first. The others follow token by token, twice as many each time, for as
+    long as what is known of them is no less likely than the best whole answer, since further tokens only make it less
+    so: a model that has learned its task runs little more than the right one.
     """
     best: list[int] = _totals(model, prompts, answers, batch_size, pad, best_alone=True).argmax(1).tolist()
     return best
@@ -46,18 +47,17 @@ def most_likely(
 def _totals(
     model: nn.Module, prompts: Sequence[Tokens], answers: Sequence[Tokens], batch_size: int, pad: int, best_alone: bool
 ) -> Tensor:
-    """As `log_likelihoods`; best_alone: of an answer that cannot be the best only its first token's, which is more."""
+    """As `log_likelihoods`; best_alone: of an answer that cannot be the best only its first tokens', which is more."""
     result = torch.zeros(len(prompts), len(answers))
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # little padding
-    paths = _paths(answers)
-    step = batch_size if best_alone else max(1, batch_size // max(1, len(paths)))
+    step = batch_size if best_alone else max(1, batch_size // max(1, len(_paths(answers))))
     shares = _shares(model)
     with evaluating(model) as device:
         for start in range(0, len(order), step):
             rows = order[start : start + step]
             some, found = [prompts[row] for row in rows], None
             if shares:
-                found = _Shared(model, some, answers, paths, pad, device).totals(batch_size, best_alone)
+                found = _Shared(model, some, answers, pad, device).totals(batch_size, best_alone)
                 shares = found is not None
             if found is None:
                 found = _one_by_one(model, some, answers, batch_size, pad, device)
@@ -96,86 +96,91 @@ def _counted(causal: nn.Module) -> bool:
 
 
 class _Shared:
-    """A batch of prompts, padded on the left, and the answers after it."""
+    """A batch of prompts, padded on the left, and the answers after it.
+
+    total, known: (prompts, answers), the log-probability of each answer as far as it is known, and of how many tokens.
+    """
 
     def __init__(
-        self,
-        model: nn.Module,
-        prompts: list[Tokens],
-        answers: Sequence[Tokens],
-        paths: list[Tokens],
-        pad: int,
-        device: torch.device,
+        self, model: nn.Module, prompts: list[Tokens], answers: Sequence[Tokens], pad: int, device: torch.device
     ) -> None:
         self.model, self.pad, self.device, self.count = model, pad, device, len(prompts)
         self.counted = _counted(causal_model(model))
         self.ids = _padded(prompts, pad, left=True)
         self.mask = _padded([[1] * len(prompt) for prompt in prompts], 0, left=True)
-        self.answers, self.paths = answers, paths
-        # The path that the rest of each answer is read off; None where there is no rest.
-        self.path_of = [
-            next((number for number, path in enumerate(paths) if len(a) > 1 and path[: len(a) - 1] == a[:-1]), None)
-            for a in answers
-        ]
+        self.answers, self.lengths = answers, torch.tensor([len(answer) for answer in answers])
 
     def totals(self, batch_size: int, best_alone: bool) -> Tensor | None:
         """(prompts, answers), as `_totals`; None where the model's cache cannot be copied after all."""
-        total, cache = self._first()
-        whole = torch.tensor([path is None for path in self.path_of]).repeat(self.count, 1)
-        if best_alone:  # the answer with the best beginning goes first: few others can beat it
-            if not self._rest(total, whole, cache, F.one_hot(total.argmax(1), len(self.answers)).bool(), batch_size):
+        self._first()
+        self.known = torch.ones(self.total.shape, dtype=torch.long)
+        wanted, depth = torch.ones_like(self.known, dtype=torch.bool), int(self.lengths.max())
+        if best_alone:
+            wanted = F.one_hot(self.total.argmax(1), len(self.answers)).bool()
+        while wanted.any():
+            if not self._read_on(wanted, depth, batch_size):
                 return None
-            least = total.masked_fill(~whole, -torch.inf).amax(1, keepdim=True)
-            wanted = ~(total < least)
-        else:
-            wanted = torch.ones_like(whole)
-        return total if self._rest(total, whole, cache, wanted, batch_size) else None
+            part = self.known < self.lengths
+            best = self.total.masked_fill(part, -torch.inf).amax(1, keepdim=True)
+            wanted = part & ~(self.total < best)
+            depth = 2 * min(self.known[wanted].tolist(), default=0)
+        return self.total
 
-    def _first(self) -> tuple[Tensor, Any]:
-        """The log-probability of each answer's first token, (prompts, answers), and the prompts' cache."""
+    def _first(self) -> None:
+        """Run the prompts: `cache`, and the first token of every answer."""
         firsts = sorted({answer[0] for answer in self.answers})
         place = {token: number for number, token in enumerate(firsts)}
         found = torch.arange(self.count), torch.full((self.count,), self.ids.shape[1] - 1)
         reads = torch.arange(self.count).repeat_interleave(len(firsts)), torch.tensor(firsts).repeat(self.count)
         logp, outputs = self._read(found, *reads, self._inputs(self.ids, self.mask))
-        total = logp.view(self.count, len(firsts))[:, [place[answer[0]] for answer in self.answers]]
-        return total, getattr(outputs, "past_key_values", None)
+        self.total = logp.view(self.count, len(firsts))[:, [place[answer[0]] for answer in self.answers]]
+        self.cache = getattr(outputs, "past_key_values", None)
 
-    def _rest(self, total: Tensor, whole: Tensor, cache: Any, wanted: Tensor, batch_size: int) -> bool:
-        """Make the totals that are wanted whole, and what shares their paths. False: the cache has no copies."""
-        cells = {(self.path_of[answer], row) for row, answer in (wanted & ~whole).nonzero().tolist()}
+    def _read_on(self, wanted: Tensor, depth: int, batch_size: int) -> bool:
+        """Read the first `depth` tokens of the answers that are wanted, and of what shares their paths. False: the
+        cache has no copies."""
+        heads = [answer[:depth] for answer in self.answers]
+        paths = _paths(heads)
+        # The path that each is read off; None where only its first token is.
+        path_of = [
+            next((number for number, path in enumerate(paths) if len(a) > 1 and path[: len(a) - 1] == a[:-1]), None)
+            for a in heads
+        ]
+        missing = wanted & (self.known < self.lengths.clamp(max=depth))
+        cells = {(path_of[answer], row) for row, answer in missing.nonzero().tolist()}
         pairs = sorted((path, row) for path, row in cells if path is not None)
         for start in range(0, len(pairs), batch_size):
             some = pairs[start : start + batch_size]
+            shared = [[(n, head) for n, head in enumerate(heads) if path_of[n] == path] for path, _ in some]
             try:
-                own = copy.deepcopy(cache)
+                own = copy.deepcopy(self.cache)
                 own.batch_select_indices(torch.tensor([row for _, row in some], device=self.device))
-                self._run(total, own, some)
+                self._run(own, [(paths[path], row) for path, row in some], shared)
             except (AttributeError, IndexError, ValueError, RuntimeError) as error:
                 if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
                     raise
                 name = type(causal_model(self.model)).__name__
                 logger.warning("%s runs every prompt with every answer: its cache cannot be copied (%s)", name, error)
                 return False
-            for path, row in some:
-                whole[row] |= torch.tensor([other == path for other in self.path_of])
         return True
 
-    def _run(self, total: Tensor, cache: Any, pairs: list[tuple[int, int]]) -> None:
-        """Add to `total` what is read off these (path, prompt), run after their prompts' cache."""
+    def _run(self, cache: Any, pairs: list[tuple[Tokens, int]], heads: list[list[tuple[int, Tokens]]]) -> None:
+        """Run these (path, prompt) after their prompts' cache, and read off each the `heads` (answer, tokens)."""
         places: dict[tuple[int, int], int] = {}  # (pair, place on its path) -> its number
         reads = []
-        for pair, (path, row) in enumerate(pairs):
-            for number, answer in enumerate(self.answers):
-                for place, token in enumerate(answer[1:] if self.path_of[number] == path else ()):
-                    reads.append((row, number, places.setdefault((pair, place), len(places)), token))
+        for pair, (_, row) in enumerate(pairs):
+            for number, head in heads[pair]:
+                for place in range(int(self.known[row, number]), len(head)):
+                    read = places.setdefault((pair, place - 1), len(places))
+                    reads.append((row, number, read, head[place]))
+                self.known[row, number] = max(int(self.known[row, number]), len(head))
         rows, numbers, at, tokens = (torch.tensor(column) for column in zip(*reads, strict=True))
         found = tuple(torch.tensor(column) for column in zip(*places, strict=True))
-        paths, prompts = [self.paths[path] for path, _ in pairs], [row for _, row in pairs]
-        mask = torch.cat([self.mask[prompts], _padded([[1] * len(path) for path in paths], 0)], 1)
+        paths = [path for path, _ in pairs]
+        mask = torch.cat([self.mask[[row for _, row in pairs]], _padded([[1] * len(path) for path in paths], 0)], 1)
         given = self._inputs(_padded(paths, self.pad), mask) | {"past_key_values": cache}
         logp, _ = self._read((found[0], found[1]), at, tokens, given)
-        total.index_put_((rows, numbers), logp, accumulate=True)
+        self.total.index_put_((rows, numbers), logp, accumulate=True)
 
     def _inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         """What the decoder takes; the mask also covers the cache. Padding has no position of its own."""
