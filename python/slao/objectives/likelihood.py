@@ -134,7 +134,7 @@ class _Shared:
         reads = torch.arange(self.count).repeat_interleave(len(firsts)), torch.tensor(firsts).repeat(self.count)
         logp, outputs = self._read(found, *reads, self._inputs(self.ids, self.mask))
         self.total = logp.view(self.count, len(firsts))[:, [place[answer[0]] for answer in self.answers]]
-        self.cache = getattr(outputs, "past_key_values", None)
+        self.cache: Any = getattr(outputs, "past_key_values", None)
 
     def _read_on(self, wanted: Tensor, depth: int, batch_size: int) -> bool:
         """Read the first `depth` tokens of the answers that are wanted, and of what shares their paths. False: the
