@@ -9,8 +9,9 @@ import peft
 import pytest
 import torch
 import twins
-from expert_models import EXACT, IDS, config, experts_of, model_of, step
+from expert_models import EXACT, IDS, config, experts_of, model_of, step, wrapper_of
 from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import slao_kernels
 from slao_kernels.testing import error_ratio, tiny_model
@@ -135,6 +136,20 @@ def test_a_forward_of_its_own():
     experts.__class__ = own
     report = slao_kernels.patch(model)
     assert set(report.skipped.values()) == {"Mine has a forward of its own"}
+
+
+def test_a_served_name_that_was_registered_anew(monkeypatch):
+    model = model_of("mixtral", torch.float32, "grouped_mm")
+    report = slao_kernels.patch(model)
+
+    def nothing(self, hidden_states, index, weights):
+        return torch.zeros_like(hidden_states)
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", nothing)
+    found = wrapper_of(model)(torch.randn(6, 32), torch.zeros(6, 1, dtype=torch.long), torch.ones(6, 1))
+    assert found.count_nonzero() == 0
+    said = f"experts_implementation='grouped_mm' was registered anew by {__name__}, with kernels of its own"
+    assert report.fallbacks[report.patched[0]] == said
 
 
 def test_one_of_two_wrappers_with_nothing_to_add():
