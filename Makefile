@@ -31,7 +31,7 @@ demo demo-llm:
 	rm -rf $(DEMO_VENV) build
 	$(PYTHON) -m venv $(DEMO_VENV)
 	$(DEMO_VENV)/bin/$(INSTALL) torch
-	$(DEMO_VENV)/bin/$(INSTALL) ".[$(EXTRAS)]"
+	SLAO_KERNELS_BUILD=$${SLAO_KERNELS_BUILD-cpu} $(DEMO_VENV)/bin/$(INSTALL) ".[$(EXTRAS)]"
 	$(DEMO_VENV)/bin/slao run --preset $(PRESET) --overwrite
 
 ## make test    environment (if there is none), install, tests; MARK= for the exhaustive grids too, WORKERS= processes
