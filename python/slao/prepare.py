@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,9 +11,9 @@ from .identity import fingerprint
 from .methods import Method, make_method
 from .models import check_device, check_tokens, default_objective, load_model, load_tokenizer, model_path
 from .objectives import OBJECTIVES, check_objective, make_objective
-from .settings import train_config
+from .settings import TRAINS, train_config
 from .streams import Stream, make_stream
-from .train import TrainConfig, check_ask, seed_everything
+from .train import TrainConfig, check_objective_takes, seed_everything
 
 
 def check_settings(settings: dict[str, Any]) -> None:
@@ -45,7 +44,8 @@ def lora_config(settings: dict[str, Any]) -> Any:
 def make_labelled(settings: dict[str, Any], label: str, model: nn.Module) -> Method:
     """The method that stands under `label` in the settings."""
     options = dict(settings["methods"][label])
-    options.pop("learning_rate", None)
+    for key in TRAINS:
+        options.pop(key, None)
     return make_method(options.pop("method", label), model, **options)
 
 
@@ -70,7 +70,7 @@ class Prepared:
         self.tokenizer = load_tokenizer(self.path)
         self.report = ""
         self.base = ""  # the base model's fingerprint, once `build` has loaded it
-        check_ask(self.config, OBJECTIVES[self.objective_name])
+        check_objective_takes(self.config, OBJECTIVES[self.objective_name])
         if OBJECTIVES[self.objective_name].own_loss and self.config.arguments.get("label_smoothing_factor"):
             raise ValueError(
                 f"train.arguments.label_smoothing_factor would do nothing: {self.objective_name} has a loss of its "
@@ -84,9 +84,9 @@ class Prepared:
         return self.stream.shuffled(order) if order else self.stream
 
     def config_of(self, label: str) -> TrainConfig:
-        """How the method under `label` is trained: as all, but at a learning rate of its own where it has one."""
-        rate = self.settings["methods"][label].get("learning_rate")
-        return self.config if rate is None else replace(self.config, learning_rate=rate)
+        """How the method under `label` is trained: as all, but with a learning rate and replay of its own where it has
+        them."""
+        return train_config(self.settings, label)
 
     def build(
         self, label: str, seed: int, order: int | None, others: Sequence[str] = ()

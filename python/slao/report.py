@@ -21,6 +21,7 @@ COLUMNS = (
     ("forgetting", "forgetting", True),
     ("FWT", "FWT", True),
     ("zero_shot", "zero-shot", True),
+    ("CE_rise", "CE rise", True),
     ("MOPD", "MOPD", True),
     ("AOPD", "AOPD", True),
     ("tokens_per_second", "tokens/s", False),
@@ -33,8 +34,8 @@ COLUMNS = (
 # Worked out here; and what is one number over several runs, or only another form of one that is there.
 DERIVED = ("inc_acc", "zero_shot", "MOPD", "AOPD", "seconds_per_task")
 OVER_RUNS = ("MOPD", "AOPD")
-LATER = ("score_seconds", "merge_seconds")  # results of earlier versions have none
-SPLIT = ("train_seconds", *LATER)
+SPLIT = ("train_seconds", "score_seconds", "merge_seconds")
+LATER = (*SPLIT[1:], "CE_rise")  # results of earlier versions have none
 MISSING = "–"
 
 

@@ -18,6 +18,7 @@ GLOSSARY = (
     ("BWT", "mean change of a task's score from its own training to the end; negative means forgotten."),
     ("forgetting", "mean drop from a task's best earlier score to the end; lower is better."),
     ("FWT", "mean gain over zero-shot on a task just before it is trained."),
+    ("CE rise", "how much less likely a text that no task is about has become: cross-entropy, nats a token."),
     ("zero-shot", "mean score over all tasks before any training."),
     ("MOPD, AOPD", "largest and mean range of a task's final score over task orders, at one seed; lower is better."),
     ("train s, score s, merge s", "seconds of a run in training steps, in scoring, and around the tasks (merging)."),

@@ -20,6 +20,7 @@ class Result:
     on. merge_seconds: in begin_task and end_task together (and observe). score_seconds: in scoring, that before the
     first task included. peak_memory_mb: see `peak_memory_mb`. state_mb: MiB of adapter and whatever else the method
     keeps, after each task. answers: to TrainConfig.ask, before training and after each task (joint: after all).
+    cross_entropy: of TrainConfig.retention's text, at the same times, in nats a token.
     """
 
     tasks: list[str]
@@ -34,6 +35,7 @@ class Result:
     peak_memory_mb: float = 0.0
     state_mb: list[float] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
+    cross_entropy: list[float] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -49,7 +51,8 @@ class Result:
         return [*self.matrix, *(empty for _ in self.tasks[len(self.matrix) :])]
 
     def summary(self) -> dict[str, Score]:
-        """AA, BWT, ...; None where T is too small or entries are missing, as they are in an unfinished run."""
+        """AA, BWT, ... and by how much the cross-entropy of the retention text has risen; None where T is too small,
+        entries are missing, as they are in an unfinished run, or it was not measured."""
         matrix = self.whole_matrix()
         return {
             "AA": metrics.average_accuracy(matrix),
@@ -57,4 +60,5 @@ class Result:
             "BWT": metrics.backward_transfer(matrix),
             "forgetting": metrics.forgetting(matrix),
             "FWT": metrics.forward_transfer(matrix, self.zero_shot),
+            "CE_rise": self.cross_entropy[-1] - self.cross_entropy[0] if len(self.cross_entropy) > 1 else None,
         }

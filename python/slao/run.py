@@ -156,7 +156,8 @@ class Run:
                 self.say(f"{where}{job.title} failed: {outcome}")
                 continue
             results[job] = outcome
-            scores = ", ".join(f"{key} {_number(value)}" for key, value in outcome.summary().items())
+            summary = {key: value for key, value in outcome.summary().items() if value is not None}
+            scores = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in summary.items())
             self.say(f"{where}{job.title}: {scores}")
         if not results:
             raise ValueError(next(iter(self.failed.values())))
@@ -279,7 +280,3 @@ def _tasks(run: Result) -> int:
 
 def _layers_mean(lam: float | list[float]) -> float:
     return fmean(lam) if isinstance(lam, list) else lam
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"

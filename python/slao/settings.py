@@ -16,8 +16,10 @@ from .streams import STREAMS
 from .train import TrainConfig
 from .typed import options, parameters, plain, typed
 
+# What a method may have of its own, in place of what `train` says.
+TRAINS = ("learning_rate", "replay_rows", "replay_fraction", "replay_from")
 # Everything that can be set, with its default. The one open section is `methods`: a name -> its options, which are
-# those of the method, `method` (its kind, where the name is another) and `learning_rate` (else that of `train`).
+# those of the method, `method` (its kind, where the name is another) and those in TRAINS.
 DEFAULTS: dict[str, Any] = {
     "name": "",
     "model": "minilm",
@@ -177,7 +179,8 @@ def _check_types(settings: dict[str, Any]) -> None:
             settings["objective"][key] = template_text(key, settings["objective"][key])
     for label, given in settings["methods"].items():
         name = typed(f"methods.{label}.method", given.get("method", label), str)
-        taken = parameters(check_method(name)) | {"method": str, "learning_rate": float}
+        own = {key: hint for key, hint in parameters(TrainConfig).items() if key in TRAINS}
+        taken = parameters(check_method(name)) | {"method": str} | own
         _check_section(settings["methods"], label, f"method {name!r}", taken, "methods.")
     _check_section(settings, "train", "train", parameters(TrainConfig))
     if arguments := settings["train"].get("arguments"):
@@ -214,7 +217,8 @@ def _check(settings: dict[str, Any]) -> None:
         if not settings["shuffle_tasks"]:
             raise ValueError("orders choose task orders, which shuffle_tasks: false (--no-shuffle) forbids: drop one")
     _check_least(settings)
-    train_config(settings)
+    for label in settings["methods"]:
+        train_config(settings, label)
     _section("sweep", settings["sweep"])  # what it names is checked variant by variant: sweep.py
 
 
@@ -239,6 +243,7 @@ def _check_least(settings: dict[str, Any]) -> None:
         raise ValueError("lora.inference_mode would freeze the adapter, so that nothing is trained; leave it out")
 
 
-def train_config(settings: dict[str, Any]) -> TrainConfig:
-    """The `train` section as a TrainConfig."""
-    return TrainConfig(**settings["train"])
+def train_config(settings: dict[str, Any], label: str | None = None) -> TrainConfig:
+    """The `train` section as a TrainConfig; label: with what the method under that label has of its own."""
+    given = {} if label is None else settings["methods"][label]
+    return TrainConfig(**settings["train"] | {key: given[key] for key in TRAINS if key in given})

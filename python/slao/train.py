@@ -21,8 +21,10 @@ from . import checkpoint, stopping
 from .methods import Method
 from .methods.base import STATE_FILE
 from .objectives import Objective
-from .objectives.base import Features, heard, in_batches
+from .objectives.base import Features, heard, in_batches, positions
+from .replay import Replay, size
 from .result import Result, Score
+from .retention import cross_entropy, windows
 from .similarity import Similarity
 from .streams import Stream
 
@@ -38,7 +40,10 @@ class TrainConfig:
     choose settings by. trainer: "transformers", or "trl" for TRL's
     SFTTrainer (causal language models). arguments: anything else that transformers.TrainingArguments takes, or
     trl.SFTConfig. ask: a text as in a row of the first task (causal language models): what the merged model says to it
-    before training and after each task is kept in the result's `answers`.
+    before training and after each task is kept in the result's `answers`. replay_rows, replay_fraction,
+    replay_from: which rows of the tasks before are trained again beside each task's own, as in `slao.replay.Replay`.
+    retention: "python" (the help topics that every Python carries) or a file of text, whose cross-entropy under a
+    causal language model is measured where tasks are scored and kept in the result's `cross_entropy`.
     """
 
     epochs: float = 1.0
@@ -58,6 +63,10 @@ class TrainConfig:
     trainer: str = "transformers"
     arguments: dict[str, Any] = field(default_factory=dict)
     ask: str = ""
+    replay_rows: int | None = None
+    replay_fraction: float | None = None
+    replay_from: str = "per_task"
+    retention: str = ""
 
     def __post_init__(self) -> None:
         if self.evaluate not in ("all", "seen"):
@@ -74,6 +83,15 @@ class TrainConfig:
         clash = sorted(set(self.arguments) & {*(f.name for f in fields(self)), *_OURS})
         if clash:
             raise ValueError(f"set {', '.join(clash)} through TrainConfig's own fields, not through arguments")
+        if self.replay is None and self.replay_from != "per_task":
+            raise ValueError("replay_from would do nothing without replay_rows; give it, or leave both out")
+
+    @property
+    def replay(self) -> Replay | None:
+        """What is kept of the tasks before; None where nothing is."""
+        if self.replay_rows is None and self.replay_fraction is None:
+            return None
+        return Replay(self.replay_rows, self.replay_fraction, self.replay_from)
 
 
 # TrainingArguments that this loop sets itself.
@@ -122,7 +140,7 @@ def train(
     for a task without rows to score.
     """
     config = config or TrainConfig()
-    check_ask(config, type(objective))
+    check_objective_takes(config, type(objective))
     if empty := [task.name for task in stream.tasks if not getattr(task, config.score_on)]:
         raise ValueError(f"task {empty[0]!r} has no {config.score_on} rows to score; set score_on to the other split")
     result = Result([task.name for task in stream.tasks])
@@ -144,14 +162,17 @@ def train(
 
     reset_peak_memory()
     names = tuple(result.tasks)
+    other = windows(config.retention, objective.tokenizer, positions(model)) if config.retention else []
     objective.running = objective.seen = ()
 
     def scores(trained: int, config: TrainConfig = config) -> list[Score]:
         started = time.perf_counter()
         found = _scores(model, method, objective, stream, trained, config, on_score)
-        if config.ask:
-            with method.merged():
+        with method.merged() if config.ask or other else contextlib.nullcontext():
+            if config.ask:
                 result.answers.append(objective.answer(model, stream.tasks[0], config.ask))
+            if other:
+                result.cross_entropy.append(cross_entropy(model, other))
         result.score_seconds += time.perf_counter() - started
         return found
 
@@ -164,7 +185,8 @@ def train(
         config = replace(config, max_steps=config.max_steps * len(stream.tasks))
     for index in stopping.one_by_one(range(len(stages) if result.finished else len(result.matrix), len(stages))):
         name, tasks = stages[index]
-        objective.running = tuple(task.name for task in tasks)
+        again = [] if config.replay is None or method.together else config.replay.kept(stream.tasks[:index], seed)
+        objective.running = tuple(dict.fromkeys(task.name for task in (*tasks, *(task for task, _ in again))))
         objective.seen = names if method.together else names[: index + 1]
         seed_everything(seed * 10_007 + index)
         features = [row for task in tasks for row in objective.features(task, task.train)]
@@ -172,7 +194,8 @@ def train(
         _observe(model, method, objective, features, config)
         method.begin_task(name)
         result.merge_seconds += time.perf_counter() - started
-        trainer = make_trainer(model, method, objective, config, features, seed * 10_007 + index, callbacks)
+        trained = [*features, *(one for task, row in again for one in objective.features(task, [row]))]
+        trainer = make_trainer(model, method, objective, config, trained, seed * 10_007 + index, callbacks)
         trainer.add_callback(Watch(method))
         started = time.perf_counter()
         with own_forward(model), labelled_only(model):
@@ -191,7 +214,8 @@ def train(
         result.lambdas = list(method.lambdas)
         result.matrix += [[None] * len(stream.tasks) for _ in tasks[1:]]  # the scores that there never were
         result.matrix.append(scores(len(result.matrix) + 1))
-        result.state_mb.append(method.state_bytes() / 2**20)
+        kept = [] if config.replay is None or method.together else config.replay.kept(stream.tasks[: index + 1], seed)
+        result.state_mb.append((method.state_bytes() + size(kept)) / 2**20)
         result.peak_memory_mb = max(result.peak_memory_mb, peak_memory_mb())
         if state_dir is not None:
             extra: dict[str, Any] = {"seed": seed, "result": vars(result)}
@@ -203,10 +227,11 @@ def train(
     return result
 
 
-def check_ask(config: TrainConfig, kind: type[Objective]) -> None:
-    """ValueError for a question to a model that says nothing."""
-    if config.ask and not kind.answers:
-        raise ValueError(f"train.ask would do nothing: {kind.name} scores, and generates no text; leave it out")
+def check_objective_takes(config: TrainConfig, kind: type[Objective]) -> None:
+    """ValueError for a question to a model that says nothing, or that has no probability for a text."""
+    for name in ("ask", "retention"):
+        if getattr(config, name) and not kind.answers:
+            raise ValueError(f"train.{name} would do nothing: {kind.name} scores, and generates no text; leave it out")
 
 
 def _saved(path: Path) -> dict[str, Any] | None:

@@ -46,7 +46,7 @@ def make_sft_trainer(
         args=args,
         train_dataset=Dataset.from_list(features),
         data_collator=objective.collate,
-        processing_class=objective.tokenizer,  # type: ignore[attr-defined]
+        processing_class=objective.tokenizer,
         callbacks=callbacks,
     )
 

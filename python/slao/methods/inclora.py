@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from slao_kernels import weighted_merge
 from slao_kernels.adapters import LoraPair, stack
 
 from .base import Method
@@ -23,15 +25,36 @@ class IncLoRA(Method):
     The first task is ordinary LoRA; each further one starts with a fresh A (PEFT's init) and B = 0, so where the last
     one ended. `merged()` is the sum of all finished pairs; the exported adapter stacks them to rank T · r, with the
     same scaling. seed: of the fresh A. State: T · r rows and columns a layer, growing with every task.
-    Raises ValueError for layers that cannot take frozen pairs.
+    max_pairs: no more than the rank of so many pairs is kept of the finished ones: where there are more, the product
+    that they are the nearest to (Eckart and Young, by QR of the factors), which as a whole is frozen in their place.
+    The state and the export then stop growing.
+    Raises ValueError for layers that cannot take frozen pairs, or no matrix of that rank.
     """
 
     name = "inclora"
 
-    def __init__(self, model: nn.Module, adapter: str = "default", seed: int = 0, beside: str = "keep") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: str = "default",
+        seed: int = 0,
+        max_pairs: int | None = None,
+        beside: str = "keep",
+    ) -> None:
+        if max_pairs is not None and max_pairs < 1:
+            raise ValueError(f"max_pairs must be at least 1, or None for all, not {max_pairs}")
+        self.seed, self.max_pairs = seed, max_pairs
         super().__init__(model, adapter=adapter, beside=beside)
-        self.seed = seed
         self.layers: list[Extended] = extend_all(self)
+
+    def _check(self) -> None:
+        own = [(pair, len(pair.B), pair.A.shape[1]) for pair in self.pairs]
+        small = [f"{pair.name} {(m, n)}" for pair, m, n in own if (self.max_pairs or 0) * pair.rank > min(m, n)]
+        if small:
+            raise ValueError(
+                f"max_pairs={self.max_pairs} of rank {self.pairs[0].rank} is more than these layers can have: "
+                f"{', '.join(small[:8])}; lower it"
+            )
 
     def _begin(self, task: int) -> None:
         if task > 1:
@@ -39,9 +62,22 @@ class IncLoRA(Method):
             self._start_fresh(task)
 
     def _freeze_last(self) -> None:
-        """The trained pair becomes the last of the frozen ones."""
+        """The trained pair becomes the last of the frozen ones, which are cut if they are too many."""
         for pair, layer in zip(self.pairs, self.layers, strict=True):
             append(pair, layer, pair.A, pair.B)
+        if self.max_pairs is not None and self._frozen_pairs() > self.max_pairs:
+            self._cut(self.max_pairs)
+
+    def _cut(self, most: int) -> None:
+        """The nearest to the frozen pairs' sum of the rank of `most` pairs, of every layer at once."""
+        frozen = [(pair, *self.frozen(index)) for index, pair in enumerate(self.pairs)]
+        As = [one for pair, A, _ in frozen for one in pair.split("A", A)]
+        Bs = [one for pair, _, B in frozen for one in pair.split("B", B)]
+        ranks = [most * pair.rank for pair in self.pairs for _ in range(pair.experts)]
+        found = iter(weighted_merge([(As, Bs, 1.0)], [1.0], ranks).pairs)
+        for pair, layer in zip(self.pairs, self.layers, strict=True):
+            own_As, own_Bs = zip(*islice(found, pair.experts), strict=True)
+            layer.slao_frozen_A, layer.slao_frozen_B = pair.join("A", own_As), pair.join("B", own_Bs)
 
     def _start_fresh(self, task: int) -> None:
         for pair in self.pairs:
@@ -73,11 +109,14 @@ class IncLoRA(Method):
         """The frozen pairs as a plain adapter has them."""
         return self.frozen(index)
 
+    def _frozen_pairs(self) -> int:
+        return self.frozen(0)[0].shape[0] // self.pairs[0].A.shape[0]
+
     def _stacked(self) -> int:
-        return 1 + self.frozen(0)[0].shape[0] // self.pairs[0].A.shape[0]
+        return 1 + self._frozen_pairs()
 
     def _options(self) -> dict[str, Any]:
-        return {"seed": self.seed}
+        return {"seed": self.seed, "max_pairs": self.max_pairs}
 
     def _state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}

@@ -32,6 +32,7 @@ class Objective(ABC):
     own_loss: ClassVar[bool]
     answers: ClassVar[bool] = False
     images: ClassVar[bool] = False  # whether it reads images, else texts
+    tokenizer: Any = None  # of those that read texts
     notes: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
     seen: tuple[str, ...] = ()
@@ -59,8 +60,7 @@ class Objective(ABC):
     def shown(self, task: Task, features: dict[str, Any]) -> list[tuple[str, str]]:
         """(what it is, text) of the parts of a row of `features`, for a person."""
         ids, label = features.get("input_ids"), features.get("labels")
-        tokenizer: Any = getattr(self, "tokenizer", None)
-        read = repr(tokenizer.decode(ids)) if ids is not None and tokenizer is not None else "an image"
+        read = repr(self.tokenizer.decode(ids)) if ids is not None and self.tokenizer is not None else "an image"
         labels: Sequence[str] = getattr(self, "labels", ())
         learned = [("LEARNS", f"the label {labels[label]!r}")] if isinstance(label, int) else []
         return [("reads", read), *learned]

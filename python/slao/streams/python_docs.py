@@ -45,7 +45,7 @@ def python_docs(
     ValueError: too few topics qualify, or an option is out of range. ImportError: this Python has no pydoc_data.
     """
     _check(tasks, labels_per_task, test_fraction, validation_fraction, max_rows_per_label, min_sentences)
-    texts = _texts()
+    texts = help_topics()
     owned = own_sentences({name: sentences(text) for name, text in texts.items()}, min_sentences)
     wanted = tasks * labels_per_task
     if len(owned) < wanted:
@@ -102,7 +102,8 @@ def label_texts(texts: Mapping[str, str]) -> dict[str, str]:
     return {name: f"{title} {_words(name)}" if title in repeated else title for name, title in titles.items()}
 
 
-def _texts() -> Mapping[str, str]:
+def help_topics() -> Mapping[str, str]:
+    """Name -> text of the help topics that Python carries."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:

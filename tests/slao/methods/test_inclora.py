@@ -34,6 +34,35 @@ def test_the_model_is_the_sum_of_all_pairs_and_old_ones_do_not_move(lab, patched
     assert method.lambdas == [1.0, 1.0, 1.0]
 
 
+def test_finished_pairs_beyond_the_most_are_cut_to_the_nearest_of_that_rank(lab):
+    """fp64, against the SVD of the dense sum: 1e-12 of it, squared norms of what the cut leaves out included."""
+    method = lab.make(IncLoRA, max_pairs=2)
+    before: list[torch.Tensor] = [torch.zeros(())] * len(method.pairs)
+    for index in range(5):
+        lab.begin(method, index)
+        for k, pair in enumerate(method.pairs):
+            A, B = method.frozen(k)
+            assert len(A) == min(index, 2) * pair.rank
+            if index > 2:
+                U, S, Vh = torch.linalg.svd(before[k])
+                most = 2 * pair.rank
+                assert error_ratio(pair.scaling * B @ A, (U[:, :most] * S[:most]) @ Vh[:most]) <= 1e-12
+                assert S[most] > 1e-6 * S[0], "nothing was cut"
+        lab.train(method, shift=index)
+        lab.end(method, index)
+        before = lab.deltas(method)
+    bytes_then = method.state_bytes()
+    lab.task(method, 5)
+    assert method.state_bytes() == bytes_then
+
+
+def test_more_pairs_than_a_layer_has_ranks_for_are_refused(lab):
+    with pytest.raises(ValueError, match=r"max_pairs=1000 of rank \d+ is more than these layers can have: "):
+        lab.make(IncLoRA, max_pairs=1000)
+    with pytest.raises(ValueError, match="max_pairs must be at least 1, or None for all, not 0"):
+        lab.make(IncLoRA, max_pairs=0)
+
+
 def test_each_task_starts_from_a_fresh_pair_that_its_seed_decides(lab):
     starts = []
     for seed in (0, 0, 1):
