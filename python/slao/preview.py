@@ -70,7 +70,9 @@ def first_rows(stream: Stream, objective: Objective) -> str:
 
 def _rows(stream: Stream, scored: str) -> str:
     told = [f"{task.name} {len(task.train):,} + {len(getattr(task, scored)):,}" for task in stream.tasks]
-    return f"trained + scored ({scored}): {', '.join(told)}"
+    apart = sum(len(task.validation) for task in stream.tasks) if scored == "test" else 0
+    kept = f"; {apart:,} kept apart for validation" if apart else ""
+    return f"trained + scored ({scored}): {', '.join(told)}{kept}"
 
 
 def _steps(work: Work) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import ConcatDataset, Subset
 
 from .streams import Row, Task
 
@@ -40,33 +43,43 @@ class Replay:
         if self.fraction is not None and self.source != "per_task":
             raise ValueError("a reservoir has a fixed number of rows: give replay rows, not a fraction")
 
-    def kept(self, tasks: Sequence[Task], seed: int) -> list[tuple[Task, Row]]:
-        """What is kept after these tasks, in their order."""
+    def drawn(self, rows: Sequence[int], seed: int) -> list[tuple[int, int]]:
+        """(task, row) of what is kept after tasks of so many rows, in their order."""
         if self.source == "reservoir":
-            return self._reservoir(tasks, seed)
-        return [(task, row) for index, task in enumerate(tasks) for row in self._drawn(task, index, len(tasks), seed)]
+            return self._reservoir(rows, seed)
+        return [(task, row) for task, count in enumerate(rows) for row in self._of_task(task, count, len(rows), seed)]
 
-    def _drawn(self, task: Task, index: int, count: int, seed: int) -> Iterator[Row]:
+    def kept(self, tasks: Sequence[Task], seed: int) -> list[tuple[Task, Row]]:
+        """The rows of these tasks that are kept after them."""
+        drawn = self.drawn([len(task.train) for task in tasks], seed)
+        return [(tasks[task], tasks[task].train[row]) for task, row in drawn]
+
+    def mixed(self, datasets: Sequence[Any], seed: int = 0) -> ConcatDataset[Any]:
+        """The last of these data sets of the tasks so far, and of the ones before what is kept: for any Trainer that
+        takes a torch data set. (Of `datasets.Dataset`s: concatenate_datasets, with `select` of what `drawn` names.)"""
+        drawn = self.drawn([len(one) for one in datasets[:-1]], seed)
+        rows = [[row for task, row in drawn if task == number] for number in range(len(datasets) - 1)]
+        return ConcatDataset([datasets[-1], *(Subset(one, of) for one, of in zip(datasets, rows, strict=False))])
+
+    def _of_task(self, task: int, count: int, tasks: int, seed: int) -> list[int]:
         if self.fraction is not None:
-            most = max(1, round(self.fraction * len(task.train)))
+            most = max(1, round(self.fraction * count))
         else:
             assert self.rows is not None
-            most = self.rows // count + (index < self.rows % count)
-        order = random.Random(f"{seed}/{index}").sample(range(len(task.train)), len(task.train))
-        yield from (task.train[place] for place in sorted(order[:most]))  # of a shorter list the same rows, the first
+            most = self.rows // tasks + (task < self.rows % tasks)
+        # Of a shorter list the same rows, the first.
+        return sorted(random.Random(f"{seed}/{task}").sample(range(count), count)[:most])
 
-    def _reservoir(self, tasks: Sequence[Task], seed: int) -> list[tuple[Task, Row]]:
+    def _reservoir(self, rows: Sequence[int], seed: int) -> list[tuple[int, int]]:
         assert self.rows is not None
         draw = random.Random(seed)
         held: list[tuple[int, int]] = []
-        for seen, item in enumerate(
-            (index, place) for index, task in enumerate(tasks) for place in range(len(task.train))
-        ):
+        for seen, item in enumerate((task, row) for task, count in enumerate(rows) for row in range(count)):
             if len(held) < self.rows:
                 held.append(item)
             elif (slot := draw.randrange(seen + 1)) < self.rows:
                 held[slot] = item
-        return [(tasks[index], tasks[index].train[place]) for index, place in sorted(held)]
+        return sorted(held)
 
 
 def size(kept: Sequence[tuple[Task, Row]]) -> int:

@@ -86,6 +86,16 @@ def test_a_source_without_rows_is_refused():
         TrainConfig(replay_from="reservoir")
 
 
+def test_data_sets_of_any_trainer():
+    every = [[f"{task} {row}" for row in range(20)] for task in range(3)]
+    replay = Replay(rows=4)
+    assert list(replay.mixed(every[:1], 1)) == every[0]
+    found = list(replay.mixed(every, 1))
+    assert found[:20] == every[2]
+    assert found[20:] == [f"{task} {row}" for task, row in replay.drawn([20, 20], 1)]
+    assert len(found) == 24
+
+
 class Seen(TrainerCallback):
     """The rows of each task's Trainer, and its steps."""
 
