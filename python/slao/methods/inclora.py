@@ -6,6 +6,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slao_kernels import weighted_merge
@@ -28,7 +29,7 @@ class IncLoRA(Method):
     max_pairs: no more than the rank of so many pairs is kept of the finished ones: where there are more, the product
     that they are the nearest to (Eckart and Young, by QR of the factors), which as a whole is frozen in their place.
     The state and the export then stop growing.
-    Raises ValueError for layers that cannot take frozen pairs, or no matrix of that rank.
+    Raises ValueError for layers that cannot take frozen pairs.
     """
 
     name = "inclora"
@@ -47,15 +48,6 @@ class IncLoRA(Method):
         super().__init__(model, adapter=adapter, beside=beside)
         self.layers: list[Extended] = extend_all(self)
 
-    def _check(self) -> None:
-        own = [(pair, len(pair.B), pair.A.shape[1]) for pair in self.pairs]
-        small = [f"{pair.name} {(m, n)}" for pair, m, n in own if (self.max_pairs or 0) * pair.rank > min(m, n)]
-        if small:
-            raise ValueError(
-                f"max_pairs={self.max_pairs} of rank {self.pairs[0].rank} is more than these layers can have: "
-                f"{', '.join(small[:8])}; lower it"
-            )
-
     def _begin(self, task: int) -> None:
         if task > 1:
             self._freeze_last()
@@ -73,11 +65,15 @@ class IncLoRA(Method):
         frozen = [(pair, *self.frozen(index)) for index, pair in enumerate(self.pairs)]
         As = [one for pair, A, _ in frozen for one in pair.split("A", A)]
         Bs = [one for pair, _, B in frozen for one in pair.split("B", B)]
-        ranks = [most * pair.rank for pair in self.pairs for _ in range(pair.experts)]
+        ranks = [
+            min(most * pair.rank, len(pair.B), pair.A.shape[1]) for pair in self.pairs for _ in range(pair.experts)
+        ]
         found = iter(weighted_merge([(As, Bs, 1.0)], [1.0], ranks).pairs)
         for pair, layer in zip(self.pairs, self.layers, strict=True):
-            own_As, own_Bs = zip(*islice(found, pair.experts), strict=True)
-            layer.slao_frozen_A, layer.slao_frozen_B = pair.join("A", own_As), pair.join("B", own_Bs)
+            cuts = list(islice(found, pair.experts))
+            missing = most * pair.rank - len(cuts[0][0])  # a layer of fewer rows or columns: zeros, the sum is whole
+            layer.slao_frozen_A = pair.join("A", [F.pad(A, (0, 0, 0, missing)) for A, _ in cuts])
+            layer.slao_frozen_B = pair.join("B", [F.pad(B, (0, missing)) for _, B in cuts])
 
     def _start_fresh(self, task: int) -> None:
         for pair in self.pairs:

@@ -56,9 +56,25 @@ def test_finished_pairs_beyond_the_most_are_cut_to_the_nearest_of_that_rank(lab)
     assert method.state_bytes() == bytes_then
 
 
-def test_more_pairs_than_a_layer_has_ranks_for_are_refused(lab):
-    with pytest.raises(ValueError, match=r"max_pairs=1000 of rank \d+ is more than these layers can have: "):
-        lab.make(IncLoRA, max_pairs=1000)
+def test_a_layer_of_less_rank_than_is_kept_keeps_the_whole_sum(lab):
+    """Two layers of one r, the rows of v_proj too few for four pairs."""
+    method = lab.make(IncLoRA, max_pairs=4, lora={"r": 8})
+    deltas: list[torch.Tensor] = []
+    for index in range(6):
+        lab.begin(method, index)
+        for pair, delta, (A, B) in zip(
+            method.pairs, deltas, map(method.frozen, range(len(method.pairs))), strict=False
+        ):
+            assert len(A) == min(index, 4) * 8
+            if len(pair.B) < 32:
+                assert error_ratio(pair.scaling * B @ A, delta) <= 1e-12
+        lab.train(method, shift=index)
+        lab.end(method, index)
+        deltas = lab.deltas(method)
+    assert min(len(pair.B) for pair in method.pairs) < 32
+
+
+def test_no_pairs_at_all_are_refused(lab):
     with pytest.raises(ValueError, match="max_pairs must be at least 1, or None for all, not 0"):
         lab.make(IncLoRA, max_pairs=0)
 
