@@ -11,7 +11,7 @@ CONFORMANCE_VENV ?= .venv-conformance
 CONFORMANCE_OUT ?= build/conformance
 BIN = $(VENV)/bin
 DRIVER = $(MAKE) --silent --no-print-directory -j$(shell getconf _NPROCESSORS_ONLN) -f tests/csrc/Makefile
-INSTALL = pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL = pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo demo-llm test fuzz bench report gpu conformance lint asan aarch64 format clean
 
@@ -36,7 +36,7 @@ demo demo-llm:
 
 ## make test    environment (if there is none), install, tests; MARK= for the exhaustive grids too, WORKERS= processes
 test: $(VENV)/.installed
-	$(BIN)/pytest -n $(WORKERS) -m "$(MARK)" $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "$(MARK)" $(ARGS)
 
 ## make fuzz    readers of outside data, ops and sequences of calls on FUZZ= random cases a test, new ones every time
 ##              (minutes)
