@@ -1,4 +1,4 @@
-"""Twenty-six tasks take the memory of two with SLAO and C-LoRA, with IncLoRA a pair more a task; the bench runs fifty."""
+"""26 tasks take the memory of two with SLAO and C-LoRA, with IncLoRA a pair more a task; the bench runs fifty."""
 
 from __future__ import annotations
 
