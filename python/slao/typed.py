@@ -22,7 +22,7 @@ _WORDS: dict[Any, str] = {
     list: "a list",
     dict: "a section",
 }
-_LISTED = 20  # names; of more than these only similar ones help
+_LISTED = 24  # names; of more than these only similar ones help
 
 
 def parameters(builder: Callable[..., Any]) -> dict[str, Any]:
@@ -47,9 +47,9 @@ def known(what: str, given: Iterable[Any], names: Iterable[str]) -> None:
     names = list(names)
     for option in given:
         if option not in names:
-            near = names if len(names) <= _LISTED else get_close_matches(str(option), names, 5) or sorted(names)
-            lead = "its options are" if len(names) <= _LISTED else "similar ones are"
-            raise ValueError(f"{what} has no option {option!r}; {lead} {', '.join(near) or 'none'}")
+            near = [] if len(names) <= _LISTED else get_close_matches(str(option), names, 5)
+            lead = "similar ones are" if near else "its options are"
+            raise ValueError(f"{what} has no option {option!r}; {lead} {', '.join(near or names) or 'none'}")
 
 
 def options(what: str, where: str, given: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
