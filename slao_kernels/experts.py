@@ -18,6 +18,7 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers.integrations import moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from . import dispatch, eligibility
@@ -85,8 +86,8 @@ def why_not(chain: Sequence[Any], early: bool = False) -> str | None:
     if chosen not in _SERVED:
         return f"the config asks for experts_implementation={chosen!r}, whose kernels are its own"
     own = None if chosen is None else ALL_EXPERTS_FUNCTIONS.get(chosen)
-    if own is not None and own.__module__ != use_experts_implementation.__module__:
-        return f"experts_implementation={chosen!r} was registered anew by {own.__module__}, with kernels of its own"
+    if own is not None and getattr(moe, own.__name__, None) is not own:
+        return f"experts_implementation={chosen!r} was registered anew, with kernels of its own"
     if base._is_expert_parallel:
         return "its experts are spread over devices (expert parallel)"
     if parametrize.is_parametrized(base):

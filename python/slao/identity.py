@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .retention import content
 from .streams import ImageRow, Task
 from .sweep import Variant
 
@@ -43,6 +44,11 @@ def identity(
         for name, each in zip(names, prepared, strict=True)
         for task in each.stream.tasks
         for part, digest in _parts(task)
+    }
+    data |= {
+        f"{name}the text of train.retention": _digest([content(each.config.retention)])
+        for name, each in zip(names, prepared, strict=True)
+        if each.config.retention
     }
     return {"settings": flat(settings), "adapter": adapter, "model": models, "data": data, VERSIONS: versions()}
 

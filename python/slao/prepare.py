@@ -11,6 +11,7 @@ from .identity import fingerprint
 from .methods import Method, make_method
 from .models import check_device, check_tokens, default_objective, load_model, load_tokenizer, model_path
 from .objectives import OBJECTIVES, check_objective, make_objective
+from .retention import windows
 from .settings import TRAINS, train_config
 from .streams import Stream, make_stream
 from .train import TrainConfig, check_objective_takes, seed_everything
@@ -71,6 +72,8 @@ class Prepared:
         self.report = ""
         self.base = ""  # the base model's fingerprint, once `build` has loaded it
         check_objective_takes(self.config, OBJECTIVES[self.objective_name])
+        if self.config.retention:
+            windows(self.config.retention, self.tokenizer)  # raises what is wrong with the text
         if OBJECTIVES[self.objective_name].own_loss and self.config.arguments.get("label_smoothing_factor"):
             raise ValueError(
                 f"train.arguments.label_smoothing_factor would do nothing: {self.objective_name} has a loss of its "

@@ -47,7 +47,7 @@ class Work:
         )
         trained = [len(task.train) for task in stream.tasks]
         if config.replay is not None and not together:
-            again = [len(config.replay.kept(stream.tasks[:t], 0)) for t in range(count)]
+            again = [len(config.replay.drawn(trained[:t], 0)) for t in range(count)]
             trained = [own + kept for own, kept in zip(trained, again, strict=True)]
         names = [task.name for task in stream.tasks]
         steps = [steps_of(sum(trained), config) * (count if config.max_steps > 0 else 1)] if together else []

@@ -18,8 +18,8 @@ SOURCES = ("per_task", "reservoir")
 class Replay:
     """Which training rows are kept, and so are among those of every later task, each once an epoch.
 
-    fraction: this part of every task's rows, so that more are kept with every task. rows: so many in all, whatever the
-    number of tasks. One of the two is given.
+    fraction: this part of every task's rows, so that more are kept with every task. rows: at most so many in all,
+    whatever the number of tasks. One of the two is given.
     source: "per_task" keeps of every task alike many, drawn at random; "reservoir" draws so that every row of all
     tasks has the same chance, and larger tasks keep more (Vitter's algorithm R, one row after another). Only with rows.
 

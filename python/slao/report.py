@@ -21,7 +21,7 @@ COLUMNS = (
     ("forgetting", "forgetting", True),
     ("FWT", "FWT", True),
     ("zero_shot", "zero-shot", True),
-    ("CE_rise", "CE rise", True),
+    ("CE_rise", "CE rise", False),
     ("MOPD", "MOPD", True),
     ("AOPD", "AOPD", True),
     ("tokens_per_second", "tokens/s", False),
@@ -181,6 +181,10 @@ def _plain_digits(values: np.ndarray) -> int:
     return 0 if np.nanmax(np.abs(values), initial=0.0) >= 100 else 2
 
 
+def _decimals(key: str, is_score: bool, score: int, values: np.ndarray) -> int:
+    return 3 if key == "CE_rise" else score if is_score else _plain_digits(values)
+
+
 def _summary(method: Method, key: str, digits: int) -> str:
     """mean ± std of one column; says on how many seeds it is where some have no value."""
     values = method.values[key]
@@ -207,7 +211,7 @@ def _headline(methods: Sequence[Method]) -> tuple[list[str], list[list[str]]]:
     kept = any(m.state is not None for m in methods)
     rows = [
         [m.name, str(len(m.seeds))]
-        + [_summary(m, key, score if is_score else _plain_digits(m.values[key])) for key, _, is_score in shown]
+        + [_summary(m, key, _decimals(key, is_score, score, m.values[key])) for key, _, is_score in shown]
         + ([_kept(m)] if kept else [])
         for m in methods
     ]
@@ -233,7 +237,7 @@ def _per_seed(methods: Sequence[Method]) -> tuple[list[str], list[list[str]]]:
     rows = [
         [m.name, str(seed)]
         + [
-            _number(float(m.values[key][s]), score if is_score else _plain_digits(m.values[key]))
+            _number(float(m.values[key][s]), _decimals(key, is_score, score, m.values[key]))
             for key, _, is_score in shown
         ]
         for m in methods

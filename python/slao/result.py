@@ -18,9 +18,9 @@ class Result:
     zero_shot: scores before any training. losses: per task, as the Trainer logged them (every 10 steps).
     train_seconds: in training steps, evaluation and merging aside. tokens: real (not padding) ones that were trained
     on. merge_seconds: in begin_task and end_task together (and observe). score_seconds: in scoring, that before the
-    first task included. peak_memory_mb: see `peak_memory_mb`. state_mb: MiB of adapter and whatever else the method
-    keeps, after each task. answers: to TrainConfig.ask, before training and after each task (joint: after all).
-    cross_entropy: of TrainConfig.retention's text, at the same times, in nats a token.
+    first task included. peak_memory_mb: see `peak_memory_mb`. state_mb: MiB of adapter, whatever else the method
+    keeps, and rows for replay, after each task. answers: to TrainConfig.ask, before training and after each task
+    (joint: after all). cross_entropy: of TrainConfig.retention's text, at the same times, in nats a token.
     """
 
     tasks: list[str]
@@ -60,5 +60,5 @@ class Result:
             "BWT": metrics.backward_transfer(matrix),
             "forgetting": metrics.forgetting(matrix),
             "FWT": metrics.forward_transfer(matrix, self.zero_shot),
-            "CE_rise": self.cross_entropy[-1] - self.cross_entropy[0] if len(self.cross_entropy) > 1 else None,
+            "CE_rise": self.cross_entropy[-1] - self.cross_entropy[0] if self.finished and self.cross_entropy else None,
         }

@@ -217,9 +217,24 @@ def _check(settings: dict[str, Any]) -> None:
         if not settings["shuffle_tasks"]:
             raise ValueError("orders choose task orders, which shuffle_tasks: false (--no-shuffle) forbids: drop one")
     _check_least(settings)
-    for label in settings["methods"]:
-        train_config(settings, label)
+    _check_trains(settings)
     _section("sweep", settings["sweep"])  # what it names is checked variant by variant: sweep.py
+
+
+def _check_trains(settings: dict[str, Any]) -> None:
+    """How each method is trained, and that what is said of replay does something."""
+    replays = False
+    for label, given in settings["methods"].items():
+        try:
+            config = train_config(settings, label)
+        except ValueError as error:
+            raise ValueError(f"methods.{label}: {error}" if any(key in given for key in TRAINS) else error) from None
+        joint = METHODS[given.get("method", label)].together
+        if joint and (given.get("replay_rows") or given.get("replay_fraction")):
+            raise ValueError(f"methods.{label}: replay would do nothing, since all tasks are trained at once")
+        replays = replays or config.replay is not None
+    if settings["train"].get("replay_from") and not replays:
+        raise ValueError("train.replay_from would do nothing without replay_rows; give it, or leave both out")
 
 
 def _check_numbers(what: str, numbers: list[int]) -> None:

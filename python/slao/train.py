@@ -41,7 +41,8 @@ class TrainConfig:
     SFTTrainer (causal language models). arguments: anything else that transformers.TrainingArguments takes, or
     trl.SFTConfig. ask: a text as in a row of the first task (causal language models): what the merged model says to it
     before training and after each task is kept in the result's `answers`. replay_rows, replay_fraction,
-    replay_from: which rows of the tasks before are trained again beside each task's own, as in `slao.replay.Replay`.
+    replay_from: which rows of the tasks before are trained again beside each task's own, as in `slao.replay.Replay`; a
+    method that observes (InfLoRA, EWC) is shown them too.
     retention: "python" (the help topics that every Python carries) or a file of text, whose cross-entropy under a
     causal language model is measured where tasks are scored and kept in the result's `cross_entropy`.
     """
@@ -63,8 +64,8 @@ class TrainConfig:
     trainer: str = "transformers"
     arguments: dict[str, Any] = field(default_factory=dict)
     ask: str = ""
-    replay_rows: int | None = None
-    replay_fraction: float | None = None
+    replay_rows: int = 0
+    replay_fraction: float = 0.0
     replay_from: str = "per_task"
     retention: str = ""
 
@@ -83,15 +84,14 @@ class TrainConfig:
         clash = sorted(set(self.arguments) & {*(f.name for f in fields(self)), *_OURS})
         if clash:
             raise ValueError(f"set {', '.join(clash)} through TrainConfig's own fields, not through arguments")
-        if self.replay is None and self.replay_from != "per_task":
-            raise ValueError("replay_from would do nothing without replay_rows; give it, or leave both out")
+        _ = self.replay  # which says what is wrong
 
     @property
     def replay(self) -> Replay | None:
         """What is kept of the tasks before; None where nothing is."""
-        if self.replay_rows is None and self.replay_fraction is None:
+        if not (self.replay_rows or self.replay_fraction):
             return None
-        return Replay(self.replay_rows, self.replay_fraction, self.replay_from)
+        return Replay(self.replay_rows or None, self.replay_fraction or None, self.replay_from)
 
 
 # TrainingArguments that this loop sets itself.
@@ -143,6 +143,8 @@ def train(
     check_objective_takes(config, type(objective))
     if empty := [task.name for task in stream.tasks if not getattr(task, config.score_on)]:
         raise ValueError(f"task {empty[0]!r} has no {config.score_on} rows to score; set score_on to the other split")
+    other = windows(config.retention, objective.tokenizer, positions(model)) if config.retention else []
+    replay = None if method.together else config.replay
     result = Result([task.name for task in stream.tasks])
     if similarity is not None and similarity.tasks:
         raise ValueError(f"this Similarity holds {len(similarity.tasks)} tasks of another run; give a new one")
@@ -150,6 +152,8 @@ def train(
     if state_dir is not None and saved is not None:
         if saved.get("seed") != seed or saved.get("result", {}).get("tasks") != result.tasks:
             raise ValueError(f"the state in {state_dir} belongs to another stream or seed; choose another folder")
+        if bool(saved["result"].get("cross_entropy")) != bool(other):
+            raise ValueError(f"the state in {state_dir} was saved {'without' if other else 'with'} train.retention")
         recorded = None
         if similarity is not None:
             recorded = sharding.on_first(lambda: Similarity.read(state_dir, saved.get("similarity")))
@@ -162,7 +166,6 @@ def train(
 
     reset_peak_memory()
     names = tuple(result.tasks)
-    other = windows(config.retention, objective.tokenizer, positions(model)) if config.retention else []
     objective.running = objective.seen = ()
 
     def scores(trained: int, config: TrainConfig = config) -> list[Score]:
@@ -185,17 +188,17 @@ def train(
         config = replace(config, max_steps=config.max_steps * len(stream.tasks))
     for index in stopping.one_by_one(range(len(stages) if result.finished else len(result.matrix), len(stages))):
         name, tasks = stages[index]
-        again = [] if config.replay is None or method.together else config.replay.kept(stream.tasks[:index], seed)
+        again = [] if replay is None else replay.kept(stream.tasks[:index], seed)
         objective.running = tuple(dict.fromkeys(task.name for task in (*tasks, *(task for task, _ in again))))
         objective.seen = names if method.together else names[: index + 1]
         seed_everything(seed * 10_007 + index)
         features = [row for task in tasks for row in objective.features(task, task.train)]
+        features += [one for task, row in again for one in objective.features(task, [row])]
         started = time.perf_counter()
         _observe(model, method, objective, features, config)
         method.begin_task(name)
         result.merge_seconds += time.perf_counter() - started
-        trained = [*features, *(one for task, row in again for one in objective.features(task, [row]))]
-        trainer = make_trainer(model, method, objective, config, trained, seed * 10_007 + index, callbacks)
+        trainer = make_trainer(model, method, objective, config, features, seed * 10_007 + index, callbacks)
         trainer.add_callback(Watch(method))
         started = time.perf_counter()
         with own_forward(model), labelled_only(model):
@@ -214,7 +217,7 @@ def train(
         result.lambdas = list(method.lambdas)
         result.matrix += [[None] * len(stream.tasks) for _ in tasks[1:]]  # the scores that there never were
         result.matrix.append(scores(len(result.matrix) + 1))
-        kept = [] if config.replay is None or method.together else config.replay.kept(stream.tasks[: index + 1], seed)
+        kept = [] if replay is None else replay.kept(stream.tasks[: index + 1], seed)
         result.state_mb.append((method.state_bytes() + size(kept)) / 2**20)
         result.peak_memory_mb = max(result.peak_memory_mb, peak_memory_mb())
         if state_dir is not None:

@@ -45,7 +45,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "rank": (["--rank", "many"], ["lora.r must be a whole number, not 'many'"]),
     "rank 2.5": (["--rank", "2.5"], ["lora.r must be a whole number, not 2.5"]),
     "alpha": (["--alpha", "big"], ["lora.lora_alpha must be a number, not 'big'"]),
-    "lora option": (["--set", "lora.rang=1"], ["lora has no option 'rang'; similar ones are", "rank_pattern"]),
+    "lora option": (["--set", "lora.rang=1"], ["lora has no option 'rang'; its options are", "rank_pattern"]),
     "dora": (["--set", "lora.use_dora=true"], ["cannot treat 13 layers", "trains more than A and B"]),
     "epochs": (["--epochs", "0"], ["epochs must be positive, not 0 (or give max_steps)"]),
     "learning rate": (["--learning-rate", "fast"], ["train.learning_rate must be a number, not 'fast'"]),

@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 from slao.methods import Joint
 from slao.progress import Work
 from slao.replay import Replay, size
-from slao.streams import ImageRow, Row, Stream, Task
+from slao.settings import complete, train_config
+from slao.streams import ImageRow, Row, Task
 from slao.train import TrainConfig
 
 
@@ -81,9 +82,15 @@ def test_what_is_refused(given, said):
         Replay(**given)
 
 
-def test_a_source_without_rows_is_refused():
-    with pytest.raises(ValueError, match="replay_from would do nothing without replay_rows"):
-        TrainConfig(replay_from="reservoir")
+def test_what_would_do_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"train\.replay_from would do nothing without replay_rows"):
+        complete({"train": {"replay_from": "reservoir"}})
+    with pytest.raises(
+        ValueError, match=r"methods\.joint: replay would do nothing, since all tasks are trained at once"
+    ):
+        complete({"methods": {"joint": {"replay_rows": 3}}})
+    with pytest.raises(ValueError, match=r"methods\.slao: unknown replay source 'newest'"):
+        complete({"methods": {"slao": {"replay_rows": 3, "replay_from": "newest"}}})
 
 
 def test_data_sets_of_any_trainer():
@@ -163,14 +170,18 @@ def test_a_resumed_run_replays_the_same_rows(tiny, tmp_path):
 
 
 def test_settings_of_all_and_of_a_method():
-    from slao.settings import complete, train_config
-
     settings = complete({
         "train": {"replay_fraction": 0.05},
-        "methods": {"slao": {}, "more": {"method": "slao", "replay_fraction": None, "replay_rows": 9}},
+        "methods": {"slao": {}, "more": {"method": "slao", "replay_fraction": 0, "replay_rows": 9},
+                    "none": {"method": "slao", "replay_fraction": 0}},
     })  # fmt: skip
     assert train_config(settings, "slao").replay == Replay(fraction=0.05)
     assert train_config(settings, "more").replay == Replay(rows=9)
-    with pytest.raises(ValueError, match="replay takes either rows"):
+    assert train_config(settings, "none").replay is None
+    settings = complete({
+        "train": {"replay_from": "reservoir"}, "methods": {"slao": {}, "more": {"method": "slao", "replay_rows": 9}}
+    })  # fmt: skip
+    assert train_config(settings, "slao").replay is None
+    assert train_config(settings, "more").replay == Replay(rows=9, source="reservoir")
+    with pytest.raises(ValueError, match=r"methods\.slao: replay takes either rows"):
         complete({"train": {"replay_fraction": 0.05}, "methods": {"slao": {"replay_rows": 9}}})
-    assert Stream("s", tuple(tasks(3))).tasks  # the helper's tasks are whole

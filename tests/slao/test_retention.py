@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slao import report
-from slao.retention import LENGTH, TOKENS, cross_entropy, windows
+from slao.retention import LENGTH, TOKENS, content, cross_entropy, windows
 from slao.train import TrainConfig
 
 
@@ -52,6 +52,29 @@ def test_it_is_measured_before_training_and_after_each_task_with_the_merged_weig
     plain = tiny.Job("llama", schedule=0.0, merge="AB").train(TrainConfig(batch_size=4, learning_rate=1e-2))
     assert plain.summary()["CE_rise"] is None
     assert plain.matrix == result.matrix
+
+
+def test_a_window_begins_as_a_text_does(tiny):
+    marks = tiny.characters()  # <bos> before a text
+    first, second, *_ = windows("python", marks)
+    plain = marks(content("python")[:1000], add_special_tokens=False)["input_ids"]
+    assert first == [marks.bos_token_id, *plain[: LENGTH - 1]]
+    assert second == [marks.bos_token_id, *plain[LENGTH - 1 : 2 * (LENGTH - 1)]]
+
+
+def test_a_state_without_it_is_not_gone_on_from(tiny, tmp_path):
+    """Its first value would be missing, and the rise a wrong one."""
+    first = TrainConfig(batch_size=4, max_steps=1)
+    tiny.Job("llama").train(first, state_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"was saved without train\.retention"):
+        tiny.Job("llama").train(TrainConfig(batch_size=4, max_steps=1, retention="python"), state_dir=tmp_path)
+
+
+def test_a_model_that_diverged_is_said(tiny):
+    model = tiny.base("llama")
+    model.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="cross-entropy of the retention text is nan: the model has diverged"):
+        cross_entropy(model, [[1, 2, 3]])
 
 
 def test_an_encoder_has_none(tiny):

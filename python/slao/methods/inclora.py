@@ -39,8 +39,8 @@ class IncLoRA(Method):
         model: nn.Module,
         adapter: str = "default",
         seed: int = 0,
-        max_pairs: int | None = None,
         beside: str = "keep",
+        max_pairs: int | None = None,
     ) -> None:
         if max_pairs is not None and max_pairs < 1:
             raise ValueError(f"max_pairs must be at least 1, or None for all, not {max_pairs}")
@@ -55,16 +55,17 @@ class IncLoRA(Method):
 
     def _freeze_last(self) -> None:
         """The trained pair becomes the last of the frozen ones, which are cut if they are too many."""
+        if self.max_pairs is not None and self._frozen_pairs() + 1 > self.max_pairs:
+            self._cut(self.max_pairs)
+            return
         for pair, layer in zip(self.pairs, self.layers, strict=True):
             append(pair, layer, pair.A, pair.B)
-        if self.max_pairs is not None and self._frozen_pairs() > self.max_pairs:
-            self._cut(self.max_pairs)
 
     def _cut(self, most: int) -> None:
-        """The nearest to the frozen pairs' sum of the rank of `most` pairs, of every layer at once."""
+        """The nearest to the sum of all pairs, of the rank of `most`, becomes what is frozen; every layer at once."""
         frozen = [(pair, *self.frozen(index)) for index, pair in enumerate(self.pairs)]
-        As = [one for pair, A, _ in frozen for one in pair.split("A", A)]
-        Bs = [one for pair, _, B in frozen for one in pair.split("B", B)]
+        As = [one for pair, A, _ in frozen for one in pair.split("A", stack(pair.experts, "A", A, pair.A))]
+        Bs = [one for pair, _, B in frozen for one in pair.split("B", stack(pair.experts, "B", B, pair.B))]
         ranks = [
             min(most * pair.rank, len(pair.B), pair.A.shape[1]) for pair in self.pairs for _ in range(pair.experts)
         ]
@@ -112,7 +113,7 @@ class IncLoRA(Method):
         return 1 + self._frozen_pairs()
 
     def _options(self) -> dict[str, Any]:
-        return {"seed": self.seed, "max_pairs": self.max_pairs}
+        return {"seed": self.seed} | ({} if self.max_pairs is None else {"max_pairs": self.max_pairs})
 
     def _state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}

@@ -23,8 +23,8 @@ class Objective(ABC):
     metrics: what `score` can return, each in [0, 1]; a task names the one it wants. own_loss: whether `loss` replaces
     the one the model returns itself. answers: whether there is an `answer`. notes: lines for whoever starts a run, such
     as that rows are cut.
-    running, seen: names of the tasks being trained (joint training has them all), and of those trained so far, these
-    included; `slao.train` keeps them.
+    running, seen: names of the tasks being trained (joint training has them all, replay those of its rows), and of
+    those trained so far, these included; `slao.train` keeps them.
     """
 
     name: ClassVar[str]

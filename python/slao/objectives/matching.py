@@ -19,8 +19,9 @@ class Matching(Objective):
 
     A subclass embeds rows, and has one direction a label in `_table` (labels, width) that is never trained.
     train_candidates: "own" (the labels of the row's task), "all" (the stream's) or "running" (those of all tasks that
-    are trained together: the row's own, but in joint training all). eval_candidates: "own", "all" or "seen" (those of
-    the tasks trained so far and the row's own, all where none is trained yet: class-incremental learning).
+    are trained together: the row's own and those of replayed rows, in joint training all). eval_candidates: "own",
+    "all" or "seen" (those of the tasks trained so far and the row's own, all where none is trained yet:
+    class-incremental learning).
     Raises ValueError for a stream without labels or scored otherwise than by accuracy, or an unknown choice.
     """
 

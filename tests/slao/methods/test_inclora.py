@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PeftModel
 
 from slao import IncLoRA
-from slao_kernels.testing import error_ratio
+from slao_kernels.testing import error_ratio, tiny_model
 
 
 @pytest.mark.parametrize("patched", [True, False])
@@ -72,6 +73,30 @@ def test_a_layer_of_less_rank_than_is_kept_keeps_the_whole_sum(lab):
         lab.end(method, index)
         deltas = lab.deltas(method)
     assert min(len(pair.B) for pair in method.pairs) < 32
+
+
+def test_a_cut_state_goes_on_and_is_exported(lab, tmp_path):
+    """Bit for bit; what PEFT loads of it is the merged model (fp32: 1e-5)."""
+    first, second = (lab.make(IncLoRA, dtype=torch.float32, max_pairs=1) for _ in range(2))
+    for index in range(3):
+        lab.task(first, index)
+    first.save(tmp_path / "state")
+    second.load(tmp_path / "state")
+    for method in (first, second):
+        lab.task(method, 3)
+    for index in range(len(first.pairs)):
+        both = zip(first.frozen(index), second.frozen(index), strict=True)
+        assert all(torch.equal(one, other) for one, other in both)
+        assert torch.equal(first.pairs[index].B, second.pairs[index].B)
+    first.save_pretrained(tmp_path / "out")
+    model = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "out")).eval()
+    assert model.peft_config["default"].r == 2 * first.pairs[0].rank
+    with first.merged(), torch.no_grad():
+        assert error_ratio(model(lab.IDS).logits, lab.logits(first)) <= 1e-5
+    whole = lab.make(IncLoRA, dtype=torch.float32)
+    with pytest.raises(ValueError, match="max_pairs"):
+        whole.load(tmp_path / "state")
+    assert "max_pairs" not in whole._options()  # states of before the option go on
 
 
 def test_no_pairs_at_all_are_refused(lab):
