@@ -20,7 +20,7 @@ TOKENS, LENGTH = 2048, 256  # as many tokens as are read, in windows of so many
 
 def windows(text: str, tokenizer: Any, longest: int | None = None) -> list[list[int]]:
     """The first 2,048 tokens of a text ("python", or the name of a file) in windows of 256, or of `longest`; each
-    begins as the tokenizer begins a text (<bos>), which does not count.
+    begins as the tokenizer begins a text (<bos>).
 
     ValueError where that is no whole window.
     """
