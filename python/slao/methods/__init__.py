@@ -12,6 +12,7 @@ from .ewc import EWC
 from .inclora import IncLoRA
 from .inflora import InfLoRA
 from .joint import Joint
+from .lwf import LwF
 from .magmax import MagMax
 from .olora import OLoRA
 from .opcm import OPCM
@@ -19,7 +20,7 @@ from .sdlora import SDLoRA
 from .seqlora import SeqLoRA
 from .slao import SLAO
 
-_ALL: tuple[type[Method], ...] = (SLAO, CLoRA, EWC, IncLoRA, InfLoRA, Joint, MagMax, OLoRA, OPCM, SDLoRA, SeqLoRA)
+_ALL: tuple[type[Method], ...] = (SLAO, CLoRA, EWC, IncLoRA, InfLoRA, Joint, LwF, MagMax, OLoRA, OPCM, SDLoRA, SeqLoRA)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "IncLoRA",
     "InfLoRA",
     "Joint",
+    "LwF",
     "MagMax",
     "Method",
     "OLoRA",

@@ -23,6 +23,7 @@ ORTHOGONALITIES = ("core", "up")
 class CLoRA(Method):
     """W' = W + s · B R A with R = R_old + R_δ (r, r): R_old is frozen, R_δ starts each task at (or near) zero.
 
+    This is Continual LoRA; Controlled LoRA (arXiv 2410.16801), which is called CLoRA too, is another method.
     A and B go on training, but their gradient flows through R_δ alone, so that what R_old leads through changes slowly
     (`slao_kernels.lora_linear` has the formulas). At a task's end R_old <- R_old + R_δ. Nothing grows: 2 r² numbers a
     layer beside A and B. `penalty()` is the paper's loss of orthogonality, to be added to every step's loss
@@ -57,7 +58,10 @@ class CLoRA(Method):
     ) -> None:
         super().__init__(model, adapter=adapter, beside=beside)
         if orthogonality not in ORTHOGONALITIES:
-            raise ValueError(f"unknown orthogonality {orthogonality!r}; choose one of {', '.join(ORTHOGONALITIES)}")
+            raise ValueError(
+                f"unknown orthogonality {orthogonality!r}; choose one of {', '.join(ORTHOGONALITIES)} "
+                "(clora is C-LoRA, arXiv 2502.17920)"
+            )
         for what, value in (("orthogonality_weight", orthogonality_weight), ("delta_std", delta_std)):
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"{what} must be a finite number of at least 0, not {value}")

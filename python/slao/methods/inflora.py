@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from slao_kernels import sharding
@@ -15,11 +14,9 @@ from slao_kernels import sharding
 from . import dual_gpm
 from .extended import refuse_shards
 from .inclora import IncLoRA
+from .inputs import input_grams
 
 logger = logging.getLogger("slao")
-
-# Keys of a batch that are answers, not inputs: a bare encoder would not take them.
-_NO_INPUT = ("labels", "task")
 
 
 class InfLoRA(IncLoRA):
@@ -61,39 +58,9 @@ class InfLoRA(IncLoRA):
         """Sum x xᵀ of every layer over `batches` (on the model's device), without training. Weights are as they are."""
         refuse_shards(self)
         with sharding.together():
-            grams = self._sums(batches)
+            grams = input_grams(self.model, self.pairs, batches)
         sharding.add_over_ranks(grams)
         self._grams = grams
-
-    def _sums(self, batches: Iterable[dict[str, Tensor]]) -> list[Tensor]:
-        grams = [basis.vectors.new_zeros((basis.vectors.shape[0],) * 2) for basis in self.bases]
-        mask: Tensor | None = None
-
-        def hook(gram: Tensor) -> Any:
-            def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                x = inputs[0]
-                # A layer that sees (rows, tokens, n) sees padding; one that sees something else (a pooler) does not.
-                rows = x[mask.bool()] if mask is not None and x.shape[:-1] == mask.shape else x.flatten(0, -2)
-                rows = rows.double()
-                gram.addmm_(rows.T, rows)
-
-            return add
-
-        training = self.model.training
-        handles = [
-            pair.layer.register_forward_pre_hook(hook(gram)) for pair, gram in zip(self.pairs, grams, strict=True)
-        ]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                for batch in batches:
-                    mask = batch.get("attention_mask")
-                    self.model(**{key: value for key, value in batch.items() if key not in _NO_INPUT})
-        finally:
-            for handle in handles:
-                handle.remove()
-            self.model.train(training)
-        return grams
 
     def _observed(self, before: str) -> list[Tensor]:
         if not self._grams:
