@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from random import Random
 
 import pytest
 
@@ -30,7 +31,7 @@ needs_rouge = pytest.fixture(lambda: pytest.importorskip("rouge_score", reason="
     ],
 )
 def test_matches(text, reference, same, exact):
-    assert (text_score("accuracy")(text, reference), text_score("exact_match")(text, reference)) == (same, exact)
+    assert [text_score(metric)(text, reference, "") for metric in ("accuracy", "exact_match")] == [same, exact]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,62 @@ def test_matches(text, reference, same, exact):
     ],
 )
 def test_rouge_l(needs_rouge, text, reference, f1):
-    assert text_score("rouge_l")(text, reference) == pytest.approx(f1, abs=1e-12)
+    assert text_score("rouge_l")(text, reference, "") == pytest.approx(f1, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "score"),
+    [("B", "B", 1), (" B\nBecause", "B because", 1), ("A", "B", 0), ("b", "B", 0), ("", "B", 0)],
+)
+def test_first_letter(text, reference, score):
+    assert text_score("first_letter")(text, reference, "") == score
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "score"),
+    [
+        ("abc", "abc", 1),
+        ("abcd", "abxd", 6 / 8),  # a b d
+        ("abc", "cab", 4 / 6),  # a b
+        ("aab", "ab", 4 / 5),
+        ("x", "y", 0),
+        ("", "y", 0),
+        ("f(<NUM_LIT:17>, <STR_LIT>)", "f(17, )", 1),
+        ("<NUM_LIT>", "0", 1),
+        ("<CHAR_LIT:é>", "é", 1),
+    ],
+)
+def test_code_similarity(text, reference, score):
+    assert text_score("code_similarity")(text, reference, "") == pytest.approx(score, abs=1e-15)
+
+
+def test_code_similarity_is_that_of_the_plain_table():
+    random = Random(0)
+    for _ in range(200):
+        first, second = ("".join(random.choices("ab(c", k=random.randint(1, 90))) for _ in range(2))
+        row = [0] * (len(second) + 1)
+        for a in first:
+            before = row
+            row = [0]
+            for i, b in enumerate(second):
+                row.append(before[i] + 1 if a == b else max(row[i], before[i + 1]))
+        assert text_score("code_similarity")(first, second, "") == 2 * row[-1] / (len(first) + len(second))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "reference", "score"),
+    [
+        # Of 1 to 4 words kept 2/3, 0, 1, 1; added 1, 0, 0, 1; left out 1, 1, 1, 1.
+        ("a b c", "a b d", "a d", (8 / 3 + 2 + 4) / 12),
+        ("a b c", "A d!", "a d!", 1),
+        # Nothing is left out, and all of it should be: kept 0, 0, 0, 1; added 0, 1, 1, 1; left out nothing.
+        ("a b c", "a b c", "x", (1 + 3 + 4) / 12),
+        # Kept 2/3 (one of the two that are needed), 0, 1, 1; added nothing; left out 0 (one too many), 1/2, 1, 1.
+        ("a a a", "a", "a a", (8 / 3 + 4 + 5 / 2) / 12),
+    ],
+)
+def test_sari(prompt, text, reference, score):
+    assert text_score("sari")(text, reference, prompt) == pytest.approx(score, abs=1e-12)
 
 
 def test_without_rouge_score_the_error_says_what_to_install(tiny, monkeypatch):
@@ -127,7 +183,7 @@ def test_a_stream_says_its_metric():
     assert Stream("s", tuple(tasks[:2])).metric == "rouge_l"
     assert Stream("s", tuple(tasks)).metric == "rouge_l, exact_match"
     with pytest.raises(
-        ValueError, match="task 'x': unknown metric 'bleu'; choose one of accuracy, exact_match, rouge_l"
+        ValueError, match="task 'x': unknown metric 'bleu'; choose one of accuracy, exact_match, rouge_l, "
     ):
         Task("x", rows, (), rows, metric="bleu")
 

@@ -130,7 +130,7 @@ class CausalLM(Objective):
     def _score_generated(self, model: nn.Module, task: Task, rows: Sequence[Row], batch_size: int) -> float:
         score, total = text_score(task.metric), 0.0
         for i, text in self._continued(model, task, rows, self._new_tokens[task.name], batch_size):
-            total += max(score(text, right) for right in (rows[i].answer, *rows[i].references))
+            total += max(score(text, right, rows[i].prompt) for right in (rows[i].answer, *rows[i].references))
         return total / len(rows)
 
     def answer(self, model: nn.Module, task: Task, text: str) -> str:

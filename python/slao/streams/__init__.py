@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 # The modules import the standard library only; what is heavy loads when a stream is built.
-from slao.streams import clinc150, digits, icd10cm, jsonl, python_docs, standard_cl, superni
+from slao.streams import clinc150, digits, icd10cm, jsonl, python_docs, standard_cl, superni, trace
 from slao.streams.base import ImageRow, Row, Stream, Task
 from slao.typed import known
 
@@ -26,6 +26,7 @@ STREAMS: dict[str, Callable[..., Stream]] = {
     "standard_cl": standard_cl.standard_cl,
     "long_sequence": standard_cl.long_sequence,
     "superni": superni.superni,
+    "trace": trace.trace,
     "hub": standard_cl.standard_cl,  # its older name
 }
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from slao.reading import check_text
 
 # What a task can be scored by, each in [0, 1] and averaged over the rows; see slao.objectives.text_scores.
-METRICS = ("accuracy", "exact_match", "rouge_l")
+METRICS = ("accuracy", "exact_match", "rouge_l", "first_letter", "code_similarity", "sari")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class Task:
     labels: the texts that an answer can be, in a fixed order; empty for free-form tasks.
     instruction: a line that a causal LM sees before the prompt; it must not leak the task's name.
     metric: "accuracy" (the right label ranks first; free-form: the answer is given), "exact_match" (of the generated
-    text, case and punctuation aside) or "rouge_l" (F1 of the generated text).
+    text, case and punctuation aside), "rouge_l" (F1 of the generated text), "first_letter" (of the generated text, the
+    letter of an answer to choose), "code_similarity" (of the generated line) or "sari" (of the generated text, the
+    prompt's in simpler words).
     """
 
     name: str

@@ -46,7 +46,7 @@ def jsonl(
     validation_fraction: share of train that becomes validation, drawn from `seed`, in tasks without a validation file
     or with one that repeats the test file (as O-LoRA's do). The test file is required and only ever becomes the test
     split.
-    metric: what every task is scored by: accuracy, exact_match or rouge_l.
+    metric: what every task is scored by, one of `slao.streams.base.METRICS`.
 
     The labels of a task come from labels.json (a list of texts); without it, from the "label"s of its training
     file, sorted; a task whose rows have no labels is free-form. The instruction is the text of instruction.txt.

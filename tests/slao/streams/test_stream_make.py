@@ -21,6 +21,7 @@ def test_the_streams():
         "python_docs",
         "standard_cl",
         "superni",
+        "trace",
     ]
 
 
