@@ -153,6 +153,46 @@ def _averages(methods: Sequence[Method], metric: str, title: str) -> Any:
     return figure
 
 
+def _retention(methods: Sequence[Method], title: str) -> Any:
+    figure = _figure(8.5, 4.4)
+    axes = figure.subplots()
+    most = 0
+    for k, method in enumerate(methods):
+        assert method.cross_entropy is not None
+        rise = method.cross_entropy - method.cross_entropy[:, :1]
+        x = np.linspace(0, method.matrices.shape[1], rise.shape[1])  # joint training: before and after all
+        most = max(most, method.matrices.shape[1])
+        style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
+        axes.errorbar(x, rise.mean(axis=0), _spread(rise), capsize=2, markersize=5, label=_label(method.name), **style)
+    axes.set_xticks(range(most + 1))
+    axes.set(xlabel="tasks trained so far", ylabel="rise, nats a token")
+    _title(figure, title, _named(methods))
+    _legend(figure, axes, len(methods))
+    return figure
+
+
+def _costs(methods: Sequence[Method], title: str) -> Any:
+    """AA against what is kept after the last task, and against BWT."""
+    figure = _figure(9.5, 4.4)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for k, method in enumerate(methods):
+        assert method.state is not None
+        aa, bwt = method.values["AA"], method.values["BWT"]
+        style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "linestyle": "none"}
+        if k >= len(COLOURS):
+            style["markerfacecolor"] = "white"
+        left.errorbar(method.state[:, 1].mean(), aa.mean(), _spread(aa), label=_label(method.name), **style)
+        if np.isfinite(bwt).all():
+            right.errorbar(bwt.mean(), aa.mean(), _spread(aa), _spread(bwt), **style)
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter("{x:g}")
+    left.set(xlabel="MB kept after the last task", ylabel="AA")
+    right.set(xlabel="BWT")
+    _title(figure, title, _named(methods))
+    _legend(figure, left, len(methods))
+    return figure
+
+
 def _weights(methods: Sequence[Method], title: str) -> Any:
     size = max(m.matrices.shape[1] for m in methods)
     figure = _figure(max(7.0, 3.5 + 0.55 * size), 6.0)
@@ -231,8 +271,9 @@ def write_png(figure: Any, path: Path) -> None:
 def draw(methods: Sequence[Method], metric: str, out_dir: Path) -> list[Plot]:
     """Write the figures of S-seed, T-task results as PNG files into out_dir (made if absent).
 
-    averages.png, one score matrix a method (matrix_<method>.png), weights.png if a method has lambdas,
-    speed.png if one has a speed. Returns them in the order of a report. ImportError without matplotlib.
+    averages.png, one score matrix a method (matrix_<method>.png), weights.png if a method has lambdas, retention.png if
+    one was asked about another text, costs.png if several have a state, speed.png if one has a speed. Returns them in
+    the order of a report. ImportError without matplotlib.
     """
     try:
         from matplotlib import style
@@ -274,6 +315,15 @@ def draw(methods: Sequence[Method], metric: str, out_dir: Path) -> list[Plot]:
         title = "λ of each merge, and the weight of each task in the final merge"
         caption = "The weight of task j is λ_j · Π_{k>j} (1 − λ_k): its share of the adapter after the last merge."
         save("weights", title, caption, _weights, merging)
+    if retained := [m for m in methods if m.cross_entropy is not None]:
+        title = "How much less likely a text that no task is about has become"
+        caption = "Cross-entropy of the retention text under the merged adapter, less that before the first task."
+        save("retention", title, caption, _retention, retained)
+    costs = [m for m in methods if m.state is not None and np.isfinite(m.values["AA"]).all()]
+    if len(costs) > 1:
+        title = f"What {what} at the end costs: memory, and forgetting"
+        caption = "AA against what a method keeps after the last task (adapter and state), and against BWT."
+        save("costs", title, caption, _costs, costs)
     if timed := [m for m in methods if np.isfinite(m.values["tokens_per_second"]).any()]:
         save("speed", "Training speed of each method", "Tokens of training data per second of training.", _speed, timed)
     return plots

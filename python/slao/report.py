@@ -47,7 +47,7 @@ class Method:
     values: for each key of COLUMNS, (S,); MOPD and AOPD one for each seed that ran in several orders.
     matrices: (S, T, T), [s, t, i] = score on task i after task t. tasks: S lists of T names in training order.
     lambdas: (S, T) for a method that merges, else None. state: (S, 2), MiB that the method keeps after the first and
-    the last task, or None.
+    the last task, or None. cross_entropy: (S, T + 1), or (S, 2) of joint training, or None.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Method:
     tasks: list[list[str]]
     lambdas: np.ndarray | None
     state: np.ndarray | None = None
+    cross_entropy: np.ndarray | None = None
 
     @property
     def same_order(self) -> bool:
@@ -101,12 +102,12 @@ def _method(name: str, entry: Any) -> Method:
     matrices = [metrics.as_matrix(m, f"{where}.matrix[{s}]") for s, m in enumerate(lists("matrix"))]
     size = len(matrices[0])
 
-    def vectors(key: str, optional: bool = False) -> np.ndarray:
-        rows = [[None] * size if row is None and optional else row for row in lists(key, optional)]
+    def vectors(key: str, optional: bool = False, size: int | None = size) -> np.ndarray:
+        rows = [[None] * len(matrices[0]) if row is None and optional else row for row in lists(key, optional)]
         found = [metrics.as_vector(row, f"{where}.{key}[{s}]") for s, row in enumerate(rows)]
         for s, row in enumerate(found):
-            if len(row) != size:
-                raise ValueError(f"{where}.{key}[{s}] has {len(row)} entries for {size} tasks")
+            if len(row) != (len(found[0]) if size is None else size):
+                raise ValueError(f"{where}.{key}[{s}] has {len(row)} entries for {size or len(found[0])} tasks")
         return np.stack(found)
 
     for s, (matrix, order) in enumerate(zip(matrices, lists("tasks"), strict=True)):
@@ -128,7 +129,8 @@ def _method(name: str, entry: Any) -> Method:
     orders = lists("orders") if entry.get("orders") is not None else [None] * count
     values |= _order_deviations(seeds, orders, tasks, matrices)
     names = [seed if order is None else f"{seed}/{order}" for seed, order in zip(seeds, orders, strict=True)]
-    return Method(name, names, values, np.stack(matrices), tasks, lambdas, _state(lists, entry))
+    text = vectors("cross_entropy", size=None) if entry.get("cross_entropy") is not None else None
+    return Method(name, names, values, np.stack(matrices), tasks, lambdas, _state(lists, entry), text)
 
 
 def _order_deviations(

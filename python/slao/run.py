@@ -234,6 +234,8 @@ class Run:
                 "state_mb": [run.state_mb for run in runs],
             }
             whole = all(run.finished for run in runs)
+            if whole and all(run.cross_entropy for run in runs):
+                methods[label]["cross_entropy"] = [run.cross_entropy for run in runs]
             if self.settings["similarity"] and whole:
                 methods[label]["similarity"] = [similarity_of(job, self.folder) for job in own]
             options = self.settings["methods"][own[0].method]

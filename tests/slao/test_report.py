@@ -6,11 +6,13 @@ import math
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from slao import metrics
-from slao.report import markdown, table, write_report
+from slao import metrics, plots
+from slao.report import markdown, parse, table, write_report
 
 SLAO = [[0.80, 0.30, 0.10], [0.60, 0.90, 0.20], [0.50, 0.70, 1.00]]
 SEQ = [[0.80, 0.25, 0.10], [0.40, 0.90, 0.15], [0.20, 0.50, 1.00]]
@@ -217,6 +219,34 @@ def test_no_weights_are_drawn_without_lambdas(run, results):
     del results["methods"]["slao"]["lambdas"]
     directory, _ = run(results)
     assert not (directory / "report" / "weights.png").exists()
+
+
+def test_retention_and_costs_are_drawn_where_they_are_known(run, results, monkeypatch):
+    """The lines' points are the rises; joint training has two of them. An older result has neither."""
+    drawn = {}
+    monkeypatch.setattr(plots, "write_png", lambda figure, path: drawn.update({path.stem: figure}))
+    slao, joint = results["methods"]["slao"], entry([[[None] * 3, [None] * 3, [0.8, 0.7, 0.9]]])
+    slao |= {"cross_entropy": [[3.0, 3.1, 3.3, 3.2], [3.0, 3.3, 3.3, 3.4]], "state_mb": [[1.0, 2.0, 2.0]] * 2}
+    joint |= {"cross_entropy": [[3.0, 3.5]], "state_mb": [[1.0]]}
+    results["methods"] = {"slao": slao, "seqlora": results["methods"]["seqlora"], "joint": joint}
+    plots.draw(parse(results), "accuracy", Path())
+    assert {"retention", "costs"} <= drawn.keys()
+    rises, whole = drawn["retention"].axes[0].lines[0], drawn["retention"].axes[0].containers[1].lines[0]
+    assert rises.get_ydata() == pytest.approx([0, 0.2, 0.3, 0.3])
+    assert list(rises.get_xdata()) == [0, 1, 2, 3]
+    assert whole.get_ydata() == pytest.approx([0, 0.5])
+    assert list(whole.get_xdata()) == [0, 3]
+    memory, forgetting = drawn["costs"].axes
+    points = [container.lines[0].get_xydata()[0] for container in memory.containers]
+    assert points == [pytest.approx([2.0, np.mean(slao["AA"])]), pytest.approx([1.0, 0.8])]
+    (point,) = [container.lines[0].get_xydata()[0] for container in forgetting.containers]
+    assert point == pytest.approx([np.mean(slao["BWT"]), np.mean(slao["AA"])])
+
+
+def test_a_ragged_cross_entropy_is_named(results):
+    results["methods"]["slao"]["cross_entropy"] = [[3.0, 3.1], [3.0]]
+    with pytest.raises(ValueError, match=r"methods.slao.cross_entropy\[1\] has 1 entries"):
+        parse(results)
 
 
 def test_everything_from_outside_is_escaped(run, results):
