@@ -218,7 +218,7 @@ def score(path: Path, names: Sequence[str], split: str) -> list[dict[str, Any]]:
                     pair.parameters[0].data, pair.parameters[1].data = A, B
             for i in range(count) if t == count - 1 else [t]:
                 task = stream.tasks[i]
-                split_rows = getattr(task, split)
+                split_rows = getattr(task, split)[: settings["test_rows"]]
                 matrix[t][i] = objective.score(model, task, split_rows, prepared.config.eval_batch_size)
         rows.append({
             "trained": job.label, "merge": name, "seed": job.seed, "order": job.order, "on": split,

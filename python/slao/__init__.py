@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .methods import (
     EWC,
     OPCM,
+    OSF,
     SLAO,
     CLoRA,
     IncLoRA,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EWC",
     "OPCM",
+    "OSF",
     "SLAO",
     "CLoRA",
     "IncLoRA",

@@ -16,17 +16,33 @@ from .lwf import LwF
 from .magmax import MagMax
 from .olora import OLoRA
 from .opcm import OPCM
+from .osf import OSF
 from .sdlora import SDLoRA
 from .seqlora import SeqLoRA
 from .slao import SLAO
 
-_ALL: tuple[type[Method], ...] = (SLAO, CLoRA, EWC, IncLoRA, InfLoRA, Joint, LwF, MagMax, OLoRA, OPCM, SDLoRA, SeqLoRA)
+_ALL: tuple[type[Method], ...] = (
+    SLAO,
+    CLoRA,
+    EWC,
+    IncLoRA,
+    InfLoRA,
+    Joint,
+    LwF,
+    MagMax,
+    OLoRA,
+    OPCM,
+    OSF,
+    SDLoRA,
+    SeqLoRA,
+)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 __all__ = [
     "EWC",
     "METHODS",
     "OPCM",
+    "OSF",
     "SLAO",
     "CLoRA",
     "IncLoRA",

@@ -1,0 +1,124 @@
+"""OSF (arXiv 2504.07097) in LoRA's terms: a new pair a task, off the leading singular directions of the weights."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slao_kernels import exact_merge
+
+from .extended import refuse_shards
+from .inclora import IncLoRA
+
+
+class OSF(IncLoRA):
+    """IncLoRA whose pair changes nothing between the leading singular vectors of W + s Σ B A, as the task finds it.
+
+    With U (m, k) and V (n, k) those vectors, Uᵀ B = 0 and A V = 0: so Uᵀ ΔW = 0 and ΔW V = 0. What W does most stays
+    as it is, the tasks before included. OSF trains W's smaller singular triplets whole, with gradients projected off
+    the larger ones; here gradients of A and B are projected so in every step, and at the task's end A and B
+    themselves, since Adam's steps are not multiples of gradients.
+
+    keep: the part of a layer's min(m, n) directions that is held, a half in PEFT's OSF. A task begins with an SVD of
+    every layer's W in fp32. State: IncLoRA's, and while a task runs U and V.
+    Raises ValueError for a part outside (0, 1), and for layers over quantised, sharded or other bases than matrices.
+    """
+
+    name = "osf"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        keep: float = 0.5,
+        adapter: str = "default",
+        seed: int = 0,
+        beside: str = "keep",
+        max_pairs: int | None = None,
+    ) -> None:
+        if not 0.0 < keep < 1.0:
+            raise ValueError(f"keep must lie in (0, 1), not {keep}")
+        super().__init__(model, adapter=adapter, seed=seed, beside=beside, max_pairs=max_pairs)
+        self.keep = float(keep)
+        self._held: list[tuple[Tensor, Tensor]] = []  # U and V of each layer while a task runs
+        for index, pair in enumerate(self.pairs):
+            for side, parameter in enumerate(pair.parameters):
+                if parameter.requires_grad:
+                    parameter.register_hook(_projector(weakref.ref(self), index, side))
+
+    def _check(self) -> None:
+        reasons = {pair.name: _why_not(pair.layer, self.adapter) for pair in self.pairs}
+        if bad := [f"{name}: {why}" for name, why in reasons.items() if why is not None]:
+            raise ValueError(f"osf cannot treat {len(bad)} layers: {'; '.join(bad[:8])}")
+
+    def _begin(self, task: int) -> None:
+        refuse_shards(self)
+        self._check()  # the base may have been sharded since
+        super()._begin(task)
+        self._held = [self._leading(index) for index in range(len(self.pairs))]
+        self._project()
+
+    def _leading(self, index: int) -> tuple[Tensor, Tensor]:
+        layer: Any = self.pairs[index].layer
+        weight = getattr(*exact_merge.place(layer)).detach()
+        weight = weight.T if layer.fan_in_fan_out else weight
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        A, B = (part.to(wide.dtype) for part in self.frozen(index))
+        U, _, Vh = torch.linalg.svd(torch.addmm(wide, B, A, alpha=float(layer.scaling[self.adapter])), False)
+        count = max(1, int(self.keep * len(Vh)))
+        return U[:, :count].clone(), Vh[:count].T.clone()
+
+    def _project(self) -> None:
+        for pair, (U, V) in zip(self.pairs, self._held, strict=True):
+            pair.A.copy_(_off(V, pair.A.T).T)
+            pair.B.copy_(_off(U, pair.B))
+
+    def _end(self, task: int) -> float:
+        self._project()
+        self._held = []
+        return 1.0
+
+    def _options(self) -> dict[str, Any]:
+        return super()._options() | {"keep": self.keep}
+
+    def _state(self) -> dict[str, Tensor]:
+        both = zip(self.pairs, self._held, strict=False)  # between tasks there are none
+        held = {f"{pair.name}.held_{key}": part for pair, two in both for key, part in zip("UV", two, strict=True)}
+        return super()._state() | held
+
+    def _load_state(self, tensors: dict[str, Tensor]) -> None:
+        held = []
+        for pair in self.pairs if any(key.endswith(".held_U") for key in tensors) else ():
+            U, V = (tensors.get(f"{pair.name}.held_{key}") for key in "UV")
+            if U is None or V is None or (len(U), len(V)) != (len(pair.B), pair.A.shape[1]):
+                raise ValueError(f"the saved directions of {pair.name} do not fit its A {tuple(pair.A.shape)}")
+            held.append((U.to(pair.B.device), V.to(pair.A.device)))
+        super()._load_state(tensors)
+        self._held = held
+
+
+def _why_not(layer: Any, adapter: str) -> str | None:
+    if hasattr(layer, "parameter_name"):
+        return "its weights are a mixture's experts"
+    return exact_merge.why_not(layer, [adapter])
+
+
+def _off(basis: Tensor, columns: Tensor) -> Tensor:
+    """Columns less what of them lies in the basis; computed in the basis' dtype, in theirs."""
+    wide = columns.to(basis.dtype)
+    return (wide - basis @ (basis.T @ wide)).to(columns.dtype)
+
+
+def _projector(method: weakref.ref[OSF], index: int, side: int) -> Any:
+    """A hook that a parameter can keep without keeping the method."""
+
+    def hook(gradient: Tensor) -> Tensor | None:
+        own = method()
+        if own is None or not own._held:
+            return None
+        basis = own._held[index][1 - side]
+        return _off(basis, gradient.T).T if side == 0 else _off(basis, gradient)
+
+    return hook
