@@ -1,13 +1,13 @@
 """Merges tried on trainings that were recorded once: what a merge is worth is then known in seconds, not in hours.
 
     python bench/merge_lab.py record SETTINGS.yaml FOLDER [--jobs 2]      # train; adapters and inputs of every task
-    python bench/merge_lab.py score FOLDER [--on test] [--merges slao,...] [--jobs 2]   # into FOLDER/scores.json
+    python bench/merge_lab.py score FOLDER [--on test] [--merges "slao;last"] [--jobs 2]  # into FOLDER/scores_test.json
 
 SLAO goes on from the last fine-tuned pair whatever it merges, and so do sequential LoRA and IncLoRA: one training
 serves every merge of it. Recorded are, after each task, the adapter that was trained (IncLoRA's as the sum of its
 pairs) and G, the mean of x xᵀ over the inputs x of each layer; SETTINGS are those of `slao run`, its methods and sweep
 too. `score` forms the merge after each task from what a method would have kept until then, and scores it as
-`slao run` does: AA and BWT. Choose on validation rows (the default), report others on test rows.
+`slao run` does: AA and BWT. Choose on validation rows (the default; as many as test rows), report others on test rows.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from statistics import fmean, stdev
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from slao import metrics
+from slao.checkpoint import write_atomically
 from slao.methods.inputs import input_grams
 from slao.objectives.base import in_batches
 from slao.prepare import Prepared
@@ -42,9 +44,10 @@ Pair = tuple[Tensor, Tensor]  # A (r, n) and B (m, r) of a layer, of any rank
 
 @dataclass
 class Recorded:
-    """One training. tasks: names in training order; pairs[t][layer], grams[t][layer]: after task t, see the module."""
+    """One training by `method`. tasks: names in training order; pairs[t][layer], grams[t][layer]: see the module."""
 
     job: Job
+    method: str
     settings: dict[str, Any]
     tasks: list[str]
     pairs: list[list[Pair]]
@@ -99,7 +102,9 @@ def by_inputs(rank: int | None = None, sketch: int | None = None, ridge: float =
     def merge(i: int, kept: Kept, new: Kept) -> Kept:
         pairs, grams = [], []
         for (Am, Bm), (A, B), old, gram in zip(kept.pairs, new.pairs, kept.grams, new.grams, strict=True):
-            old, gram = (_ridged(g, ridge) for g in (old, gram)) if i == 2 else (old, _ridged(gram, ridge))
+            if i == 2:
+                old = _kept(_ridged(old, ridge), sketch)
+            gram = _ridged(gram, ridge)
             total = old + gram
             weighted = Bm.double() @ (Am.double() @ old) + B.double() @ (A.double() @ gram)
             L = torch.linalg.cholesky(total)
@@ -108,7 +113,7 @@ def by_inputs(rank: int | None = None, sketch: int | None = None, ridge: float =
             keep = min(len(S), rank or len(S))
             down = torch.linalg.solve_triangular(L, Vh[:keep], upper=False, left=False)
             pairs.append((down.float(), (U[:, :keep] * S[:keep]).float()))
-            grams.append(total if sketch is None else _sketched(total, sketch))
+            grams.append(_kept(total, sketch))
         return Kept(pairs, grams)
 
     return merge
@@ -147,7 +152,10 @@ def _ridged(gram: Tensor, ridge: float) -> Tensor:
     return gram + ridge * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
 
 
-def _sketched(gram: Tensor, count: int) -> Tensor:
+def _kept(gram: Tensor, count: int | None) -> Tensor:
+    """What `count` eigenvectors and a multiple of the identity say of it; with None all."""
+    if count is None:
+        return gram
     values, vectors = torch.linalg.eigh(gram)
     rest = values[:-count].mean()
     return (vectors[:, -count:] * (values[-count:] - rest)) @ vectors[:, -count:].T + rest * torch.eye(len(gram))
@@ -157,11 +165,15 @@ def record(settings: dict[str, Any], job: Job, folder: Path) -> str:
     """Train one job, keep what `Recorded` says; returns the file's name."""
     path = folder / f"{job.folder}.pt"
     if path.is_file():
+        if torch.load(path, weights_only=False)["settings"] != settings:
+            raise ValueError(f"{path} was recorded with other settings: name another folder")
         return path.name
     prepared = Prepared(settings)
     model, method, objective = prepared.build(job.method, job.seed, job.order)
+    if method.name not in ("seqlora", "slao", "inclora") or method.beside.parts:
+        raise ValueError(f"{job.label}: A and B, and a sum of pairs, are all that is recorded")
     stream, config = prepared.ordered(job.seed, job.order), prepared.config_of(job.method)
-    found = Recorded(job, settings, [task.name for task in stream.tasks], [], [])
+    found = Recorded(job, method.name, settings, [task.name for task in stream.tasks], [], [])
 
     def after(index: int, result: Any) -> None:
         task = stream.tasks[index]
@@ -179,7 +191,7 @@ def record(settings: dict[str, Any], job: Job, folder: Path) -> str:
 
     # It is not scored here: a row of each task is enough.
     train(model, method, stream.limited(None, None, test=1), objective, config, seed=job.seed, on_task=after)
-    torch.save(vars(found) | {"job": asdict(job)}, path)
+    write_atomically(path, lambda temporary: torch.save(vars(found) | {"job": asdict(job)}, temporary))
     return path.name
 
 
@@ -196,7 +208,7 @@ def merges_of(found: Recorded, merge: Merge) -> list[list[Pair]]:
 
 def score(path: Path, names: Sequence[str], split: str) -> list[dict[str, Any]]:
     """AA and BWT of each of the merges of one recorded training."""
-    content = torch.load(path, weights_only=False)
+    content = torch.load(path, weights_only=False)  # its own
     found = Recorded(**{**content, "job": Job(**content["job"])})
     # PEFT's own layers take weights of any rank.
     settings = {**found.settings, "patch": False, "methods": {"seqlora": {}}}
@@ -204,10 +216,9 @@ def score(path: Path, names: Sequence[str], split: str) -> list[dict[str, Any]]:
     job = found.job
     model, method, objective = prepared.build("seqlora", job.seed, job.order)
     stream = prepared.ordered(job.seed, job.order)
-    objective.seen = tuple(found.tasks)
     rows = []
     for name in names:
-        if name in OF_FACTORS and job.method == "inclora":
+        if name in OF_FACTORS and found.method == "inclora":
             continue
         merged = merges_of(found, MERGES[name])
         count = len(found.tasks)
@@ -216,10 +227,12 @@ def score(path: Path, names: Sequence[str], split: str) -> list[dict[str, Any]]:
             with torch.no_grad():
                 for pair, (A, B) in zip(method.pairs, adapter, strict=True):
                     pair.parameters[0].data, pair.parameters[1].data = A, B
+            objective.seen = tuple(found.tasks[: t + 1])
             for i in range(count) if t == count - 1 else [t]:
                 task = stream.tasks[i]
-                split_rows = getattr(task, split)[: settings["test_rows"]]
-                matrix[t][i] = objective.score(model, task, split_rows, prepared.config.eval_batch_size)
+                own = getattr(task, split)
+                own = Random(f"{split}/{task.name}").sample(own, min(len(own), settings["test_rows"] or len(own)))
+                matrix[t][i] = objective.score(model, task, own, prepared.config.eval_batch_size)
         rows.append({
             "trained": job.label, "merge": name, "seed": job.seed, "order": job.order, "on": split,
             "AA": metrics.average_accuracy(matrix), "BWT": metrics.backward_transfer(matrix),
@@ -279,6 +292,8 @@ def main() -> int:
                 print(task.result(), flush=True)
             return 0
         names = options.merges.split(";")
+        if unknown := [name for name in names if name not in MERGES]:
+            parser.error(f"no merge {unknown[0]!r}; there are: {'; '.join(MERGES)}")
         paths = sorted(options.folder.glob("*.pt"))
         rows = [row for part in pool.map(score, paths, [names] * len(paths), [options.on] * len(paths)) for row in part]
     (options.folder / f"scores_{options.on}.json").write_text(json.dumps(rows) + "\n", "utf-8")

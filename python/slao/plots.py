@@ -163,6 +163,7 @@ def _retention(methods: Sequence[Method], title: str) -> Any:
         x = np.linspace(0, method.matrices.shape[1], rise.shape[1])  # joint training: before and after all
         most = max(most, method.matrices.shape[1])
         style = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
+        style["linestyle"] = "-" if k < len(COLOURS) else "--"
         axes.errorbar(x, rise.mean(axis=0), _spread(rise), capsize=2, markersize=5, label=_label(method.name), **style)
     axes.set_xticks(range(most + 1))
     axes.set(xlabel="tasks trained so far", ylabel="rise, nats a token")

@@ -102,12 +102,12 @@ def _method(name: str, entry: Any) -> Method:
     matrices = [metrics.as_matrix(m, f"{where}.matrix[{s}]") for s, m in enumerate(lists("matrix"))]
     size = len(matrices[0])
 
-    def vectors(key: str, optional: bool = False, size: int | None = size) -> np.ndarray:
-        rows = [[None] * len(matrices[0]) if row is None and optional else row for row in lists(key, optional)]
+    def vectors(key: str, optional: bool = False) -> np.ndarray:
+        rows = [[None] * size if row is None and optional else row for row in lists(key, optional)]
         found = [metrics.as_vector(row, f"{where}.{key}[{s}]") for s, row in enumerate(rows)]
         for s, row in enumerate(found):
-            if len(row) != (len(found[0]) if size is None else size):
-                raise ValueError(f"{where}.{key}[{s}] has {len(row)} entries for {size or len(found[0])} tasks")
+            if len(row) != size:
+                raise ValueError(f"{where}.{key}[{s}] has {len(row)} entries for {size} tasks")
         return np.stack(found)
 
     for s, (matrix, order) in enumerate(zip(matrices, lists("tasks"), strict=True)):
@@ -129,8 +129,16 @@ def _method(name: str, entry: Any) -> Method:
     orders = lists("orders") if entry.get("orders") is not None else [None] * count
     values |= _order_deviations(seeds, orders, tasks, matrices)
     names = [seed if order is None else f"{seed}/{order}" for seed, order in zip(seeds, orders, strict=True)]
-    text = vectors("cross_entropy", size=None) if entry.get("cross_entropy") is not None else None
+    text = _text(lists("cross_entropy"), where, size) if entry.get("cross_entropy") is not None else None
     return Method(name, names, values, np.stack(matrices), tasks, lambdas, _state(lists, entry), text)
+
+
+def _text(rows: list[Any], where: str, size: int) -> np.ndarray:
+    found = [metrics.as_vector(row, f"{where}.cross_entropy[{s}]") for s, row in enumerate(rows)]
+    for s, row in enumerate(found):
+        if len(row) not in (2, size + 1) or len(row) != len(found[0]):
+            raise ValueError(f"{where}.cross_entropy[{s}] has {len(row)} entries for {size} tasks and before them")
+    return np.stack(found)
 
 
 def _order_deviations(

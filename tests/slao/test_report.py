@@ -243,9 +243,13 @@ def test_retention_and_costs_are_drawn_where_they_are_known(run, results, monkey
     assert point == pytest.approx([np.mean(slao["BWT"]), np.mean(slao["AA"])])
 
 
-def test_a_ragged_cross_entropy_is_named(results):
-    results["methods"]["slao"]["cross_entropy"] = [[3.0, 3.1], [3.0]]
-    with pytest.raises(ValueError, match=r"methods.slao.cross_entropy\[1\] has 1 entries"):
+@pytest.mark.parametrize("odd", [[3.0], [3.0, 3.1, 3.2], [3.0, 3.1], [3.0] * 5])
+def test_a_cross_entropy_of_another_length_is_named(results, odd):
+    results["methods"]["slao"]["cross_entropy"] = [[3.0, 3.1, 3.2, 3.3], odd]
+    count = len(odd)
+    with pytest.raises(
+        ValueError, match=rf"methods.slao.cross_entropy\[1\] has {count} entries for 3 tasks and before"
+    ):
         parse(results)
 
 

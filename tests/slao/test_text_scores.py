@@ -55,7 +55,15 @@ def test_rouge_l(needs_rouge, text, reference, f1):
 
 @pytest.mark.parametrize(
     ("text", "reference", "score"),
-    [("B", "B", 1), (" B\nBecause", "B because", 1), ("A", "B", 0), ("b", "B", 0), ("", "B", 0)],
+    [
+        ("B", "B", 1),
+        (" B\nBecause", "B because", 1),
+        ("A", "B", 0),
+        ("b", "B", 0),
+        ("", "B", 0),
+        ("x", "", 0),
+        ("", "", 0),
+    ],
 )
 def test_first_letter(text, reference, score):
     assert text_score("first_letter")(text, reference, "") == score
@@ -106,6 +114,12 @@ def test_code_similarity_is_that_of_the_plain_table():
 )
 def test_sari(prompt, text, reference, score):
     assert text_score("sari")(text, reference, prompt) == pytest.approx(score, abs=1e-12)
+
+
+def test_sari_takes_no_conversations():
+    rows = (Row("", "b", messages=(("user", "a"), ("assistant", "b"))),)
+    with pytest.raises(ValueError, match="task 'x' has messages, and sari compares with a prompt"):
+        Task("x", rows, (), rows, metric="sari")
 
 
 def test_without_rouge_score_the_error_says_what_to_install(tiny, monkeypatch):

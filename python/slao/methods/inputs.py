@@ -28,11 +28,12 @@ def input_grams(model: nn.Module, pairs: Sequence[LoraPair], batches: Iterable[d
         def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             nonlocal last
             x = inputs[0]
-            if last is None or last[0] is not x or last[1] != x._version:
+            version = -1 if x.is_inference() else x._version  # those have none, and are never changed in place
+            if last is None or last[0] is not x or last[1] != version:
                 # A layer that sees (rows, tokens, n) sees padding; one that sees something else (a pooler) does not.
                 rows = x[mask.bool()] if mask is not None and x.shape[:-1] == mask.shape else x.flatten(0, -2)
                 rows = rows.double()
-                last = x, x._version, rows.T @ rows
+                last = x, version, rows.T @ rows
             gram.add_(last[2])
 
         return add

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slao_kernels import exact_merge, inventory, sharding
@@ -30,10 +31,12 @@ def swapped(pairs: Sequence[LoraPair], weights: Callable[[], Weights]) -> Iterat
                     # The model may have got another dtype since (half()), and PEFT's forward wants one for A and B.
                     weight = weight.to(parameter.dtype)
                     parameter.data = weight if parameter.dim() == 2 else weight.view(parameter.shape)
+        torch.clear_autocast_cache()  # which knows a parameter's 16-bit copy by the parameter, not by its storage
         yield
     finally:
         for parameter, data, gradient in trained:
             parameter.data, parameter.grad = data, gradient
+        torch.clear_autocast_cache()
 
 
 @contextmanager

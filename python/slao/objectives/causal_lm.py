@@ -24,8 +24,8 @@ class CausalLM(Objective):
     never appears.
     score: by the task's metric. "accuracy" is for a task with labels how often the right label has the highest
     log-likelihood among the candidates, and for a free-form task how often the greedy continuation equals the answer
-    (white space and case aside). "exact_match" and "rouge_l" compare the greedy continuation, whether there are
-    labels or not, and of a conversation the last turn. Of a row with several references the best one counts.
+    (white space and case aside). Every other metric compares the greedy continuation, whether there are labels or
+    not, and of a conversation the last turn. Of a row with several references the best one counts.
     train_candidates, eval_candidates: whose labels the Option line (and the scoring) lists: "own" or "all".
     max_new_tokens: of a greedy continuation; None for as many as the longest right answer of its task takes. ValueError
     where no task needs one.

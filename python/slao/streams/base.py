@@ -103,6 +103,8 @@ class Task:
                 f"task {self.name!r} has an instruction, which rows of {self.kind} have no place for: write it into "
                 "the rows, and remove instruction.txt"
             )
+        if self.metric == "sari" and self.kind == "messages":
+            raise ValueError(f"task {self.name!r} has messages, and sari compares with a prompt: choose another metric")
         if not self.labels:
             return
         if len(set(self.labels)) != len(self.labels):

@@ -5,9 +5,10 @@ Stance in Chinese, monetary policy, meetings to be summarised, code to be comple
 arithmetic, German news to be simplified. Each is scored by its own metric: accuracy, Rouge-L, the similarity of a line
 of code, the letter of the answer alone, SARI; TRACE reports BLEU beside some of them. Answers are generated.
 
-The rows come with the benchmark (its README says where); `path` is its folder, or the one above:
+The rows come with the benchmark (its README says where), in several sizes; `path` is the folder of one of them:
     <task>/{train,eval,test}.json    [{"prompt": text, "answer": text}, ...]
-Prompts carry their instructions: nothing is put around them.
+Prompts carry their instructions: nothing is put around them. Rouge-L is of stemmed words here, unlike TRACE's; how SARI
+and code are scored, and what differs, says `slao.objectives.text_scores`.
 """
 
 from __future__ import annotations
