@@ -1,11 +1,14 @@
 """What a method holds after two tasks and after fifty: `python bench/memory_tasks.py [METHOD ...] [--tasks 50]`.
 
+A method may have options (`inclora:max_pairs=4`), and be full later than after the second task (`--first 6`).
+
 Each method runs in a process of its own on a two-layer Llama of width 512 with a LoRA of r = 64 on q_proj and v_proj
 (1 MiB in fp32), two steps of Adam a task, and prints a row of a Markdown table. tensors: the storages of every tensor
 that Python can reach (parameters, buffers, what the method keeps, whatever else), once each; between two tasks, and
 within one after its last step. peak: the highest resident memory within task two, and how far above it that of any
 later task was. Python: what tracemalloc saw grow from the end of task two to that of the last. file: what
-`method.save` writes, tensors and header (names and λ of the tasks are in that).
+`method.save` writes, tensors and header (names and λ of the tasks are in that). begin + end: the median time that both
+take together, of three tasks each.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 import tracemalloc
 import warnings
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -75,26 +80,38 @@ def file_bytes(method: Method) -> dict[str, int]:
     return {"file tensors": len(content) - header, "file header": header}
 
 
-def measure(name: str, tasks: int) -> dict[str, Any]:
-    """The figures of one method in this process. first: after task two; last: after task `tasks`."""
+def made(name: str, model: torch.nn.Module) -> Method:
+    """`method`, or `method:option=value,...`."""
+    method, _, given = name.partition(":")
+    options = dict(each.split("=", 1) for each in given.split(",") if each)
+    return make_method(method, model, **{key: json.loads(value) for key, value in options.items()})
+
+
+def measure(name: str, tasks: int, first: int = FIRST) -> dict[str, Any]:
+    """The figures of one method in this process. first: after that task; last: after task `tasks`."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = tiny_model("llama", hidden_size=512, num_key_value_heads=4)
     slao_kernels.patch(model, LoraConfig(r=64, target_modules=["q_proj", "v_proj"]))
-    method = make_method(name, model)
+    method = made(name, model)
     file_bytes(method)  # what is imported for it is no method's growth
     base = live_bytes()
     pair = sum(weight.nbytes for found in method.pairs for weight in (found.A, found.B))
     tracemalloc.start()
     found: dict[int, dict[str, Any]] = {}
+    seconds: list[float] = []
     for task in range(1, tasks + 1):
-        if task in (FIRST, FIRST + 1):
+        if task in (first, first + 1):
             reset_peak_memory()
+        started = time.perf_counter()
         method.begin_task(f"task {task:03d}")
+        between = time.perf_counter() - started
         train(method, task)
-        within = live_bytes() if task in (FIRST, tasks) else 0
+        within = live_bytes() if task in (first, tasks) else 0
+        started = time.perf_counter()
         method.end_task()
-        if task in (FIRST, tasks):
+        seconds.append(between + time.perf_counter() - started)
+        if task in (first, tasks):
             # The peak first: what is measured and written here is not the method's.
             found[task] = {"peak": peak_memory_mb(), "within": within, "between": live_bytes(), "rss": resident_mb()}
             found[task] |= {"python": tracemalloc.get_traced_memory()[0], **file_bytes(method)}
@@ -103,14 +120,14 @@ def measure(name: str, tasks: int) -> dict[str, Any]:
         "tasks": tasks,
         "adapter": pair,
         "before": base,
-        "first": found[FIRST],
-        "last": found[tasks],
+        "first": found[first] | {"seconds": median(seconds[first - 1 : first + 2])},
+        "last": found[tasks] | {"seconds": median(seconds[-3:])},
     }
 
 
-def in_a_fresh_process(name: str, tasks: int) -> dict[str, Any]:
+def in_a_fresh_process(name: str, tasks: int, first: int = FIRST) -> dict[str, Any]:
     """`measure` where nothing else has run."""
-    command = [sys.executable, __file__, name, "--tasks", str(tasks), "--here"]
+    command = [sys.executable, __file__, name, "--tasks", str(tasks), "--first", str(first), "--here"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr.strip()[-2000:]}")
@@ -127,6 +144,7 @@ def row(figures: dict[str, Any]) -> str:
     cells.append(f"{(last['python'] - first['python']) / 2**10:+.1f}")
     cells.append(f"{first['peak']:.1f} {last['peak'] - first['peak']:+.1f}")
     cells.append("–" if first["rss"] is None else f"{first['rss']:.1f} {last['rss'] - first['rss']:+.1f}")
+    cells.append(f"{1e3 * first['seconds']:.1f} {1e3 * (last['seconds'] - first['seconds']):+.1f}")
     return f"| {' | '.join(cells)} |"
 
 
@@ -134,19 +152,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("methods", nargs="*", default=METHODS)
     parser.add_argument("--tasks", type=int, default=50)
+    parser.add_argument("--first", type=int, default=FIRST)
     parser.add_argument("--here", action="store_true", help="one method, in this process, as JSON")
     options = parser.parse_args()
-    if options.tasks <= FIRST:
-        parser.error(f"--tasks must be more than {FIRST}, with which the last one is compared")
+    if options.tasks <= options.first:
+        parser.error(f"--tasks must be more than {options.first}, with which the last one is compared")
     if options.here:
-        print(json.dumps(measure(options.methods[0], options.tasks)))
+        print(json.dumps(measure(options.methods[0], options.tasks, options.first)))
         return
-    print(f"After task {FIRST}, and from there to task {options.tasks}; an adapter is 1 MiB\n")
-    columns = "tensors, MiB|within a task|file: tensors, MiB|header, KiB|Python, KiB|peak, MiB|RSS, MiB"
+    print(f"After task {options.first}, and from there to task {options.tasks}; an adapter is 1 MiB\n")
+    columns = "tensors, MiB|within a task|file: tensors, MiB|header, KiB|Python, KiB|peak, MiB|RSS, MiB|begin + end, ms"
     print(f"| method | {' | '.join(columns.split('|'))} |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---" * 9 + "|")
     for name in options.methods:
-        print(row(in_a_fresh_process(name, options.tasks)), flush=True)
+        print(row(in_a_fresh_process(name, options.tasks, options.first)), flush=True)
 
 
 if __name__ == "__main__":

@@ -52,3 +52,11 @@ def test_inclora_grows_by_a_pair_a_task(figures):
     assert found["last"]["file tensors"] == TASKS * MB
     if found["last"]["rss"] is not None:
         assert growth(found, "rss") >= FURTHER  # so the bound above can fail
+
+
+def test_inclora_of_so_many_pairs_does_not_grow_once_it_has_them():
+    """Full after its third task: two finished pairs and the one that trains."""
+    found = memory_tasks.in_a_fresh_process("inclora:max_pairs=2", 8, first=3)
+    assert [growth(found, key) for key in ("between", "within", "file tensors")] == [0, 0, 0]
+    assert found["last"]["file tensors"] == 3 * MB
+    assert found["last"]["seconds"] > 0
