@@ -131,6 +131,7 @@ MERGES: dict[str, Merge] = {
     "slao adaptive": lambda *args: factors(*args, adaptive=True),
     "product, R 8": product(8),
     "product, R 16": product(16),
+    "product, R 24": product(24),
     "product, R 32": product(32),
     "plain mean, R 32": product(32, power=1.0),
     "inputs, uncut": by_inputs(),

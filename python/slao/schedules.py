@@ -71,6 +71,19 @@ def adaptive(i: int, stats: MergeStats) -> list[float]:
     return [min(1.0, max(1.0 / i, i ** (-(1.0 + c) / 2.0))) for c in stats.cosine()]  # rounding may leave by one bit
 
 
+def lambdas_of(schedule: Schedule, stats: MergeStats) -> tuple[float | list[float], list[float]]:
+    """What the schedule chose, and the same for each of the layers. ValueError for what is no λ, or not one a layer."""
+    chosen = schedule(stats.task, stats)
+    lam = float(chosen) if isinstance(chosen, int | float) else [float(value) for value in chosen]
+    each = lam if isinstance(lam, list) else [lam] * len(stats.layers)  # of experts, too
+    if len(each) != len(stats.layers):
+        raise ValueError(f"the schedule gave {len(each)} λ for {len(stats.layers)} layers (each expert is one)")
+    wrong = [f"{name}: {value}" for name, value in zip(stats.layers, each, strict=True) if not 0.0 <= value <= 1.0]
+    if wrong:
+        raise ValueError(f"the schedule's λ must lie in [0, 1]: {', '.join(wrong[:8])}")
+    return lam, each
+
+
 SCHEDULES: dict[str, Schedule] = {"inv_sqrt": inv_sqrt, "inverse": inverse, "adaptive": adaptive}
 
 

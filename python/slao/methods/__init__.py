@@ -10,6 +10,7 @@ from .base import Method
 from .clora import CLoRA
 from .ewc import EWC
 from .inclora import IncLoRA
+from .incslao import IncSLAO
 from .inflora import InfLoRA
 from .joint import Joint
 from .lwf import LwF
@@ -26,6 +27,7 @@ _ALL: tuple[type[Method], ...] = (
     CLoRA,
     EWC,
     IncLoRA,
+    IncSLAO,
     InfLoRA,
     Joint,
     LwF,
@@ -46,6 +48,7 @@ __all__ = [
     "SLAO",
     "CLoRA",
     "IncLoRA",
+    "IncSLAO",
     "InfLoRA",
     "Joint",
     "LwF",

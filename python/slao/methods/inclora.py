@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -62,19 +63,38 @@ class IncLoRA(Method):
             append(pair, layer, pair.A, pair.B)
 
     def _cut(self, most: int) -> None:
-        """The nearest to the sum of all pairs, of the rank of `most`, becomes what is frozen; every layer at once."""
-        frozen = [(pair, *self.frozen(index)) for index, pair in enumerate(self.pairs)]
-        As = [one for pair, A, _ in frozen for one in pair.split("A", stack(pair.experts, "A", A, pair.A))]
-        Bs = [one for pair, _, B in frozen for one in pair.split("B", stack(pair.experts, "B", B, pair.B))]
+        """The nearest to the sum of all pairs, of the rank of `most`, becomes what is frozen."""
+        for (A, B), layer in zip(self._nearest([self._sums()], most), self.layers, strict=True):
+            layer.slao_frozen_A, layer.slao_frozen_B = A, B
+
+    def _sums(self) -> list[tuple[Tensor, Tensor]]:
+        """Per layer all pairs in one, the live one last."""
+        sums = []
+        for index, pair in enumerate(self.pairs):
+            A, B = self.frozen(index)
+            sums.append((stack(pair.experts, "A", A, pair.A), stack(pair.experts, "B", B, pair.B)))
+        return sums
+
+    def _nearest(self, terms: Sequence[Sequence[tuple[Tensor, Tensor]]], most: int) -> list[tuple[Tensor, Tensor]]:
+        """Per layer the nearest to the sum of its terms that has the rank of `most` pairs; every layer at once."""
+        adapters = []
+        for term in terms:
+            both = [
+                [one for pair, two in zip(self.pairs, term, strict=True) for one in pair.split(factor, two[side])]
+                for side, factor in enumerate("AB")
+            ]
+            adapters.append((*both, 1.0))
         ranks = [
             min(most * pair.rank, len(pair.B), pair.A.shape[1]) for pair in self.pairs for _ in range(pair.experts)
         ]
-        found = iter(weighted_merge([(As, Bs, 1.0)], [1.0], ranks).pairs)
-        for pair, layer in zip(self.pairs, self.layers, strict=True):
+        found = iter(weighted_merge(adapters, [1.0] * len(terms), ranks).pairs)
+        out = []
+        for pair in self.pairs:
             cuts = list(islice(found, pair.experts))
             missing = most * pair.rank - len(cuts[0][0])  # a layer of fewer rows or columns: zeros, the sum is whole
-            layer.slao_frozen_A = pair.join("A", [F.pad(A, (0, 0, 0, missing)) for A, _ in cuts])
-            layer.slao_frozen_B = pair.join("B", [F.pad(B, (0, missing)) for _, B in cuts])
+            A = pair.join("A", [F.pad(A, (0, 0, 0, missing)) for A, _ in cuts])
+            out.append((A, pair.join("B", [F.pad(B, (0, missing)) for _, B in cuts])))
+        return out
 
     def _start_fresh(self, task: int) -> None:
         for pair in self.pairs:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slao_kernels import orthogonal_init_, scaled_merge_
 
-from ..schedules import MergeStats, Schedule, make_schedule
+from ..schedules import MergeStats, Schedule, lambdas_of, make_schedule
 from .base import Method
 from .extended import fresh
 from .showing import Weights
@@ -155,16 +155,9 @@ class SLAO(Method):
                 self._merged[factor] = [tensor.clone() for tensor in self._live(factor)]
             return 1.0
         stats = self._stats(task)
-        chosen = self.schedule(task, stats)
+        lam, each = lambdas_of(self.schedule, stats)
         if self.keep_cosines or stats.seen:
             self._measured = stats.cosine()
-        lam = float(chosen) if isinstance(chosen, int | float) else [float(value) for value in chosen]
-        each = lam if isinstance(lam, list) else [lam] * len(stats.layers)  # of experts, too
-        if len(each) != len(stats.layers):
-            raise ValueError(f"the schedule gave {len(each)} λ for {len(stats.layers)} layers (each expert is one)")
-        wrong = [f"{name}: {value}" for name, value in zip(stats.layers, each, strict=True) if not 0.0 <= value <= 1.0]
-        if wrong:
-            raise ValueError(f"the schedule's λ must lie in [0, 1]: {', '.join(wrong[:8])}")
         targets, sources, factors = [], [], []
         for factor in averaged:
             rest = iter(each)

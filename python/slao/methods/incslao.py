@@ -1,0 +1,126 @@
+"""IncLoRA, answered by a running average as SLAO's: fresh pairs are added while training, their sums are averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..schedules import MergeStats, Schedule, lambdas_of, make_schedule
+from .inclora import IncLoRA
+from .showing import Weights
+
+
+class IncSLAO(IncLoRA):
+    """IncLoRA trains; after task i M <- M + λ(i) (Σ − M), Σ the sum of all pairs; answers come from M, at fixed rank.
+
+    SLAO averages the B of one pair that is trained on and on. Here each task has a fresh pair beside the finished ones,
+    so that it learns more, and the products are averaged, so that it forgets less. Not a published method: measured in
+    bench/experiments.md.
+
+    schedule: λ(i), as SLAO's. max_pairs: as IncLoRA's, of the finished pairs that a task trains beside.
+    merged_pairs: M is kept to the rank of so many pairs, by QR of the factors in all layers at once. seed: of each A.
+    State: max_pairs + merged_pairs + 1 pairs a layer, whatever the number of tasks; 2 and 3 take four times what SLAO
+    does. The export has the rank of M.
+    Raises ValueError for numbers of pairs below 1, an unknown schedule, and layers that cannot take frozen pairs.
+    """
+
+    name = "incslao"
+    averages = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: str | float | Schedule = "inv_sqrt",
+        max_pairs: int | None = 2,
+        merged_pairs: int = 3,
+        adapter: str = "default",
+        seed: int = 0,
+        beside: str = "keep",
+    ) -> None:
+        if merged_pairs < 1:
+            raise ValueError(f"merged_pairs must be at least 1, not {merged_pairs}")
+        self.schedule, self.merged_pairs = make_schedule(schedule), merged_pairs
+        self._schedule_name = getattr(schedule, "__qualname__", schedule)
+        self._merged: list[tuple[Tensor, Tensor]] = []  # M of each layer; none before the first task's end
+        self._measured: list[float] | None = None
+        super().__init__(model, adapter=adapter, seed=seed, beside=beside, max_pairs=max_pairs)
+
+    def _end(self, task: int) -> float | list[float]:
+        self._measured = None
+        if task == 1:
+            self._merged = [(pair.A.clone(), pair.B.clone()) for pair in self.pairs]
+            return 1.0
+        sums = self._sums()
+        names = [name for pair in self.pairs for name in pair.names]
+        each = self._split(sums), self._split(self._merged)
+        stats = MergeStats(task, self.names[-1], names, *each[0], *each[1], list(self.lambdas))
+        lam, weights = lambdas_of(self.schedule, stats)
+        if stats.seen:
+            self._measured = stats.cosine()
+        old = self._times(self._merged, [1 - weight for weight in weights])
+        self._merged = self._nearest([old, self._times(sums, weights)], self.merged_pairs)
+        return lam
+
+    def _split(self, products: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        """A and B of every layer, of experts of each."""
+        As, Bs = (
+            [one for pair, two in zip(self.pairs, products, strict=True) for one in pair.split(factor, two[side])]
+            for side, factor in enumerate("AB")
+        )
+        return As, Bs
+
+    def _times(self, products: list[tuple[Tensor, Tensor]], weights: list[float]) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's product, of experts each one's, times its weight."""
+        rest, found = iter(weights), []
+        for pair, (A, B) in zip(self.pairs, products, strict=True):
+            found.append((A, pair.join("B", [one * next(rest) for one in pair.split("B", B)])))
+        return found
+
+    def _new_to_merged(self) -> list[float] | None:
+        return self._measured
+
+    def _merged_weights(self) -> Weights:
+        if not self._merged:
+            return super()._merged_weights()
+        return [(None, torch.zeros_like(pair.B)) for pair in self.pairs]  # M is in the frozen pairs' place
+
+    def _exported_weights(self) -> Weights:
+        return [*self._merged] if self._merged else super()._exported_weights()
+
+    def _stacked(self) -> int:
+        return len(self._merged[0][0]) // len(self.pairs[0].A) if self._merged else super()._stacked()
+
+    @contextmanager
+    def _swapped_in(self, weights: Callable[[], Weights]) -> Iterator[None]:
+        frozen = [(layer, layer.slao_frozen_A, layer.slao_frozen_B) for layer in self.layers if self._merged]
+        try:
+            for (layer, _, _), (A, B) in zip(frozen, self._merged, strict=True):
+                layer.slao_frozen_A, layer.slao_frozen_B = A, B
+            with super()._swapped_in(weights):
+                yield
+        finally:
+            for layer, A, B in frozen:
+                layer.slao_frozen_A, layer.slao_frozen_B = A, B
+
+    def _options(self) -> dict[str, Any]:
+        return super()._options() | {"schedule": self._schedule_name, "merged_pairs": self.merged_pairs}
+
+    def _state(self) -> dict[str, Tensor]:
+        both = zip(self.pairs, self._merged, strict=False)
+        merged = {f"{pair.name}.{key}_merged": part for pair, two in both for key, part in zip("AB", two, strict=True)}
+        return super()._state() | merged
+
+    def _load_state(self, tensors: dict[str, Tensor]) -> None:
+        found = []
+        for pair in self.pairs if any(key.endswith("_merged") for key in tensors) else ():
+            A, B = (tensors.get(f"{pair.name}.{key}_merged") for key in "AB")
+            expected = None if A is None else ((len(A), pair.A.shape[1]), (len(pair.B), len(A)))
+            if A is None or B is None or (A.shape, B.shape) != expected:
+                raise ValueError(f"the saved merge of {pair.name} does not fit its A {tuple(pair.A.shape)}")
+            found.append((A.to(pair.A.device), B.to(pair.B.device)))
+        super()._load_state(tensors)
+        self._merged = found
