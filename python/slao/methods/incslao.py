@@ -98,8 +98,9 @@ class IncSLAO(IncLoRA):
     def _swapped_in(self, weights: Callable[[], Weights]) -> Iterator[None]:
         frozen = [(layer, layer.slao_frozen_A, layer.slao_frozen_B) for layer in self.layers if self._merged]
         try:
-            for (layer, _, _), (A, B) in zip(frozen, self._merged, strict=True):
-                layer.slao_frozen_A, layer.slao_frozen_B = A, B
+            for (layer, _, _), pair, (A, B) in zip(frozen, self.pairs, self._merged, strict=False):
+                # The model may have got another dtype since (half()).
+                layer.slao_frozen_A, layer.slao_frozen_B = A.to(pair.A.dtype), B.to(pair.B.dtype)
             with super()._swapped_in(weights):
                 yield
         finally:
