@@ -4,6 +4,8 @@
     python bench/experiments.py page                                      # tables in bench/experiments.md anew
     python bench/experiments.py --check                                   # do the tables say what the files say?
 
+A file of merge_lab.py's scores (scores_test.json) is copied into bench/experiments/ by hand.
+
 In the page a table stands between `<!-- name -->` and `<!-- end -->`; everything else is written by hand.
 """
 
@@ -57,9 +59,18 @@ def page(text: str) -> str:
         path = KEPT / f"{found[2]}.json"
         if not path.is_file():
             raise ValueError(f"the page has a table {found[2]!r}, but there is no {path.name} in {KEPT.name}/")
-        return f"{found[1]}{markdown(json.loads(path.read_text('utf-8')))}\n{found[3]}"
+        return f"{found[1]}{_table(json.loads(path.read_text('utf-8')))}\n{found[3]}"
 
     return MARK.sub(table, text)
+
+
+def _table(content: Any) -> str:
+    """Of a run's results, or of what merge_lab.py scored."""
+    if isinstance(content, dict):
+        return markdown(content)
+    import merge_lab
+
+    return merge_lab.table(content)
 
 
 def main() -> int:

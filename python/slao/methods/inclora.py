@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slao_kernels import weighted_merge
 from slao_kernels.adapters import LoraPair, stack
 
 from .base import Method
 from .extended import extend_all, fresh
+from .products import nearest
 from .showing import Weights
 
 if TYPE_CHECKING:
@@ -64,7 +61,7 @@ class IncLoRA(Method):
 
     def _cut(self, most: int) -> None:
         """The nearest to the sum of all pairs, of the rank of `most`, becomes what is frozen."""
-        for (A, B), layer in zip(self._nearest([self._sums()], most), self.layers, strict=True):
+        for (A, B), layer in zip(nearest(self.pairs, [self._sums()], most), self.layers, strict=True):
             layer.slao_frozen_A, layer.slao_frozen_B = A, B
 
     def _sums(self) -> list[tuple[Tensor, Tensor]]:
@@ -74,27 +71,6 @@ class IncLoRA(Method):
             A, B = self.frozen(index)
             sums.append((stack(pair.experts, "A", A, pair.A), stack(pair.experts, "B", B, pair.B)))
         return sums
-
-    def _nearest(self, terms: Sequence[Sequence[tuple[Tensor, Tensor]]], most: int) -> list[tuple[Tensor, Tensor]]:
-        """Per layer the nearest to the sum of its terms that has the rank of `most` pairs; every layer at once."""
-        adapters = []
-        for term in terms:
-            both = [
-                [one for pair, two in zip(self.pairs, term, strict=True) for one in pair.split(factor, two[side])]
-                for side, factor in enumerate("AB")
-            ]
-            adapters.append((*both, 1.0))
-        ranks = [
-            min(most * pair.rank, len(pair.B), pair.A.shape[1]) for pair in self.pairs for _ in range(pair.experts)
-        ]
-        found = iter(weighted_merge(adapters, [1.0] * len(terms), ranks).pairs)
-        out = []
-        for pair in self.pairs:
-            cuts = list(islice(found, pair.experts))
-            missing = most * pair.rank - len(cuts[0][0])  # a layer of fewer rows or columns: zeros, the sum is whole
-            A = pair.join("A", [F.pad(A, (0, 0, 0, missing)) for A, _ in cuts])
-            out.append((A, pair.join("B", [F.pad(B, (0, missing)) for _, B in cuts])))
-        return out
 
     def _start_fresh(self, task: int) -> None:
         for pair in self.pairs:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..schedules import MergeStats, Schedule, lambdas_of, make_schedule
 from .inclora import IncLoRA
+from .products import average, split
 from .showing import Weights
 
 
@@ -56,29 +57,13 @@ class IncSLAO(IncLoRA):
             return 1.0
         sums = self._sums()
         names = [name for pair in self.pairs for name in pair.names]
-        each = self._split(sums), self._split(self._merged)
-        stats = MergeStats(task, self.names[-1], names, *each[0], *each[1], list(self.lambdas))
+        both = split(self.pairs, sums), split(self.pairs, self._merged)
+        stats = MergeStats(task, self.names[-1], names, *both[0], *both[1], list(self.lambdas))
         lam, weights = lambdas_of(self.schedule, stats)
         if stats.seen:
             self._measured = stats.cosine()
-        old = self._times(self._merged, [1 - weight for weight in weights])
-        self._merged = self._nearest([old, self._times(sums, weights)], self.merged_pairs)
+        self._merged = average(self.pairs, self._merged, sums, weights, self.merged_pairs)
         return lam
-
-    def _split(self, products: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-        """A and B of every layer, of experts of each."""
-        As, Bs = (
-            [one for pair, two in zip(self.pairs, products, strict=True) for one in pair.split(factor, two[side])]
-            for side, factor in enumerate("AB")
-        )
-        return As, Bs
-
-    def _times(self, products: list[tuple[Tensor, Tensor]], weights: list[float]) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's product, of experts each one's, times its weight."""
-        rest, found = iter(weights), []
-        for pair, (A, B) in zip(self.pairs, products, strict=True):
-            found.append((A, pair.join("B", [one * next(rest) for one in pair.split("B", B)])))
-        return found
 
     def _new_to_merged(self) -> list[float] | None:
         return self._measured

@@ -13,13 +13,14 @@ from slao_kernels import orthogonal_init_, scaled_merge_
 
 from ..schedules import MergeStats, Schedule, lambdas_of, make_schedule
 from .base import Method
-from .extended import fresh
+from .extended import fresh, refuse_shards
+from .products import average
 from .showing import Weights
 
 logger = logging.getLogger("slao")
 
 INITS = ("last_ft", "merged", "random", "random_A")
-MERGES = ("B", "A", "AB")
+MERGES = ("B", "A", "AB", "product")
 
 
 class SLAO(Method):
@@ -34,11 +35,14 @@ class SLAO(Method):
     init: what a task starts from: "last_ft" (the paper's), "merged", "random" (fresh A, B = 0: ordinary LoRA's
     start), or "random_A" (fresh A, last fine-tuned B).
     orthogonal: re-base A. merge: the factors that are averaged, "B" (the paper's), "A" or "AB"; the other is replaced.
+    Or "product": B A itself, M <- M + λ(i) (B A − M), kept to the rank of `merged_pairs` pairs by QR of the factors;
+    not the paper's: bench/experiments.md has what it gains.
     preserve: start from B Rᵀ instead of B, so that re-basing A leaves B A as it was. seed: of a fresh A.
     keep_cosines: fill `cosines` at the end of every task from the second on, before it is merged; without it only where
     the schedule asked for `MergeStats.cosine()` anyway.
-    State: besides the live A and B one further A and B a layer, whatever the number of tasks.
-    Raises ValueError for unknown options, and where r > n forbids orthonormal rows.
+    State: besides the live A and B one further A and B a layer, whatever the number of tasks; with "product"
+    `merged_pairs` of them.
+    Raises ValueError for unknown options, where r > n forbids orthonormal rows, and with "product" for convolutions.
     """
 
     name = "slao"
@@ -56,6 +60,7 @@ class SLAO(Method):
         seed: int = 0,
         keep_cosines: bool = False,
         beside: str = "keep",
+        merged_pairs: int = 2,
     ) -> None:
         if init not in INITS:
             raise ValueError(f"unknown init {init!r}; choose one of {', '.join(INITS)}")
@@ -63,7 +68,9 @@ class SLAO(Method):
             raise ValueError(f"unknown merge {merge!r}; choose one of {', '.join(MERGES)}")
         if preserve and not orthogonal:
             raise ValueError("preserve=True compensates the orthogonal re-basing; it needs orthogonal=True")
-        self.schedule = make_schedule(schedule)
+        if merged_pairs < 1:
+            raise ValueError(f"merged_pairs must be at least 1, not {merged_pairs}")
+        self.schedule, self.merged_pairs = make_schedule(schedule), merged_pairs
         self.init, self.orthogonal, self.merge, self.preserve, self.seed = init, orthogonal, merge, preserve, seed
         self.keep_cosines = keep_cosines
         self._schedule_name = getattr(schedule, "__qualname__", schedule)
@@ -83,6 +90,10 @@ class SLAO(Method):
                 "lower r there (rank_pattern), leave these layers out of target_modules, or pass orthogonal=False"
             )
 
+        convolutions = [pair.name for pair in self.pairs if any(part.dim() != 2 for part in pair.parameters)]
+        if self.merge == "product" and convolutions:
+            raise ValueError(f"merge='product' cannot treat layers that are no matrices: {', '.join(convolutions[:8])}")
+
     def _live(self, factor: str) -> list[Tensor]:
         return [getattr(pair, factor).detach() for pair in self.pairs]
 
@@ -98,6 +109,8 @@ class SLAO(Method):
         return self._live(factor) if merged is None else merged
 
     def _begin(self, task: int) -> None:
+        if self.merge == "product":
+            refuse_shards(self)  # which have no room for the merge's rank
         if task == 1:
             return
         # Training is about to change the factors that so far stood for their own merge. Re-basing A keeps it itself.
@@ -151,13 +164,18 @@ class SLAO(Method):
         averaged = [factor for factor in "AB" if factor in self.merge]
         self._measured = None
         if task == 1:
-            for factor in averaged:
+            for factor in "AB" if self.merge == "product" else averaged:
                 self._merged[factor] = [tensor.clone() for tensor in self._live(factor)]
             return 1.0
         stats = self._stats(task)
         lam, each = lambdas_of(self.schedule, stats)
         if self.keep_cosines or stats.seen:
             self._measured = stats.cosine()
+        if self.merge == "product":
+            old, new = (list(zip(get("A"), get("B"), strict=True)) for get in (self._merged_or_live, self._live))
+            found = average(self.pairs, old, new, each, self.merged_pairs)
+            self._merged = {"A": [A for A, _ in found], "B": [B for _, B in found]}
+            return lam
         targets, sources, factors = [], [], []
         for factor in averaged:
             rest = iter(each)
@@ -190,12 +208,26 @@ class SLAO(Method):
             list(self.lambdas),
         )
 
+    def _shape(self, saved: Tensor, live: Tensor, factor: str) -> tuple[int, ...]:
+        """What a saved merge of the live factor has to have: with "product" another rank, as often as pairs."""
+        rows, columns = live.shape
+        if self.merge != "product" or saved.dim() != 2:
+            return rows, columns
+        side = 0 if factor == "A" else 1
+        count = 1 if saved.shape[side] == live.shape[side] else self.merged_pairs
+        return (count * rows, columns) if factor == "A" else (rows, count * columns)
+
     def _merged_weights(self) -> Weights:
         nothing: list[Tensor | None] = [None] * len(self.pairs)
         return list(zip(self._merged["A"] or nothing, self._merged["B"] or nothing, strict=True))
 
+    def _stacked(self) -> int:
+        merged = self._merged["A"]
+        return 1 if self.merge != "product" or merged is None else len(merged[0]) // len(self.pairs[0].A)
+
     def _options(self) -> dict[str, Any]:
         return {
+            **({"merged_pairs": self.merged_pairs} if self.merge == "product" else {}),
             "schedule": self._schedule_name,
             "init": self.init,
             "orthogonal": self.orthogonal,
@@ -221,7 +253,8 @@ class SLAO(Method):
                 continue
             for pair, tensor, now in zip(self.pairs, found, live, strict=True):
                 # Its dtype is the model's of when it was merged; half() since then leaves it as exact as it was.
-                if tensor is None or tensor.shape != now.shape or not tensor.is_floating_point():
+                shape = None if tensor is None else self._shape(tensor, now, factor)
+                if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
                     raise ValueError(f"the saved merge of {pair.name} does not fit its {factor} {tuple(now.shape)}")
             loaded[factor] = [
                 tensor.to(now.device) for tensor, now in zip(found, live, strict=True) if tensor is not None

@@ -7,7 +7,7 @@ import torch
 from method_experts import model_of
 from peft import PeftModel
 
-from slao import IncLoRA, IncSLAO
+from slao import SLAO, IncLoRA, IncSLAO
 from slao_kernels.testing import error_ratio, tiny_model
 
 
@@ -120,3 +120,60 @@ def test_refusals(lab):
         lab.end(method, 1)
     with pytest.raises(ValueError, match="the saved merge of .*q_proj does not fit its A"):
         method._load_state({"x_merged": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("schedule", ["inv_sqrt", "adaptive"])
+def test_slao_averages_products_where_it_is_asked_to(lab, schedule):
+    """fp64, against dense SVDs; training is plain SLAO's."""
+    method, plain = lab.make(SLAO, merge="product", schedule=schedule), lab.make(SLAO)
+    merged: list[torch.Tensor] = []
+    for index in range(5):
+        for each in (method, plain):
+            lab.begin(each, index)
+            lab.train(each, shift=index)
+        trained = lab.deltas(method)
+        assert all(torch.equal(a, b) for a, b in zip(trained, lab.deltas(plain), strict=True))
+        for each in (method, plain):
+            lab.end(each, index)
+        lam = method.lambdas[-1]
+        weights = lam if isinstance(lam, list) else [lam] * len(trained)
+        wanted = [
+            new if index == 0 else old + one * (new - old)
+            for old, new, one in zip(merged or trained, trained, weights, strict=True)
+        ]
+        merged = [cut(each, 2 * 4) for each in wanted]
+        if index > 1:
+            assert error_ratio(merged[0], wanted[0]) > 1e-6, "nothing was cut"
+        with method.merged():
+            assert max(error_ratio(a, b) for a, b in zip(lab.deltas(method), merged, strict=True)) <= 1e-10
+        assert all(torch.equal(a, b) for a, b in zip(lab.deltas(method), trained, strict=True))
+    pair = sum(part.nbytes for each in method.pairs for part in (each.A, each.B))
+    assert method.state_bytes() == 3 * pair
+
+
+def test_slaos_product_is_saved_loaded_and_exported(lab, tmp_path):
+    whole = lab.make(SLAO, merge="product", merged_pairs=3)
+    for index in range(3):
+        if index == 2:
+            whole.save(tmp_path / "state")
+        lab.task(whole, index)
+    resumed = lab.make(SLAO, merge="product", merged_pairs=3, seed=1)
+    with torch.no_grad():
+        for name, parameter in resumed.model.named_parameters():
+            if "lora_" not in name:
+                parameter.copy_(dict(whole.model.named_parameters())[name])
+    resumed.load(tmp_path / "state")
+    lab.task(resumed, 2)
+    with whole.merged(), resumed.merged():
+        expected = lab.logits(whole)
+        assert torch.equal(lab.logits(resumed), expected)
+    whole.save_pretrained(tmp_path / "adapter")
+    torch.manual_seed(0)
+    plain = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter").double()
+    assert plain.peft_config["default"].r == 12
+    with torch.no_grad():
+        assert error_ratio(plain(lab.IDS).logits, expected) <= 1e-6
+    with pytest.raises(ValueError, match="merged_pairs"):
+        lab.make(SLAO, merge="product").load(tmp_path / "state")
+    with pytest.raises(ValueError, match="merged_pairs must be at least 1, not 0"):
+        lab.make(SLAO, merge="product", merged_pairs=0)

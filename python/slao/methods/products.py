@@ -1,0 +1,55 @@
+"""Averages of B A itself, where the factors of different tasks have no common basis: kept as factors, cut to a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from slao_kernels import weighted_merge
+from slao_kernels.adapters import LoraPair
+
+Products = Sequence[tuple[Tensor, Tensor]]  # A (R, n) and B (m, R) of each layer, as PEFT packs them, of any rank R
+
+
+def nearest(pairs: Sequence[LoraPair], terms: Sequence[Products], most: int) -> list[tuple[Tensor, Tensor]]:
+    """Per layer the nearest to the sum of its terms B A that has the rank of `most` of the pairs; all layers at once.
+
+    Of a mixture's experts each one's. By QR of the stacked factors (`slao_kernels.weighted_merge`).
+    """
+    adapters = [(*split(pairs, term), 1.0) for term in terms]
+    ranks = [min(most * pair.rank, len(pair.B), pair.A.shape[1]) for pair in pairs for _ in range(pair.experts)]
+    found = iter(weighted_merge(adapters, [1.0] * len(terms), ranks).pairs)
+    out = []
+    for pair in pairs:
+        cuts = list(islice(found, pair.experts))
+        missing = most * pair.rank - len(cuts[0][0])  # a layer of fewer rows or columns: zeros, the sum is whole
+        A = pair.join("A", [F.pad(A, (0, 0, 0, missing)) for A, _ in cuts])
+        out.append((A, pair.join("B", [F.pad(B, (0, missing)) for _, B in cuts])))
+    return out
+
+
+def average(
+    pairs: Sequence[LoraPair], old: Products, new: Products, weights: Sequence[float], most: int
+) -> list[tuple[Tensor, Tensor]]:
+    """`nearest` to old + weight · (new − old), a weight for each layer, of experts for each."""
+    terms = [_times(pairs, old, [1 - weight for weight in weights]), _times(pairs, new, weights)]
+    return nearest(pairs, terms, most)
+
+
+def split(pairs: Sequence[LoraPair], products: Products) -> tuple[list[Tensor], list[Tensor]]:
+    """A and B of every layer, of experts of each."""
+    As, Bs = (
+        [one for pair, two in zip(pairs, products, strict=True) for one in pair.split(factor, two[side])]
+        for side, factor in enumerate("AB")
+    )
+    return As, Bs
+
+
+def _times(pairs: Sequence[LoraPair], products: Products, weights: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+    rest, found = iter(weights), []
+    for pair, (A, B) in zip(pairs, products, strict=True):
+        found.append((A, pair.join("B", [one * next(rest) for one in pair.split("B", B)])))
+    return found
