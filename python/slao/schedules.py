@@ -71,6 +71,13 @@ def adaptive(i: int, stats: MergeStats) -> list[float]:
     return [min(1.0, max(1.0 / i, i ** (-(1.0 + c) / 2.0))) for c in stats.cosine()]  # rounding may leave by one bit
 
 
+def schedule_name(schedule: str | float | Schedule) -> str | float:
+    """What a saved state is compared by: of a function, or of an object that is called, the name."""
+    if isinstance(schedule, str | int | float):
+        return schedule
+    return str(getattr(schedule, "__qualname__", type(schedule).__qualname__))
+
+
 def lambdas_of(schedule: Schedule, stats: MergeStats) -> tuple[float | list[float], list[float]]:
     """What the schedule chose, and the same for each of the layers. ValueError for what is no λ, or not one a layer."""
     chosen = schedule(stats.task, stats)

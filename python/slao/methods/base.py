@@ -36,7 +36,7 @@ class Method:
     processes every rank makes the same calls; an error on one rank is raised on all, and rank 0 alone writes files.
     adapter: the adapter to train and merge; it has to be active from begin_task to end_task, and for merged().
     beside: what becomes of the heads, biases and tokens that it trains beside A and B: "keep" (the last task's),
-    "merge" (averaged as B is; SLAO alone) or "freeze" (trained in the first task alone); see `Beside`.
+    "merge" (averaged as B is; SLAO and IncSLAO alone) or "freeze" (trained in the first task alone); see `Beside`.
     pairs: what a method works on, whole within its own hooks; elsewhere the model's own parameters, perhaps shards.
     task: index of the running task, or of the last one, from 1 (0 before the first). names: of all tasks begun.
     lambdas: per finished task the λ it was merged with (a number, or one a layer); 1.0 where nothing is merged.

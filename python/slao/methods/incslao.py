@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..schedules import MergeStats, Schedule, lambdas_of, make_schedule
+from ..schedules import MergeStats, Schedule, lambdas_of, make_schedule, schedule_name
 from .inclora import IncLoRA
 from .products import average, split
 from .showing import Weights
@@ -45,7 +45,7 @@ class IncSLAO(IncLoRA):
         if merged_pairs < 1:
             raise ValueError(f"merged_pairs must be at least 1, not {merged_pairs}")
         self.schedule, self.merged_pairs = make_schedule(schedule), merged_pairs
-        self._schedule_name = getattr(schedule, "__qualname__", schedule)
+        self._schedule_name = schedule_name(schedule)
         self._merged: list[tuple[Tensor, Tensor]] = []  # M of each layer; none before the first task's end
         self._measured: list[float] | None = None
         super().__init__(model, adapter=adapter, seed=seed, beside=beside, max_pairs=max_pairs)
@@ -56,6 +56,9 @@ class IncSLAO(IncLoRA):
             self._merged = [(pair.A.clone(), pair.B.clone()) for pair in self.pairs]
             return 1.0
         sums = self._sums()
+        self._merged = [
+            (A.to(pair.A.device), B.to(pair.B.device)) for pair, (A, B) in zip(self.pairs, self._merged, strict=True)
+        ]
         names = [name for pair in self.pairs for name in pair.names]
         both = split(self.pairs, sums), split(self.pairs, self._merged)
         stats = MergeStats(task, self.names[-1], names, *both[0], *both[1], list(self.lambdas))
@@ -84,8 +87,10 @@ class IncSLAO(IncLoRA):
         frozen = [(layer, layer.slao_frozen_A, layer.slao_frozen_B) for layer in self.layers if self._merged]
         try:
             for (layer, _, _), pair, (A, B) in zip(frozen, self.pairs, self._merged, strict=False):
-                # The model may have got another dtype since (half()).
-                layer.slao_frozen_A, layer.slao_frozen_B = A.to(pair.A.dtype), B.to(pair.B.dtype)
+                # The model may have got another dtype or device since (half(), to()).
+                layer.slao_frozen_A, layer.slao_frozen_B = (
+                    part.to(own.device, own.dtype) for part, own in zip((A, B), pair.parameters, strict=True)
+                )
             with super()._swapped_in(weights):
                 yield
         finally:
@@ -101,11 +106,13 @@ class IncSLAO(IncLoRA):
         return super()._state() | merged
 
     def _load_state(self, tensors: dict[str, Tensor]) -> None:
-        found = []
+        found: list[tuple[Tensor, Tensor]] = []
         for pair in self.pairs if any(key.endswith("_merged") for key in tensors) else ():
             A, B = (tensors.get(f"{pair.name}.{key}_merged") for key in "AB")
-            expected = None if A is None else ((len(A), pair.A.shape[1]), (len(pair.B), len(A)))
-            if A is None or B is None or (A.shape, B.shape) != expected:
+            count = 0 if A is None else len(A) // len(pair.A)
+            shapes = (count * len(pair.A), pair.A.shape[1]), (len(pair.B), count * pair.B.shape[1])
+            known = 1 <= count <= self.merged_pairs and (not found or len(found[0][0]) == count * len(self.pairs[0].A))
+            if A is None or B is None or (A.shape, B.shape) != shapes or not known or not A.is_floating_point():
                 raise ValueError(f"the saved merge of {pair.name} does not fit its A {tuple(pair.A.shape)}")
             found.append((A.to(pair.A.device), B.to(pair.B.device)))
         super()._load_state(tensors)

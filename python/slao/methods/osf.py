@@ -24,7 +24,8 @@ class OSF(IncLoRA):
 
     keep: the part of a layer's min(m, n) directions that is held, a half in PEFT's OSF. A task begins with an SVD of
     every layer's W in fp32. State: IncLoRA's, and while a task runs U and V.
-    Raises ValueError for a part outside (0, 1), and for layers over quantised, sharded or other bases than matrices.
+    Raises ValueError for a part outside (0, 1), for layers over quantised, sharded or other bases than matrices, and
+    for an adapter that is trained before the first task.
     """
 
     name = "osf"
@@ -43,10 +44,7 @@ class OSF(IncLoRA):
         super().__init__(model, adapter=adapter, seed=seed, beside=beside, max_pairs=max_pairs)
         self.keep = float(keep)
         self._held: list[tuple[Tensor, Tensor]] = []  # U and V of each layer while a task runs
-        for index, pair in enumerate(self.pairs):
-            for side, parameter in enumerate(pair.parameters):
-                if parameter.requires_grad:
-                    parameter.register_hook(_projector(weakref.ref(self), index, side))
+        self._hooks: list[Any] = []
 
     def _check(self) -> None:
         reasons = {pair.name: _why_not(pair.layer, self.adapter) for pair in self.pairs}
@@ -56,9 +54,24 @@ class OSF(IncLoRA):
     def _begin(self, task: int) -> None:
         refuse_shards(self)
         self._check()  # the base may have been sharded since
+        if trained := [pair.name for pair in self.pairs if task == 1 and pair.B.any()]:
+            raise ValueError(
+                f"osf begins with B = 0, and {len(trained)} layers have a trained one ({', '.join(trained[:4])}): "
+                "merge that adapter into the base, or begin with a fresh one"
+            )
         super()._begin(task)
-        self._held = [self._leading(index) for index in range(len(self.pairs))]
+        self._hold([self._leading(index) for index in range(len(self.pairs))])
         self._project()
+
+    def _hold(self, held: list[tuple[Tensor, Tensor]]) -> None:
+        """Project gradients off these from now on; with none no more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._held, self._hooks = held, []
+        for index, pair in enumerate(self.pairs if held else []):
+            for side, parameter in enumerate(pair.parameters):
+                if parameter.requires_grad:
+                    self._hooks.append(parameter.register_hook(_projector(weakref.ref(self), index, side)))
 
     def _leading(self, index: int) -> tuple[Tensor, Tensor]:
         layer: Any = self.pairs[index].layer
@@ -76,8 +89,9 @@ class OSF(IncLoRA):
             pair.B.copy_(_off(U, pair.B))
 
     def _end(self, task: int) -> float:
+        refuse_shards(self)
         self._project()
-        self._held = []
+        self._hold([])
         return 1.0
 
     def _options(self) -> dict[str, Any]:
@@ -95,14 +109,19 @@ class OSF(IncLoRA):
             if U is None or V is None or (len(U), len(V)) != (len(pair.B), pair.A.shape[1]):
                 raise ValueError(f"the saved directions of {pair.name} do not fit its A {tuple(pair.A.shape)}")
             held.append((U.to(pair.B.device), V.to(pair.A.device)))
+        if held:
+            refuse_shards(self)
         super()._load_state(tensors)
-        self._held = held
+        self._hold(held)
 
 
 def _why_not(layer: Any, adapter: str) -> str | None:
     if hasattr(layer, "parameter_name"):
         return "its weights are a mixture's experts"
-    return exact_merge.why_not(layer, [adapter])
+    reason = exact_merge.why_not(layer, [adapter])
+    if reason is None and min(getattr(*exact_merge.place(layer)).shape) < 2:
+        return "its weight has one direction alone, which would be held"
+    return reason
 
 
 def _off(basis: Tensor, columns: Tensor) -> Tensor:

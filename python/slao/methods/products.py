@@ -14,13 +14,17 @@ from slao_kernels.adapters import LoraPair
 Products = Sequence[tuple[Tensor, Tensor]]  # A (R, n) and B (m, R) of each layer, as PEFT packs them, of any rank R
 
 
-def nearest(pairs: Sequence[LoraPair], terms: Sequence[Products], most: int) -> list[tuple[Tensor, Tensor]]:
+def nearest(
+    pairs: Sequence[LoraPair], terms: Sequence[Products], most: int, weights: Sequence[Sequence[float]] = ()
+) -> list[tuple[Tensor, Tensor]]:
     """Per layer the nearest to the sum of its terms B A that has the rank of `most` of the pairs; all layers at once.
 
-    Of a mixture's experts each one's. By QR of the stacked factors (`slao_kernels.weighted_merge`).
+    Of a mixture's experts each one's. weights: of each term one a layer, of experts for each; 1 without. By QR of the
+    stacked factors (`slao_kernels.weighted_merge`).
     """
-    adapters = [(*split(pairs, term), 1.0) for term in terms]
     ranks = [min(most * pair.rank, len(pair.B), pair.A.shape[1]) for pair in pairs for _ in range(pair.experts)]
+    each = weights or [[1.0] * len(ranks) for _ in terms]
+    adapters = [(*split(pairs, term), list(own)) for term, own in zip(terms, each, strict=True)]
     found = iter(weighted_merge(adapters, [1.0] * len(terms), ranks).pairs)
     out = []
     for pair in pairs:
@@ -35,8 +39,7 @@ def average(
     pairs: Sequence[LoraPair], old: Products, new: Products, weights: Sequence[float], most: int
 ) -> list[tuple[Tensor, Tensor]]:
     """`nearest` to old + weight · (new − old), a weight for each layer, of experts for each."""
-    terms = [_times(pairs, old, [1 - weight for weight in weights]), _times(pairs, new, weights)]
-    return nearest(pairs, terms, most)
+    return nearest(pairs, [old, new], most, [[1 - weight for weight in weights], weights])
 
 
 def split(pairs: Sequence[LoraPair], products: Products) -> tuple[list[Tensor], list[Tensor]]:
@@ -46,10 +49,3 @@ def split(pairs: Sequence[LoraPair], products: Products) -> tuple[list[Tensor], 
         for side, factor in enumerate("AB")
     )
     return As, Bs
-
-
-def _times(pairs: Sequence[LoraPair], products: Products, weights: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
-    rest, found = iter(weights), []
-    for pair, (A, B) in zip(pairs, products, strict=True):
-        found.append((A, pair.join("B", [one * next(rest) for one in pair.split("B", B)])))
-    return found

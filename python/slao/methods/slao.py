@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slao_kernels import orthogonal_init_, scaled_merge_
 
-from ..schedules import MergeStats, Schedule, lambdas_of, make_schedule
+from ..schedules import MergeStats, Schedule, lambdas_of, make_schedule, schedule_name
 from .base import Method
 from .extended import fresh, refuse_shards
 from .products import average
@@ -73,7 +73,7 @@ class SLAO(Method):
         self.schedule, self.merged_pairs = make_schedule(schedule), merged_pairs
         self.init, self.orthogonal, self.merge, self.preserve, self.seed = init, orthogonal, merge, preserve, seed
         self.keep_cosines = keep_cosines
-        self._schedule_name = getattr(schedule, "__qualname__", schedule)
+        self._schedule_name = schedule_name(schedule)
         # The merged A and B per layer; None where the trained factor is the merged one.
         self._merged: dict[str, list[Tensor] | None] = {"A": None, "B": None}
         # The memory of the copy that a running task needs, kept between tasks: fresh pages cost more than the copy.

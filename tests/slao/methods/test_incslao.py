@@ -87,6 +87,44 @@ def test_the_export_is_a_plain_adapter_of_the_merges_rank(lab, tmp_path):
         assert error_ratio(plain(lab.IDS).logits, expected) <= 1e-6  # written in fp64, loaded in fp32
 
 
+class Third:
+    """A schedule that is an object."""
+
+    def __call__(self, i, stats):
+        return 1 / 3
+
+
+@pytest.mark.parametrize("kind", [SLAO, IncSLAO])
+def test_a_schedule_that_is_an_object_can_be_saved(lab, tmp_path, kind):
+    method = lab.make(kind, schedule=Third())
+    for index in range(2):
+        lab.task(method, index)
+    method.save(tmp_path)
+    lab.make(kind, schedule=Third(), seed=1).load(tmp_path)
+    with pytest.raises(ValueError, match="schedule"):
+        lab.make(kind).load(tmp_path)
+
+
+def test_a_layer_of_less_rank_than_is_kept(lab):
+    """Its sum is whole, and the rest zeros."""
+    method = lab.make(IncSLAO, lora={"r": 16, "target_modules": ["q_proj", "v_proj"]})
+    wanted: list[torch.Tensor] = []
+    for index in range(4):
+        lab.begin(method, index)
+        lab.train(method, shift=index)
+        sums = lab.deltas(method)
+        lab.end(method, index)
+        lam = method.lambdas[-1]
+        wanted = [old + lam * (new - old) for old, new in zip(wanted or sums, sums, strict=True)]
+        with method.merged(fold=True):
+            folded = lab.logits(method)
+        with method.merged():
+            found = lab.deltas(method)
+            assert error_ratio(lab.logits(method), folded) <= 1e-10
+    assert min(found[0].shape) < 48
+    assert max(error_ratio(a, b) for a, b in zip(found, wanted, strict=True)) <= 1e-8
+
+
 def test_experts_are_averaged_each(lab):
     method = IncSLAO(model_of(), max_pairs=1, merged_pairs=2, schedule=0.25)
     before: list[list[torch.Tensor]] = []
@@ -116,8 +154,17 @@ def test_refusals(lab):
     method = lab.make(IncSLAO, schedule=lambda i, stats: 2.0)
     lab.task(method, 0)
     lab.begin(method, 1)
+    before = [A.clone() for A, _ in method._merged]
     with pytest.raises(ValueError, match=r"the schedule's λ must lie in \[0, 1\]: .*q_proj: 2.0"):
         lab.end(method, 1)
+    assert all(torch.equal(A, old) for (A, _), old in zip(method._merged, before, strict=True))
+    pair = method.pairs[0]
+    cut_to_five = {
+        f"{pair.name}.A_merged": torch.zeros(5, pair.A.shape[1]),
+        f"{pair.name}.B_merged": torch.zeros(len(pair.B), 5),
+    }
+    with pytest.raises(ValueError, match="the saved merge of .*q_proj does not fit its A"):
+        method._load_state(cut_to_five)
     with pytest.raises(ValueError, match="the saved merge of .*q_proj does not fit its A"):
         method._load_state({"x_merged": torch.zeros(1)})
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import slao_kernels
-from slao import OSF, IncLoRA
+from slao import OSF, IncLoRA, SeqLoRA
 from slao_kernels.testing import error_ratio, tiny_model
 
 
@@ -110,6 +110,32 @@ def test_refusals(lab):
     method = lab.make(OSF)
     with pytest.raises(ValueError, match="the saved directions of .*q_proj do not fit its A"):
         method._load_state({"x.held_U": torch.zeros(1)})
+
+
+def test_an_adapter_that_was_frozen_when_it_was_made(lab):
+    plain = lab.make(SeqLoRA)
+    plain.model.set_requires_grad("default", False)
+    later = OSF(plain.model)
+    later.model.set_requires_grad("default", True)
+    lab.begin(later, 0)
+    with torch.no_grad():
+        for pair in later.pairs:
+            pair.B.normal_()
+    later.model(lab.IDS, labels=lab.IDS).loss.backward()
+    for pair, (U, _) in zip(later.pairs, later._held, strict=True):
+        dB = pair.parameters[1].grad
+        assert (U.T @ dB).norm() <= 1e-12 * dB.norm()
+
+
+def test_a_trained_adapter_and_a_single_direction_are_refused(lab):
+    method = lab.make(OSF)
+    with torch.no_grad():
+        method.pairs[0].B.normal_()
+    with pytest.raises(ValueError, match=r"osf begins with B = 0, and 1 layers have a trained one \(.*q_proj"):
+        lab.begin(method, 0)
+    head = get_peft_model(nn.Sequential(nn.Linear(8, 1)), LoraConfig(r=1, target_modules=["0"]))
+    with pytest.raises(ValueError, match="its weight has one direction alone, which would be held"):
+        OSF(head)
 
 
 def test_experts_are_refused_by_name():
