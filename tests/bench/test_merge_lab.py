@@ -30,7 +30,6 @@ def dense(pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
 
 def test_no_merge_is_the_last_adapter():
     found = recorded()
-    assert merge_lab.merges_of(found, merge_lab.last)[-1] is not None
     for mine, theirs in zip(merge_lab.merges_of(found, merge_lab.last), found.pairs, strict=True):
         assert all(torch.equal(dense(a), dense(b)) for a, b in zip(mine, theirs, strict=True))
 

@@ -68,6 +68,8 @@ class SLAO(Method):
             raise ValueError(f"unknown merge {merge!r}; choose one of {', '.join(MERGES)}")
         if preserve and not orthogonal:
             raise ValueError("preserve=True compensates the orthogonal re-basing; it needs orthogonal=True")
+        if merge == "product" and init == "merged":
+            raise ValueError("init='merged' starts from a merged A and B, and merge='product' has none of their rank")
         if merged_pairs < 1:
             raise ValueError(f"merged_pairs must be at least 1, not {merged_pairs}")
         self.schedule, self.merged_pairs = make_schedule(schedule), merged_pairs
@@ -89,7 +91,6 @@ class SLAO(Method):
                 f"A (r, n) with r > n has no orthonormal rows: {', '.join(wide[:8])}; "
                 "lower r there (rank_pattern), leave these layers out of target_modules, or pass orthogonal=False"
             )
-
         convolutions = [pair.name for pair in self.pairs if any(part.dim() != 2 for part in pair.parameters)]
         if self.merge == "product" and convolutions:
             raise ValueError(f"merge='product' cannot treat layers that are no matrices: {', '.join(convolutions[:8])}")

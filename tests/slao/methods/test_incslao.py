@@ -224,3 +224,5 @@ def test_slaos_product_is_saved_loaded_and_exported(lab, tmp_path):
         lab.make(SLAO, merge="product").load(tmp_path / "state")
     with pytest.raises(ValueError, match="merged_pairs must be at least 1, not 0"):
         lab.make(SLAO, merge="product", merged_pairs=0)
+    with pytest.raises(ValueError, match="init='merged' starts from a merged A and B"):
+        lab.make(SLAO, merge="product", init="merged")

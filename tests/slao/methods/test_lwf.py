@@ -92,8 +92,6 @@ def test_within_autocast_the_old_adapter_is_the_old_one(lab, patched):
 def test_merged_within_autocast_shows_the_merge(lab, patched):
     method = lab.make(SLAO, dtype=torch.float32, patched=patched, schedule=0.0)
     lab.task(method, 0)
-    with torch.no_grad():
-        first = method.model(lab.IDS).logits
     lab.task(method, 1, steps=12)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         trained = method.model(lab.IDS).logits
@@ -102,7 +100,6 @@ def test_merged_within_autocast_shows_the_merge(lab, patched):
         assert torch.equal(method.model(lab.IDS).logits, trained)
     # λ = 0 keeps the first task's B, under another A.
     assert error_ratio(merged, trained) > 10 * 2**-9
-    assert first.shape == merged.shape
 
 
 def test_the_old_states_have_no_dropout_and_every_module_its_mode_back(lab):
