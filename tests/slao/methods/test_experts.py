@@ -15,7 +15,8 @@ from slao.methods import METHODS
 from slao_kernels import interference, weighted_merge
 from slao_kernels.adapters import find_pairs
 
-TREATED = sorted(set(METHODS) - {"inflora"})  # which would need the inputs of each expert
+REFUSED = ["inflora", "osf"]  # which would need the inputs and the weight of each expert
+TREATED = sorted(set(METHODS) - set(REFUSED))
 
 
 @pytest.mark.parametrize("schedule", ["inv_sqrt", "adaptive"])
@@ -120,9 +121,10 @@ def test_merged_and_folded():
     assert all(torch.equal(p, before[name]) for name, p in method.model.named_parameters())
 
 
-def test_inflora_refuses_by_name():
-    with pytest.raises(ValueError, match=r"inflora cannot treat 2 layers of experts.*mlp\.experts") as caught:
-        METHODS["inflora"](model_of())
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_by_name(name):
+    with pytest.raises(ValueError, match=rf"{name} cannot treat 2 layers.*mlp\.experts.*experts") as caught:
+        METHODS[name](model_of())
     assert "\n" not in str(caught.value)
 
 
