@@ -3,54 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from .plots import COLOURS, GREY, STYLE, Plot, _figure, _label, _title, write_png
-from .similarity import FACTORS, MEASURES, by_layer, chance
+from ..similarity import FACTORS, MEASURES, by_layer, chance, summary
+from .canvas import COLOURS, SOFT, Plot, label, legend, new_figure, to_svg
 
 _NAMES = {"cosine": "cosine of the factors", "overlap": "overlap of their subspaces"}
 _LINES = {"consecutive": ("-", "next task"), "all": ("--", "all pairs")}
 _GAP = 1.0  # between the kinds of layers on the axis
 
 
-def draw_similarity(tables: Mapping[str, Sequence[dict[str, Any]]], out_dir: Path) -> list[Plot]:
-    """Write a PNG for every method that has two tasks or more; none for the others.
+def similarity(name: str, tables: Sequence[dict[str, Any]]) -> Plot | None:
+    """The figure of one method, of one `Similarity.table` a run, over which is averaged; None below two tasks.
 
-    tables: method -> one `Similarity.table` a seed, over which is averaged. The file is similarity.png where there is
-    one method, else similarity_<method>.png. Two panels, the cosine and the overlap, over the layers in groups of one
-    kind (q_proj, v_proj); A and B as lines of two colours, tasks in a row solid, all pairs dashed; dotted the overlap
-    that random subspaces would have. ImportError without matplotlib; ValueError where seeds have other layers.
+    Two panels, the cosine and the overlap, over the layers in groups of one kind (q_proj, v_proj); A and B as lines of
+    two colours, tasks in a row solid, all pairs dashed; dotted the overlap that random subspaces would have. ValueError
+    where runs have other layers.
     """
-    try:
-        from matplotlib import style
-    except ImportError as error:
-        raise ImportError("the report needs matplotlib: pip install 'slao_kernels[train]'") from error
-
-    drawn = {name: list(seeds) for name, seeds in tables.items() if seeds and len(seeds[0]["tasks"]) > 1}
-    for name, seeds in drawn.items():
-        if any(table["layers"] != seeds[0]["layers"] for table in seeds):
-            raise ValueError(f"{name}: the tables of its seeds are of other layers, so they have no common axis")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    plots: list[Plot] = []
-    for name, seeds in drawn.items():
-        stem = "similarity" if len(drawn) == 1 else "similarity_" + re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60]
-        path = out_dir / f"{stem}.png"
-        if any(plot.path == path for plot in plots):
-            path = out_dir / f"{stem}_{len(plots)}.png"
-        title = f"{_label(name)}: how alike A, and B, are after different tasks"
-        with style.context(["default", STYLE]):
-            write_png(_panels(seeds, title), path)
-        caption = (
-            f"{name}. A and B as each task trained them, before any merge. The cosine depends on the basis in which "
-            "an adapter is written; the overlap of the spaces that A reads and B writes does not. Dotted: the overlap "
-            "of random subspaces."
+    if not tables or len(tables[0]["tasks"]) < 2:
+        return None
+    if any(table["layers"] != tables[0]["layers"] for table in tables):
+        raise ValueError(f"{name}: the tables of its seeds are of other layers, so they have no common axis")
+    caption = (
+        "A and B as each task trained them, before any merge. The cosine depends on the basis in which an adapter is "
+        "written; the overlap of the spaces that A reads and B writes does not. Dotted: that of random subspaces."
+    )
+    title = f"{name}: how alike A, and B, are after different tasks"
+    found = [summary(table) for table in tables]
+    told = [
+        f"mean {_NAMES[measure]} over layers, all pairs of tasks: "
+        + " and ".join(
+            f"{factor} {_mean([[one[measure][factor]['all']] for one in found])[0]:.3f}" for factor in FACTORS
         )
-        plots.append(Plot(path, title, caption))
-    return plots
+        for measure in MEASURES
+    ]
+    stem = "similarity_" + re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60]
+    return Plot(stem, title, caption, "; ".join(told), to_svg(_panels(tables)))
 
 
 def layer_order(layers: Sequence[str]) -> list[tuple[str, list[int]]]:
@@ -65,10 +56,10 @@ def layer_order(layers: Sequence[str]) -> list[tuple[str, list[int]]]:
     ]
 
 
-def _panels(tables: Sequence[dict[str, Any]], title: str) -> Any:
+def _panels(tables: Sequence[dict[str, Any]]) -> Any:
     layers, tasks = tables[0]["layers"], len(tables[0]["tasks"])
     groups = layer_order(layers)
-    figure = _figure(max(7.0, min(14.0, 3.0 + 0.22 * (len(layers) + len(groups)))), 6.4)
+    figure = new_figure(5.0)
     panels = figure.subplots(2, 1, sharex=True)
     for axes, measure in zip(panels, MEASURES, strict=True):
         for factor, colour in zip(FACTORS, COLOURS, strict=False):
@@ -78,18 +69,18 @@ def _panels(tables: Sequence[dict[str, Any]], title: str) -> Any:
                 if pairs == "consecutive" or tasks > 2:
                     values = _mean([seed[pairs] for seed in seeds])
                     marker = "o" if factor == "A" else "s"
-                    label = f"{factor}, {what if tasks > 2 else 'both tasks'}"
-                    _line(axes, groups, values, color=colour, linestyle=line, marker=marker, label=label)
+                    text = f"{factor}, {what if tasks > 2 else 'both tasks'}"
+                    _line(axes, groups, values, text, color=colour, linestyle=line, marker=marker)
             if measure == "overlap":
                 random = np.array(chance(tables[0], factor))
-                _line(axes, groups, random, color=colour, linestyle=":", linewidth=1.2, label=f"{factor}, random")
+                _line(axes, groups, random, f"{factor}, random", color=colour, linestyle=":", linewidth=1.2)
         low = min(0.0, *(axes.get_ylim()[0],)) if measure == "cosine" else 0.0
         axes.set(ylabel=_NAMES[measure], ylim=(low, 1.05))
         axes.grid(False, axis="x")
     _name_layers(panels[1], groups)
-    about = f"{tasks} tasks, mean over their pairs" + (f" and {len(tables)} seeds" if len(tables) > 1 else ", one seed")
-    _title(figure, title, about)
-    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    about = f"{tasks} tasks, mean over their pairs" + (f" and {len(tables)} runs" if len(tables) > 1 else ", one run")
+    panels[0].set_title(about, fontsize=9)
+    legend(figure, panels[1], len(panels[1].get_legend_handles_labels()[1]))
     return figure
 
 
@@ -99,22 +90,24 @@ def _places(groups: Sequence[tuple[str, list[int]]]) -> list[np.ndarray]:
     return [start + np.arange(len(found)) for start, (_, found) in zip(starts, groups, strict=False)]
 
 
-def _line(axes: Any, groups: Sequence[tuple[str, list[int]]], values: np.ndarray, label: str, **look: Any) -> None:
+def _line(axes: Any, groups: Sequence[tuple[str, list[int]]], values: np.ndarray, text: str, **style: Any) -> None:
     """A line a group, so that none leads from one kind of layer to the next; one entry in the legend."""
     for k, (x, (_, found)) in enumerate(zip(_places(groups), groups, strict=True)):
-        axes.plot(x, values[found], markersize=4, label=label if k == 0 else None, **look)
+        # A marker for what is too short for a line.
+        short = {} if len(found) < 3 else {"marker": ""}
+        axes.plot(x, values[found], markersize=3, label=text if k == 0 else None, **style | short)
 
 
 def _name_layers(axes: Any, groups: Sequence[tuple[str, list[int]]]) -> None:
     """Below the axis the number of the layer within its kind, and under it the kind."""
     places = _places(groups)
-    step = max(1, round(sum(len(x) for x in places) / 32))
+    step = max(1, round(sum(len(x) for x in places) / 24))
     ticks = [(at, str(k)) for x in places for k, at in enumerate(x) if k % step == 0]
     axes.set_xticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=8)
     many = len(groups) > 4
     for x, (kind, _) in zip(places, groups, strict=True):
         axes.annotate(
-            _label(kind),
+            label(kind),
             (float(x.mean()), 0),
             xycoords=("data", "axes fraction"),
             xytext=(0, -20),
@@ -124,7 +117,7 @@ def _name_layers(axes: Any, groups: Sequence[tuple[str, list[int]]]) -> None:
             rotation=30 if many else 0,
             rotation_mode="anchor",
             fontsize=9,
-            color=GREY,
+            color=SOFT,
         )
 
 

@@ -1,0 +1,39 @@
+"""The report of a run, or of several side by side: tables, figures, and one HTML file that begins with the finding."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .. import checkpoint
+from .compare import load_all
+from .figures import draw
+from .page import page
+from .results import load, parse
+from .tables import markdown, table
+
+__all__ = ["load", "load_all", "markdown", "parse", "table", "write_report"]
+
+
+def write_report(*run_dirs: str | Path) -> Path:
+    """Write the report of the results.json in one folder or more; returns the HTML's path.
+
+    Of one run: report.html, and report/*.svg, in its folder. Of several: compare_<names>.html beside the first one's
+    folder. The HTML carries its figures and needs no network. ValueError of one line where a folder has no readable
+    results, they lack a key, or runs cannot be compared; ImportError if matplotlib is not installed.
+    """
+    results = load_all(run_dirs)
+    methods = parse(results)
+    plots = draw(results, methods)
+    first = Path(run_dirs[0])
+    path = first / "report.html"
+    if len(run_dirs) > 1:
+        names = [re.sub(r"[^\w.=+,-]+", "_", name) for name in results["runs"]]
+        path = first.parent / f"compare_{'_'.join(names)[:120]}.html"
+    else:
+        (first / "report").mkdir(exist_ok=True)
+        for plot in plots:
+            plot.write(first / "report")
+    text = page(results, methods, plots)
+    checkpoint.write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return path
