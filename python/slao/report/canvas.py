@@ -85,12 +85,16 @@ def to_svg(figure: Any) -> str:
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", metadata=nothing)
-    # A third of what matplotlib writes is enough: no groups' names, no turns by zero, no thousandths of a point.
     text = re.sub(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<!--.*?-->", "", buffer.getvalue(), flags=re.S)
-    text = re.sub(r'(?<=<g) id="[^"]*"| transform="rotate\(-?0 [^"]*"', "", text)
-    text = re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", text)
+    text = re.sub(r"<[^>]*>", lambda tag: _shorter(tag[0]), text)
     text = re.sub(r"\s+", " ", text).replace("> <", "><").strip()
     return text.replace("<defs>", f"<style>{_colours(text)}</style><defs>", 1) + "\n"
+
+
+def _shorter(tag: str) -> str:
+    """A tag of matplotlib's without a group's name, a turn by zero, and thousandths of a point."""
+    tag = re.sub(r'(?<=<g) id="[^"]*"| transform="rotate\(-?0 [^"]*"', "", tag)
+    return re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", tag)
 
 
 def _colours(text: str) -> str:
@@ -115,10 +119,22 @@ def label(text: str, limit: int = 26) -> str:
     return text.replace("$", r"\$")
 
 
-def look(k: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the k-th method, so that no two of 14 are alike."""
-    line = "-" if k < len(COLOURS) else "--"
-    return {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "linestyle": line, "markersize": 4}
+def looks(methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """How each method's line is drawn: a colour and a marker for what it is called, dashes for the run that it is of
+    (and for the eighth and later, as there are seven colours)."""
+    labels, runs = (
+        {name: k for k, name in enumerate(dict.fromkeys(x))}
+        for x in zip(*((m.label, m.run) for m in methods), strict=True)
+    )
+    rounds = 1 + (len(labels) - 1) // len(COLOURS)
+    found = []
+    for method in methods:
+        index = labels[method.label]
+        way = runs[method.run] * rounds + index // len(COLOURS)
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
+        style |= {"linestyle": ("-", "--", ":", "-.")[way % 4], "fillstyle": ("full", "none", "left", "right")[way % 4]}
+        found.append(style)
+    return found
 
 
 def legend(figure: Any, axes: Any, count: int) -> None:

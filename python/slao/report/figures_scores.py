@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import metrics
-from .canvas import COLOURS, Plot, label, legend, look, new_figure, plus_minus, runs_of, spread, to_svg
+from .canvas import COLOURS, Plot, label, legend, looks, new_figure, plus_minus, runs_of, spread, to_svg
 from .results import Method, score_digits
 
 
@@ -49,13 +49,13 @@ def averages(methods: Sequence[Method], metric: str) -> Plot:
     figure = new_figure(3.2)
     axes = figure.subplots()
     digits, told = score_digits(methods), []
-    for k, method in enumerate(methods):
+    for method, look in zip(methods, looks(methods), strict=True):
         after = np.stack([metrics.as_vector(metrics.average_after_each(m.tolist())) for m in method.matrices])
         x = np.arange(1, after.shape[1] + 1)
         mean, std = after.mean(axis=0), spread(after)
-        axes.plot(x, mean, label=label(method.name), **look(k))
+        axes.plot(x, mean, label=label(method.name), **look)
         if len(after) > 1:
-            axes.fill_between(x, mean - std, mean + std, color=COLOURS[k % len(COLOURS)], alpha=0.15, linewidth=0)
+            axes.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.15, linewidth=0)
         there = np.flatnonzero(np.isfinite(mean))
         points = dict.fromkeys([*there[:1], *there[-1:]])
         told.append(
@@ -79,13 +79,11 @@ def memory(methods: Sequence[Method], metric: str) -> Plot | None:
     figure = new_figure(3.2)
     axes = figure.subplots()
     digits, told = score_digits(methods), []
-    for k, method in enumerate(methods):
+    for method, look in zip(methods, looks(methods), strict=True):
         if method in known and method.state is not None:
             kept, aa = float(method.state[:, 1].mean()), method.values["AA"]
-            style = look(k) | {"linestyle": "none", "markersize": 6}
-            if k >= len(COLOURS):
-                style["markerfacecolor"] = "none"
-            axes.errorbar(kept, aa.mean(), spread(aa), capsize=3, label=label(method.name), **style)
+            look |= {"linestyle": "none", "markersize": 6}
+            axes.errorbar(kept, aa.mean(), spread(aa), capsize=3, label=label(method.name), **look)
             told.append(f"{method.name}: {kept:.2f} MB, AA {plus_minus(aa, digits)}")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -107,12 +105,12 @@ def retention(methods: Sequence[Method]) -> Plot | None:
     figure = new_figure(3.2)
     axes = figure.subplots()
     told = []
-    for k, method in enumerate(methods):
+    for method, look in zip(methods, looks(methods), strict=True):
         if method.cross_entropy is None:
             continue
         rise = method.cross_entropy - method.cross_entropy[:, :1]
         x = np.linspace(0, method.matrices.shape[1], rise.shape[1])  # joint training: before and after all
-        axes.errorbar(x, rise.mean(axis=0), spread(rise), capsize=2, label=label(method.name), **look(k))
+        axes.errorbar(x, rise.mean(axis=0), spread(rise), capsize=2, label=label(method.name), **look)
         told.append(f"{method.name}: {plus_minus(rise[:, -1], 3)} nats a token at the end")
     _task_axis(axes, known, first=0)
     axes.set_ylabel("rise, nats a token")

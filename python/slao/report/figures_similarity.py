@@ -31,7 +31,7 @@ def similarity(name: str, tables: Sequence[dict[str, Any]]) -> Plot | None:
         "A and B as each task trained them, before any merge. The cosine depends on the basis in which an adapter is "
         "written; the overlap of the spaces that A reads and B writes does not. Dotted: that of random subspaces."
     )
-    title = f"{name}: how alike A, and B, are after different tasks"
+    title = f"{name}: how alike the factors of different tasks are"
     found = [summary(table) for table in tables]
     told = [
         f"mean {_NAMES[measure]} over layers, all pairs of tasks: "

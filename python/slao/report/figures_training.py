@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .. import metrics
-from .canvas import CARD, COLOURS, INK, Plot, label, legend, look, new_figure, plus_minus, runs_of, spread, to_svg
+from .canvas import CARD, COLOURS, INK, Plot, label, legend, looks, new_figure, plus_minus, runs_of, spread, to_svg
 from .results import Method
 
 _POINTS = 16  # of a task's losses, whose number differs from task to task and run to run
@@ -21,11 +21,11 @@ def losses(methods: Sequence[Method]) -> Plot | None:
     figure = new_figure(3.2)
     axes = figure.subplots()
     told, size = [], max(m.matrices.shape[1] for m in methods)
-    for k, method in enumerate(methods):
+    for method, look in zip(methods, looks(methods), strict=True):
         x, y = lines[method.name]
         there = np.flatnonzero(np.isfinite(y))
         if len(there):
-            axes.plot(x, y, label=label(method.name), linewidth=1.2, **look(k) | {"marker": ""})
+            axes.plot(x, y, label=label(method.name), linewidth=1.2, **look | {"marker": ""})
             told.append(f"{method.name}: from {y[there[0]]:.3g} to {y[there[-1]]:.3g}")
     for task in range(1, size):
         axes.axvline(task, color=COLOURS[-1], linewidth=0.5, alpha=0.4)
@@ -63,22 +63,23 @@ def weights(methods: Sequence[Method]) -> Plot | None:
     figure = new_figure(4.4)
     top, bottom = figure.subplots(2, 1, sharex=True)
     width, size, told = 0.8 / len(known), max(m.matrices.shape[1] for m in known), []
-    for place, (k, method) in enumerate((k, m) for k, m in enumerate(methods) if m.lambdas is not None):
-        lambdas = method.lambdas
-        assert lambdas is not None
+    drawn = [
+        (m.name, m.lambdas, look) for m, look in zip(methods, looks(methods), strict=True) if m.lambdas is not None
+    ]
+    for place, (name, lambdas, look) in enumerate(drawn):
         shares = np.array([metrics.merge_weights(row.tolist()) for row in lambdas])
         x = np.arange(1, shares.shape[1] + 1)
-        top.errorbar(x, lambdas.mean(axis=0), spread(lambdas), capsize=2, label=label(method.name), **look(k))
+        top.errorbar(x, lambdas.mean(axis=0), spread(lambdas), capsize=2, label=label(name), **look)
         at = x + (place - (len(known) - 1) / 2) * width
-        bars = bottom.bar(
-            at, shares.mean(axis=0), width * 0.92, yerr=spread(shares),
-            color=COLOURS[k % len(COLOURS)], error_kw={"elinewidth": 1, "ecolor": INK},
-        )  # fmt: skip
+        faint = {} if look["linestyle"] == "-" else {"alpha": 0.5}
+        error = {"elinewidth": 1, "ecolor": INK}
+        mean, std = shares.mean(axis=0), spread(shares)
+        bars = bottom.bar(at, mean, width * 0.92, yerr=std, color=look["color"], error_kw=error, **faint)
         if len(known) == 1 and size <= 12:
             bottom.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
         own = ", ".join(f"{value:.3f}" for value in lambdas.mean(axis=0))
         share = ", ".join(f"{value:.3f}" for value in shares.mean(axis=0))
-        told.append(f"{method.name}: λ {own}; weights {share}")
+        told.append(f"{name}: λ {own}; weights {share}")
     orders = [m.task_labels() for m in known]
     same = all(order == orders[0] for order in orders)
     names = orders[0] if same else [f"task {k}" for k in range(1, size + 1)]
@@ -94,8 +95,8 @@ def weights(methods: Sequence[Method]) -> Plot | None:
     legend(figure, top, len(known))
     title = "λ by task, and each task's weight in the final merge"
     caption = (
-        "λ: the share that a task gets when it is merged. The weight of task j is λ_j · Π_{k>j} (1 − λ_k): what is left "
-        "of that after the last merge."
+        "λ: the share that a task gets when it is merged. The weight of task j is λ_j · Π_{k>j} (1 − λ_k): what is "
+        "left of that after the last merge."
     )
     return Plot("weights", title, caption, "; ".join(told), to_svg(figure))
 

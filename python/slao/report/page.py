@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -17,6 +18,18 @@ from .tables import COSTS, SCORES, Table, number, per_method, per_run, present, 
 # Viridis at nine places: from the lowest score of all matrices to the highest.
 _HEAT = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
 _BRIGHT = 4  # from here on black is read better than white
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A score matrix as a table. rows: (task just trained, cells), those without a score left out; a cell is its text,
+    its step of _HEAT (−1: no score), and whether its task has been trained by then. Two decimals of a score on a 0..1
+    scale, so that ten tasks fit."""
+
+    name: str
+    note: str
+    tasks: list[str]
+    rows: list[tuple[str, list[tuple[str, int, bool]]]]
 
 
 def page(results: Mapping[str, Any], methods: Sequence[Method], plots: Sequence[Plot]) -> str:
@@ -44,8 +57,9 @@ def page(results: Mapping[str, Any], methods: Sequence[Method], plots: Sequence[
         costs=per_method(methods, COSTS),
         differences=finding.differences(methods),
         how=finding.HOW,
-        plots=plots,
-        matrices=[(m.name, _order_note(m), _matrix(m, *_limits(methods), score_digits(methods))) for m in methods],
+        plots=[plot for plot in plots if not plot.name.startswith("similarity")],
+        similar=[plot for plot in plots if plot.name.startswith("similarity")],
+        matrices=[_matrix(m, *_limits(methods), score_digits(methods)) for m in methods],
         runs=per_run(methods),
         glossary=[(column.title, column.meaning) for column in shown],
         settings=settings_table(runs),
@@ -60,24 +74,21 @@ def _limits(methods: Sequence[Method]) -> tuple[float, float]:
     return (float(shown.min()), float(shown.max())) if len(shown) else (0.0, 1.0)
 
 
-def _order_note(method: Method) -> str:
-    return "" if method.same_order else " Runs train in different orders: task k is the k-th of each run."
-
-
-def _matrix(method: Method, low: float, high: float, digits: int) -> list[tuple[str, list[tuple[str, int, bool]]]]:
-    """Rows of (name of the task just trained, cells); a cell is its text, its step of `_HEAT` (−1: no score), and
-    whether its task has been trained by then. Two decimals of a score on a 0..1 scale, so that ten tasks fit."""
+def _matrix(method: Method, low: float, high: float, digits: int) -> Matrix:
     scores = method.matrices.mean(axis=0)
+    some = np.isfinite(scores).any(axis=1)  # joint training has a last row alone
     steps = len(_HEAT) - 1
+    labels = method.task_labels()
+    tasks = [f"{t + 1} {name}" for t, name in enumerate(labels)] if method.same_order else labels
     rows = []
-    for t, name in enumerate(method.task_labels()):
-        name = f"{t + 1} {name}" if method.same_order else name
+    for t in np.flatnonzero(some) if some.any() else range(len(tasks)):
         cells = []
         for i, score in enumerate(scores[t]):
             heat = round(steps * (score - low) / (high - low)) if np.isfinite(score) and high > low else -1
             cells.append((number(float(score), min(digits, 2)), heat, i <= t))
-        rows.append((name, cells))
-    return rows
+        rows.append((tasks[t], cells))
+    note = "" if method.same_order else " Runs train in different orders: task k is the k-th of each run."
+    return Matrix(method.name, note, tasks, rows)
 
 
 def _heat_style() -> str:

@@ -57,18 +57,18 @@ class Table:
 
 def per_method(methods: Sequence[Method], columns: Sequence[Column] = SCORES + COSTS) -> Table:
     """mean ± sample standard deviation over runs; a column that no method has a value for is left out."""
-    score = score_digits(methods)
     shown = present(methods, columns)
-    rows = [[m.name, str(len(m.seeds)), *(_summary(m, column, score) for column in shown)] for m in methods]
+    digits = {column: _decimals(column, methods) for column in shown}
+    rows = [[m.name, str(len(m.seeds)), *(_summary(m, c, digits[c]) for c in shown)] for m in methods]
     return Table(["method", "runs", *(column.title for column in shown)], rows)
 
 
 def per_run(methods: Sequence[Method]) -> Table:
     """One row a run, with everything that is measured for each."""
-    score = score_digits(methods)
     shown = [c for c in present(methods, SCORES + COSTS) if c.key not in (*OVER_SEEDS, "kept")]
+    digits = {column: _decimals(column, methods) for column in shown}
     rows = [
-        [m.name, seed, *(number(float(m.values[c.key][s]), _decimals(c, score, m.values[c.key])) for c in shown)]
+        [m.name, seed, *(number(float(m.values[c.key][s]), digits[c]) for c in shown)]
         for m in methods
         for s, seed in enumerate(m.seeds)
     ]
@@ -90,19 +90,20 @@ def number(value: float, digits: int) -> str:
     return f"{value:,.{digits}f}" if np.isfinite(value) else MISSING
 
 
-def _decimals(column: Column, score: int, values: np.ndarray) -> int:
-    """Of a speed, a time or a size none where there are three figures before the point anyway."""
-    if column.score or column.key == "CE_rise":
-        return score if column.score else 3
-    return 0 if np.nanmax(np.abs(values), initial=0.0) >= 100 else 2
+def _decimals(column: Column, methods: Sequence[Method]) -> int:
+    """Of a speed, a time or a size none where one of them has three figures before the point anyway."""
+    if column.score:
+        return score_digits(methods)
+    if column.key in ("CE_rise", "kept"):
+        return 3 if column.key == "CE_rise" else 2
+    return 0 if max(np.nanmax(np.abs(m.values[column.key]), initial=0.0) for m in methods) >= 100 else 2
 
 
-def _summary(method: Method, column: Column, score: int) -> str:
+def _summary(method: Method, column: Column, digits: int) -> str:
     """One cell; says of how many runs it is where some have no value."""
     if column.key == "kept":
-        return _kept(method)
+        return _kept(method, digits)
     values = method.values[column.key]
-    digits = _decimals(column, score, values)
     count = int(np.isfinite(values).sum())
     if column.key == "peak_memory_mb" or not count:
         return number(float(np.nanmax(values, initial=-np.inf)), digits)
@@ -112,11 +113,11 @@ def _summary(method: Method, column: Column, score: int) -> str:
     return text if count == len(values) else f"{text} ({count} of {len(values)} runs)"
 
 
-def _kept(method: Method) -> str:
+def _kept(method: Method, digits: int) -> str:
     """What the method keeps after the first task and, where that differs, after the last."""
     if method.state is None:
         return MISSING
-    first, last = (f"{value:.2f}" for value in method.state.mean(axis=0))
+    first, last = (number(float(value), digits) for value in method.state.mean(axis=0))
     return first if first == last else f"{first} → {last}"
 
 
