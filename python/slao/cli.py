@@ -73,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
     again = run.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue an interrupted run of the same name")
     again.add_argument("--overwrite", action="store_true", help="start afresh in its folder")
-    report = commands.add_parser("report", help="write report.html and its pictures from a run's results.json")
-    report.add_argument("run_dir", type=Path)
+    report = commands.add_parser("report", help="write the HTML page of a run, or of several side by side")
+    report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN", help="folder with a results.json")
     report.add_argument("--markdown", action="store_true", help="print the table as Markdown instead")
     cosines = commands.add_parser("interference", help="cosines of the task vectors of saved PEFT adapters")
     cosines.add_argument("adapters", nargs="+", metavar="FOLDER", help="as save_pretrained writes it")
@@ -190,9 +190,10 @@ def _command(argv: Sequence[str] | None) -> int:
             with ranks.joined():
                 return _run(options)
         if options.command == "report":
-            from .report import load, markdown, write_report
+            from .report import load_all, markdown, write_report
 
-            print(markdown(load(options.run_dir)) if options.markdown else f"report: {write_report(options.run_dir)}")
+            runs = options.run_dirs
+            print(markdown(load_all(runs)) if options.markdown else f"report: {write_report(*runs)}")
             return 0
         if options.command == "interference":
             from .folders import interference_table

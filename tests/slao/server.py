@@ -187,7 +187,7 @@ def serve() -> None:
     transformers.Trainer  # noqa: B018
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    from slao import cli, plots, report, run, trainer, workers  # noqa: F401
+    from slao import cli, report, run, trainer, workers  # noqa: F401
     from slao.merging import merge_adapters  # noqa: F401
 
     coarse.figures()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from .. import checkpoint
 from .results import Method
 
+_P, _R = ParamSpec("_P"), TypeVar("_R")
 INK, SOFT, GRID, CARD = "#1c1e21", "#5b6169", "#d9dce0", "#ffffff"
 COLOURS = ("#0072b2", "#c74e00", "#00805c", "#a8508a", "#8a6100", "#6a4fb3", "#4a4f57")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -68,6 +70,21 @@ class Plot:
         """As folder/name.svg, atomically."""
         path = folder / f"{self.name}.svg"
         checkpoint.write_atomically(path, lambda temporary: temporary.write_text(self.svg, encoding="utf-8"))
+
+
+def styled(draw: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`draw` in the look of a report, whatever the reader's own matplotlibrc says. ImportError without matplotlib."""
+
+    @wraps(draw)
+    def drawn(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            from matplotlib import style
+        except ImportError as error:
+            raise ImportError("the report needs matplotlib: pip install 'slao_kernels[train]'") from error
+        with style.context(["default", STYLE]):
+            return draw(*args, **kwargs)
+
+    return drawn
 
 
 def new_figure(height: float) -> Any:

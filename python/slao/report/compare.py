@@ -126,9 +126,7 @@ def _told(results: Mapping[str, Any]) -> dict[str, str]:
 
 def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value)) or "none"
-    return (
-        {True: "yes", False: "no", None: "none"}.get(value, str(value))
-        if isinstance(value, bool | None)
-        else str(value)
-    )
+        value = ", ".join(map(_value, value))
+    if value is None or value == {} or value == "":
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)

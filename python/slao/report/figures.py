@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .canvas import STYLE, Plot
+from .canvas import Plot
 from .figures_scores import averages, ends, memory, retention
 from .figures_similarity import similarity
 from .figures_training import losses, times, weights
@@ -17,19 +17,12 @@ def draw(results: Mapping[str, Any], methods: Sequence[Method]) -> list[Plot]:
     """What of these can be drawn: ends, averages, memory, losses, weights (λ), times, retention, and
     similarity_<method> of each method whose factors were kept. ImportError without matplotlib.
     """
-    try:
-        from matplotlib import style
-    except ImportError as error:
-        raise ImportError("the report needs matplotlib: pip install 'slao_kernels[train]'") from error
-
     metric = str(results["metric"])
-    # The reader's own matplotlibrc must not change what a report looks like.
-    with style.context(["default", STYLE]):
-        found = [
-            ends(methods, metric), averages(methods, metric), memory(methods, metric), losses(methods),
-            weights(methods), times(methods), retention(methods),
-            *(similarity(name, entry.get("similarity") or []) for name, entry in results["methods"].items()),
-        ]  # fmt: skip
+    found = [
+        ends(methods, metric), averages(methods, metric), memory(methods, metric), losses(methods),
+        weights(methods), times(methods), retention(methods),
+        *(similarity(name, entry.get("similarity") or []) for name, entry in results["methods"].items()),
+    ]  # fmt: skip
     plots: dict[str, Plot] = {}
     for plot in filter(None, found):
         name = next(n for k in range(len(found)) if (n := f"{plot.name}_{k}" if k else plot.name) not in plots)

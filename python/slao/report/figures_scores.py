@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from .. import metrics
-from .canvas import COLOURS, Plot, label, legend, looks, new_figure, plus_minus, runs_of, spread, to_svg
+from .canvas import COLOURS, Plot, label, legend, looks, new_figure, plus_minus, runs_of, spread, styled, to_svg
 from .results import Method, score_digits
 
 
+@styled
 def ends(methods: Sequence[Method], metric: str) -> Plot:
     """AA, and BWT where some method has one: a row a method, with every run."""
     panels = [key for key in ("AA", "BWT") if any(np.isfinite(m.values[key]).any() for m in methods)] or ["AA"]
@@ -29,7 +30,7 @@ def ends(methods: Sequence[Method], metric: str) -> Plot:
         axes.set_xlabel(f"AA, {label(metric)}" if key == "AA" else f"BWT, change of {label(metric, 16)}")
         axes.margins(x=0.12)
         axes.grid(False, axis="y")
-        axes.locator_params(axis="x", nbins=5)
+        axes.locator_params(axis="x", nbins=4)
     axes.set_yticks(range(len(methods)), [label(m.name, 22) for m in methods])
     axes.set_ylim(len(methods) - 0.5, -0.5)
     figure.axes[0].set_title("● mean, — one standard deviation, | a run" if several else "one run a method", fontsize=9)
@@ -44,6 +45,7 @@ def ends(methods: Sequence[Method], metric: str) -> Plot:
     return Plot("ends", "Where each method ends, and what it forgets", caption, alt, to_svg(figure))
 
 
+@styled
 def averages(methods: Sequence[Method], metric: str) -> Plot:
     """The mean score over the tasks seen so far, after each task."""
     figure = new_figure(3.2)
@@ -71,6 +73,7 @@ def averages(methods: Sequence[Method], metric: str) -> Plot:
     return Plot("averages", title, caption, "; ".join(told), to_svg(figure))
 
 
+@styled
 def memory(methods: Sequence[Method], metric: str) -> Plot | None:
     """AA against what is kept after the last task, of methods of which both are known."""
     known = [m for m in methods if m.state is not None and np.isfinite(m.values["AA"]).all()]
@@ -97,6 +100,7 @@ def memory(methods: Sequence[Method], metric: str) -> Plot | None:
     return Plot("memory", "Accuracy against kept memory", caption, "; ".join(told), to_svg(figure))
 
 
+@styled
 def retention(methods: Sequence[Method]) -> Plot | None:
     """How the cross-entropy of a text that no task is about rises, of methods that were asked."""
     known = [m for m in methods if m.cross_entropy is not None]

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from ..similarity import FACTORS, MEASURES, by_layer, chance, summary
-from .canvas import COLOURS, SOFT, Plot, label, legend, new_figure, to_svg
+from .canvas import COLOURS, SOFT, Plot, label, legend, new_figure, styled, to_svg
 
 _NAMES = {"cosine": "cosine of the factors", "overlap": "overlap of their subspaces"}
 _LINES = {"consecutive": ("-", "next task"), "all": ("--", "all pairs")}
 _GAP = 1.0  # between the kinds of layers on the axis
 
 
+@styled
 def similarity(name: str, tables: Sequence[dict[str, Any]]) -> Plot | None:
     """The figure of one method, of one `Similarity.table` a run, over which is averaged; None below two tasks.
 

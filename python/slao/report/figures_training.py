@@ -7,31 +7,45 @@ from collections.abc import Sequence
 import numpy as np
 
 from .. import metrics
-from .canvas import CARD, COLOURS, INK, Plot, label, legend, looks, new_figure, plus_minus, runs_of, spread, to_svg
+from .canvas import (
+    CARD,
+    COLOURS,
+    INK,
+    Plot,
+    label,
+    legend,
+    looks,
+    new_figure,
+    plus_minus,
+    runs_of,
+    spread,
+    styled,
+    to_svg,
+)
 from .results import Method
 
 _POINTS = 16  # of a task's losses, whose number differs from task to task and run to run
 
 
+@styled
 def losses(methods: Sequence[Method]) -> Plot | None:
-    """The training loss along the stream, of methods whose runs have logged it."""
-    lines = {m.name: _loss_line(m) for m in methods}
-    if not any(np.isfinite(y).any() for _, y in lines.values()):
+    """The training loss along the stream, of methods whose runs have logged it more than once a task."""
+    lines = [(m, look, *_loss_line(m)) for m, look in zip(methods, looks(methods), strict=True)]
+    lines = [line for line in lines if np.isfinite(line[-1]).any()]
+    if not lines:
         return None
     figure = new_figure(3.2)
     axes = figure.subplots()
     told, size = [], max(m.matrices.shape[1] for m in methods)
-    for method, look in zip(methods, looks(methods), strict=True):
-        x, y = lines[method.name]
-        there = np.flatnonzero(np.isfinite(y))
-        if len(there):
-            axes.plot(x, y, label=label(method.name), linewidth=1.2, **look | {"marker": ""})
-            told.append(f"{method.name}: from {y[there[0]]:.3g} to {y[there[-1]]:.3g}")
+    for method, look, x, y in lines:
+        axes.plot(x, y, label=label(method.name), linewidth=1.2, **look | {"marker": ""})
+        there = y[np.isfinite(y)]
+        told.append(f"{method.name}: from {there[0]:.3g} to {there[-1]:.3g}")
     for task in range(1, size):
         axes.axvline(task, color=COLOURS[-1], linewidth=0.5, alpha=0.4)
     axes.set_xticks(range(0, size + 1, 1 + size // 16))
     axes.set(xlabel="tasks trained so far", ylabel="training loss")
-    axes.set_title(runs_of(methods), fontsize=9)
+    axes.set_title(runs_of([line[0] for line in lines]), fontsize=9)
     legend(figure, axes, len(told))
     caption = (
         "As the Trainer logged it, every task's steps drawn over the same width. Joint training sees all tasks at "
@@ -48,13 +62,15 @@ def _loss_line(method: Method) -> tuple[np.ndarray, np.ndarray]:
     place = (np.arange(_POINTS) + 0.5) / _POINTS
     x, y = [np.zeros(0)], [np.zeros(0)]
     for part in range(parts):
-        found = [run[part] for run in method.losses if len(run) > part and np.isfinite(run[part]).any()]
+        # One value is no curve.
+        found = [run[part] for run in method.losses if len(run) > part and np.isfinite(run[part]).sum() > 1]
         curves = [np.interp(place, (np.arange(len(f)) + 0.5) / len(f), f) for f in found]
         x.append(np.append((part + place) * width, np.nan))
         y.append(np.append(np.mean(curves, axis=0) if curves else np.full(_POINTS, np.nan), np.nan))
     return np.concatenate(x), np.concatenate(y)
 
 
+@styled
 def weights(methods: Sequence[Method]) -> Plot | None:
     """λ by task, and each task's share in the final merge, of methods that keep a running average."""
     known = [m for m in methods if m.lambdas is not None]
@@ -104,6 +120,7 @@ def weights(methods: Sequence[Method]) -> Plot | None:
 _PARTS = (("train_seconds", "training"), ("score_seconds", "scoring"), ("merge_seconds", "merging"))
 
 
+@styled
 def times(methods: Sequence[Method]) -> Plot | None:
     """Seconds of a run in training steps, in scoring and around the tasks, as far as they are known."""
     if not any(np.isfinite(m.values["train_seconds"]).any() for m in methods):

@@ -80,12 +80,12 @@ def _matrix(method: Method, low: float, high: float, digits: int) -> Matrix:
     steps = len(_HEAT) - 1
     labels = method.task_labels()
     tasks = [f"{t + 1} {name}" for t, name in enumerate(labels)] if method.same_order else labels
-    rows = []
+    rows: list[tuple[str, list[tuple[str, int, bool]]]] = []
     for t in np.flatnonzero(some) if some.any() else range(len(tasks)):
         cells = []
         for i, score in enumerate(scores[t]):
             heat = round(steps * (score - low) / (high - low)) if np.isfinite(score) and high > low else -1
-            cells.append((number(float(score), min(digits, 2)), heat, i <= t))
+            cells.append((number(float(score), min(digits, 2)), heat, bool(i <= t)))
         rows.append((tasks[t], cells))
     note = "" if method.same_order else " Runs train in different orders: task k is the k-th of each run."
     return Matrix(method.name, note, tasks, rows)

@@ -54,7 +54,8 @@ class Method:
     @property
     def together(self) -> bool:
         """Whether it trains all tasks at once, so that there are scores after the last one alone."""
-        return len(self.tasks[0]) > 1 and not np.isfinite(self.matrices[:, :-1]).any()
+        there = np.isfinite(self.matrices)
+        return len(self.tasks[0]) > 1 and bool(there[:, -1].any()) and not there[:, :-1].any()
 
     def task_labels(self) -> list[str]:
         """The T task names if every run trains in the same order, else "task 1", "task 2", ..."""
@@ -93,7 +94,7 @@ def parse(results: Any) -> list[Method]:
     """The methods of a `results.json` object, checked; ValueError of one line that names what is wrong."""
     for key in ("stream", "model", "metric"):
         _need(results, key, "the results")
-    for key in ("versions", "failed", "unfinished"):
+    for key in ("versions", "settings", "failed", "unfinished"):
         if not isinstance(results.get(key) or {}, Mapping):
             raise ValueError(f"{key} must be an object")
     entries = _need(results, "methods", "the results")
@@ -212,6 +213,9 @@ def _text(rows: list[Any], where: str, size: int) -> np.ndarray:
 
 
 def _losses(runs: list[Any], where: str) -> list[list[np.ndarray]]:
+    for s, run in enumerate(runs):
+        if not isinstance(run, list | tuple | None):
+            raise ValueError(f"{where}.losses[{s}] must be a list with one entry for each trained task")
     return [
         [metrics.as_vector(task, f"{where}.losses[{s}][{t}]") for t, task in enumerate(run or [])]
         for s, run in enumerate(runs)

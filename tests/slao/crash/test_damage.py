@@ -148,7 +148,7 @@ def test_what_is_derived_is_written_anew(small, tools, whole, tmp_path, how):
     kept = ("identity.json", LOCK, *(["settings.json"] if how == "absent" else []))
     derived = [path for path in derived if path.name not in kept]
     assert {path.parent.name for path in derived} == {"tiny", "report", "slao-0", "seqlora-0"}
-    pictures = {path: path.read_bytes() for path in derived if path.suffix == ".png"}
+    pictures = {path: path.read_bytes() for path in derived if path.suffix == ".svg"}
     assert len(pictures) == 8
     for path in derived:
         damage(path, how) if how != "absent" else path.unlink()
