@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent))  # coarse and fuzz_twins, by name
+sys.path.append(str(Path(__file__).parent))  # coarse, fuzz_twins and made_results, by name
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +97,11 @@ def server() -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def _coarse(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Coarse figures, but where a test looks at them."""
-    if request.path.stem not in ("test_report", "test_similarity") and importlib.util.find_spec("matplotlib"):
+    if request.path.stem not in (
+        "test_report_page",
+        "test_report_figures",
+        "test_similarity",
+    ) and importlib.util.find_spec("matplotlib"):
         import coarse
 
         coarse.figures(monkeypatch.setattr)

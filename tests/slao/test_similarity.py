@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from slao import SLAO, Joint, SeqLoRA
-from slao.plots_similarity import draw_similarity, layer_order
+from slao.report.figures_similarity import layer_order, similarity
 from slao.similarity import Similarity, by_layer, chance, summary
 from slao.train import TrainConfig
 
@@ -174,32 +174,35 @@ def test_refusals_keep_nothing(tiny):
 def test_the_figure_is_drawn_for_methods_with_two_tasks(tiny, tmp_path):
     tables = {}
     for name, method, tasks in (("slao", SLAO, 3), ("seq lora", SeqLoRA, 2), ("joint", Joint, 2)):
-        similarity = Similarity()
-        tiny.Job(method=method, tasks=tiny.stream(tasks=tasks)).train(CONFIG, similarity=similarity)
-        tables[name] = [similarity.table()] * 2
-    plots = draw_similarity(tables, tmp_path)
-    assert [plot.path.name for plot in plots] == ["similarity_slao.png", "similarity_seq_lora.png"]  # joint: one task
-    assert all(plot.path.stat().st_size > 10_000 for plot in plots)
-    alone = draw_similarity({"slao": tables["slao"][:1]}, tmp_path)
-    assert [plot.path.name for plot in alone] == ["similarity.png"]
-    assert draw_similarity({"joint": tables["joint"]}, tmp_path) == []
+        recorded = Similarity()
+        tiny.Job(method=method, tasks=tiny.stream(tasks=tasks)).train(CONFIG, similarity=recorded)
+        tables[name] = [recorded.table()] * 2
+    assert similarity("joint", tables["joint"]) is None  # one task
+    assert similarity("none", []) is None
+    assert similarity("slao", tables["slao"][:1]).name == "similarity_slao"
+    plot = similarity("seq lora", tables["seq lora"])
+    plot.write(tmp_path)
+    assert (tmp_path / "similarity_seq_lora.svg").read_text(encoding="utf-8").count("<text") > 10
+    found = summary(tables["seq lora"][0])
+    for measure in ("cosine", "overlap"):
+        assert " and ".join(f"{factor} {found[measure][factor]['all']:.3f}" for factor in "AB") in plot.alt
     other = {**tables["slao"][0], "layers": ["x"]}
     with pytest.raises(ValueError, match="slao: the tables of its seeds are of other layers"):
-        draw_similarity({"slao": [tables["slao"][0], other]}, tmp_path)
+        similarity("slao", [tables["slao"][0], other])
 
 
-def test_the_lines_of_the_figure_are_the_means_by_layer(tmp_path, monkeypatch):
+def test_the_lines_of_the_figure_are_the_means_by_layer(monkeypatch):
     from matplotlib.figure import Figure
 
     g = torch.Generator().manual_seed(0)
-    similarity = Similarity()
+    recorded = Similarity()
     layers = [f"model.layers.{i}.attn.{kind}_proj" for i in range(3) for kind in "qv"]
     for task in "abc":
         weights = [(torch.randn(2, 9, generator=g), torch.randn(8, 2, generator=g)) for _ in layers]
-        similarity._append(task, layers, weights)
-    table, drawn = similarity.table(), []
+        recorded._append(task, layers, weights)
+    table, drawn = recorded.table(), []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.append(figure))
-    draw_similarity({"slao": [table]}, tmp_path)
+    similarity("slao", [table])
     assert layer_order(layers) == [("q_proj", [0, 2, 4]), ("v_proj", [1, 3, 5])]
     for axes, measure in zip(drawn[0].axes, ("cosine", "overlap"), strict=True):
         found = {}

@@ -16,7 +16,8 @@ import numpy as np
 from .. import checkpoint
 from .results import Method
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 INK, SOFT, GRID, CARD = "#1c1e21", "#5b6169", "#d9dce0", "#ffffff"
 COLOURS = ("#0072b2", "#c74e00", "#00805c", "#a8508a", "#8a6100", "#6a4fb3", "#4a4f57")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
