@@ -121,7 +121,7 @@ def test_a_sweep_over_two_orders_in_two_processes(saved_bert, stream_folder, tmp
         assert method["tasks"] == [["first", "second"], [*make_order(stream_folder)]]
     for table in one["fast (r=3)"]["similarity"]:
         assert (len(table["tasks"]), table["shapes"]["A"][0][0]) == (2, 3)
-    assert (tmp_path / "runs" / "one" / "report" / "similarity_fast_r_2_.png").is_file()
+    assert (tmp_path / "runs" / "one" / "report" / "similarity_fast_r_2_.svg").is_file()
     assert one["fast (r=2)"]["losses"] != one["fast (r=3)"]["losses"]
     # All that SeqLoRA keeps is A and B.
     assert one["seqlora (r=3)"]["state_mb"][0][0] == pytest.approx(1.5 * one["seqlora (r=2)"]["state_mb"][0][0])

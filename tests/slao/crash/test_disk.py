@@ -39,7 +39,7 @@ LIMITS = {
     500: "identity.json",
     2000: "state/seqlora-0/slao_state.safetensors",
     2800: "results.json",
-    9000: "report/averages.png",
+    9000: "report/ends.svg",
     60000: "report.html",
 }
 
