@@ -6,7 +6,6 @@ import re
 import sys
 from urllib.parse import unquote
 
-import coarse
 import numpy as np
 import pytest
 from made_results import SEQ, SLAO, TASKS, Page, entry, two_methods
@@ -230,8 +229,7 @@ def half_of_a_large_run():
     return two_methods() | {"stream": "clinc150", "methods": methods}
 
 
-def test_the_report_of_a_large_run_stays_below_a_megabyte(run, monkeypatch):
-    coarse.figures(monkeypatch.setattr)  # where things stand moves no size, and takes the most time
+def test_the_report_of_a_large_run_stays_below_a_megabyte(run):
     directory, text = run(half_of_a_large_run())
     assert len(figures(directory)) == 7 + 6
     assert len(Page(text).links) == 7 + 6
