@@ -9,11 +9,12 @@ FUZZ ?= 5000
 MARK ?= not exhaustive
 CONFORMANCE_VENV ?= .venv-conformance
 CONFORMANCE_OUT ?= build/conformance
+DOCS_VENV ?= .venv-docs
 BIN = $(VENV)/bin
 DRIVER = $(MAKE) --silent --no-print-directory -j$(shell getconf _NPROCESSORS_ONLN) -f tests/csrc/Makefile
 INSTALL = pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-llm test fuzz bench report gpu conformance lint asan aarch64 format clean
+.PHONY: help demo demo-llm test fuzz bench report gpu conformance docs lint asan aarch64 format clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -74,6 +75,12 @@ conformance:
 	  "peft$$(sed -n 's/^__version__ = "\(.*\)"/==\1/p' "$(PEFT_TESTS)/src/peft/__init__.py")"
 	$(CONFORMANCE_VENV)/bin/python tests/conformance/run.py "$(PEFT_TESTS)" --out $(CONFORMANCE_OUT) $(ARGS)
 
+## make docs    the documentation site into build/site, in an environment of its own (no torch; a warning is an error)
+docs:
+	test -x $(DOCS_VENV)/bin/mkdocs || { $(PYTHON) -m venv $(DOCS_VENV) && \
+	  $(DOCS_VENV)/bin/$(INSTALL) $$(sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",'); }
+	$(DOCS_VENV)/bin/mkdocs build --quiet --strict
+
 ## make lint    ruff and mypy
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -98,7 +105,7 @@ format: $(VENV)/.installed
 
 ## make clean   remove environments and build products (runs/ stays)
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) $(CONFORMANCE_VENV) build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) $(CONFORMANCE_VENV) $(DOCS_VENV) build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,0 +1,62 @@
+"""mkdocs hooks: pages that stand outside docs/ are part of the site, and no page loads anything from elsewhere.
+
+A page links to a file of the repository as one does on a forge (`../bench/experiments.md`); what is listed in OUTSIDE
+becomes a page of the site, and links to it, from wherever they come, lead there. A link to any other file is an error.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[1]
+_NEWEST = sorted(path for path in (ROOT / "bench" / "results").glob("2*.md") if "gpu" not in path.stem)[-1]
+# File in the repository -> page of the site.
+OUTSIDE = {
+    "bench/experiments.md": "experiments.md",
+    f"bench/results/{_NEWEST.name}": "measured/cpu.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "CHANGELOG.md": "changelog.md",
+}
+_LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
+_ELSEWHERE = re.compile(r"""(?:\ssrc=|<link\b[^>]*\shref=)["']?(?:https?:)?//[^"'\s>]+""")
+
+
+def on_files(files: Any, config: Any, **_: Any) -> Any:
+    for source, page in OUTSIDE.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    for picture in sorted((ROOT / "bench" / "results" / _NEWEST.stem).glob("*.png")):
+        place = f"measured/{_NEWEST.stem}/{picture.name}"
+        files.append(File.generated(config, place, abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    here = next((source for source, name in OUTSIDE.items() if name == page.file.src_uri), f"docs/{page.file.src_uri}")
+
+    def led(found: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(here), found[1]))
+        if path in OUTSIDE:
+            target = OUTSIDE[path]
+        elif path.startswith("docs/"):
+            target = path.removeprefix("docs/")
+        elif here == f"bench/results/{_NEWEST.name}" and path.startswith("bench/results/"):
+            target = path.replace("bench/results/", "measured/")
+        else:
+            raise PluginError(f"{here} links to {path}, which is no page of the site: add it to OUTSIDE in hooks.py")
+        return posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".") + (found[2] or "")
+
+    # A comment beside a table hides it from Python-Markdown.
+    return _LINK.sub(led, re.sub(r"^<!--.*?-->$", "", markdown, flags=re.MULTILINE | re.DOTALL))
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    for page in sorted(Path(config["site_dir"]).rglob("*.html")):
+        if found := _ELSEWHERE.search(page.read_text(encoding="utf-8")):
+            raise PluginError(f"{page.name} loads something from elsewhere: {found[0].strip()}")
