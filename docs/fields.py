@@ -19,11 +19,20 @@ def plain(text: str) -> str:
     return "`".join(part if number % 2 else _BRACKET.sub(r"\\[", part) for number, part in enumerate(parts))
 
 
+def broken(text: str, names: set[str]) -> str:
+    """`text` with a field that begins within a line on a line of its own."""
+
+    def own(found: re.Match[str]) -> str:
+        return f"\n{found[1]}: " if names.issuperset(found[1].split(", ")) else found[0]
+
+    return re.sub(r"(?<=[.;)]) (\w+(?:, \w+)*): ", own, text)
+
+
 def listed(text: str, names: set[str]) -> str:
     """`text` with every paragraph's lines that begin with some of `names` and a colon as items of a list."""
     lines: list[str] = []
     item = False
-    for line in plain(text).splitlines():
+    for line in broken(plain(text), names).splitlines():
         found = _FIELD.match(line)
         if found and names.issuperset(found[1].split(", ")):
             if not item:

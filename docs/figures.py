@@ -30,7 +30,8 @@ class Figure:
         down, pieces, at = size // 4, "", 0
         for found in _INDEX.finditer(words):
             pieces += escape(words[at : found.start()])
-            pieces += f'<tspan dy="{down}" font-size="{size - 4}">{escape(found[1])}</tspan><tspan dy="-{down}">&#8203;</tspan>'
+            pieces += f'<tspan dy="{down}" font-size="{size - 4}">{escape(found[1])}</tspan>'
+            pieces += f'<tspan dy="-{down}">&#8203;</tspan>'  # back up, by a character of no width
             at = found.end()
         weight = ' font-weight="600"' if bold else ""
         self.parts.append(

@@ -99,9 +99,10 @@ def commands() -> str:
     lines = [
         "# Commands",
         "",
-        "What `slao COMMAND --help` prints (this page is written by `docs/reference_pages.py`). Bad input ends with one "
-        "line on standard error and exit code 2, before anything is written; Ctrl-C and SIGTERM with 130 and 143. "
-        "[The command line](../recipes/command_line.md) shows them at work, [Settings](settings.md) what `--set` takes.",
+        "What `slao COMMAND --help` prints (this page is written by `docs/reference_pages.py`). Bad input ends with "
+        "one line on standard error and exit code 2, before anything is written; Ctrl-C and SIGTERM with 130 and 143. "
+        "[The command line](../recipes/command_line.md) shows them at work, [Settings](settings.md) what `--set` "
+        "takes.",
     ]
     for command in COMMANDS:
         lines += ["", f"## slao {command}", "", "```bash", _EXAMPLES[command], "```", ""]
@@ -120,9 +121,9 @@ def settings() -> str:
         "# Settings of slao run",
         "",
         "Every setting with its type and default (this page is written by `docs/reference_pages.py` from the code). A "
-        "YAML file holds them as below, a preset is such a file, `--set KEY=VALUE` changes one (`--set train.bf16=true`), "
-        "and the flags of [slao run](commands.md#slao-run) are short forms. What is unknown, or of another type, is "
-        "refused with the names that there are.",
+        "YAML file holds them as below, a preset is such a file, `--set KEY=VALUE` changes one "
+        "(`--set train.bf16=true`), and the flags of [slao run](commands.md#slao-run) are short forms. What is "
+        "unknown, or of another type, is refused with the names that there are.",
         "",
         "```yaml",
         "model: minilm",
@@ -145,16 +146,17 @@ def settings() -> str:
         lines.append(f"| `{key}` | {'' if inner else _value(value)} | {_MEANING[key]} |")
         lines += [f"| `{key}.{part}` | {_value(of)} | {_MEANING[f'{key}.{part}']} |" for part, of in inner.items()]
     lines += ["", "## train", "", _prose(TrainConfig), "", *_options(TrainConfig)]
-    lines += ["", "## Methods", "", "`methods.LABEL.OPTION`; a label may be any name where `method` says the kind. Each "
-              "may also have its own `learning_rate`, `replay_rows`, `replay_fraction` and `replay_from`. "
-              "[Methods](methods.md) says what they do.", ""]  # fmt: skip
+    methods = (
+        "`methods.LABEL.OPTION`; a label may be any name where `method` says the kind. Each may also have its own "
+        "`learning_rate`, `replay_rows`, `replay_fraction` and `replay_from`. [Methods](methods.md) says what they do."
+    )
+    lines += ["", "## Methods", "", methods, ""]
     lines += ["| method | options |", "| --- | --- |"]
     for name, kind in METHODS.items():
         lines.append(f"| `{name}` | {_inline(kind, ('model', 'adapter'))} |")
     lines += ["", "## Objectives", "", "| objective.name | options |", "| --- | --- |"]
-    lines.append(
-        "| `auto` | `causal_lm` for a causal language model, `label_matching` for an encoder, `image_matching` for images |"
-    )
+    auto = "`causal_lm` for a causal language model, `label_matching` for an encoder, `image_matching` for images"
+    lines.append(f"| `auto` | {auto} |")
     for name, objective in OBJECTIVES.items():
         lines.append(f"| `{name}` | {_inline(objective, ('model', 'tokenizer', 'stream'))} |")
     lines += ["", "## Streams", "", "| stream.name | options |", "| --- | --- |"]

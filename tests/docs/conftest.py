@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -87,7 +86,7 @@ def _rows(folder: Path) -> None:
 
 
 @pytest.fixture
-def page_folder(world, tmp_path, monkeypatch) -> Iterator[Path]:
+def page_folder(world, tmp_path, monkeypatch) -> Path:
     """The working directory of a page: what is in `world`, by links, and a Trainer that knows it is on a CPU."""
     import datasets
     import transformers
@@ -103,4 +102,4 @@ def page_folder(world, tmp_path, monkeypatch) -> Iterator[Path]:
         complete(arguments)
 
     monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", on_cpu)
-    yield tmp_path
+    return tmp_path

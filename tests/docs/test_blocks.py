@@ -61,8 +61,17 @@ def test_commands_are_accepted(page, page_folder):
                 pytest.fail(f"{block.where}: {' '.join(words)}: {error}")
 
 
-@pytest.mark.parametrize("line", ["slao run --modell x", "slao merge a/ -o out/ --methode slao", "make nothing",
-                                  "slao run --set train.bf17=true", "pip install slao_kernels[nothing]", "pyton x"])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "slao run --modell x",
+        "slao merge a/ -o out/ --methode slao",
+        "slao run --set train.bf17=true",
+        "make nothing",
+        "pip install slao_kernels[nothing]",
+        "pyton x",
+    ],
+)
 def test_a_wrong_command_is_found(line, page_folder):
     with pytest.raises((ValueError, AssertionError)):
         blocks.check_command(line.split())

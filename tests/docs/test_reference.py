@@ -66,3 +66,13 @@ def test_flags_that_the_settings_page_names_are_flags():
     pages = _script("reference_pages")
     named = set(re.findall(r"--[a-z-]+", " ".join(pages._MEANING.values()))) - {"--runs"}
     assert named <= set(re.findall(r"--[a-z-]+", pages.help_of("run")))
+
+
+def test_every_public_name_has_its_entry():
+    import slao
+    import slao.merging
+    import slao_kernels
+
+    written = set(re.findall(r"^::: (\S+)$", "".join(page.read_text() for page in DOCS.glob("reference/*.md")), re.M))
+    public = {f"{module.__name__}.{name}" for module in (slao, slao_kernels, slao.merging) for name in module.__all__}
+    assert public - written == {"slao.merging.METHODS"}  # a table of names
