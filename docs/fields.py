@@ -40,7 +40,7 @@ def listed(text: str, names: set[str]) -> str:
             item = True
             bold = ", ".join(f"**{name}**" for name in found[1].split(", "))
             line = f"- {bold}: {line[found.end() :]}"
-        elif item and line.startswith(("Raises ", "Returns ", "Source: ", "State: ", "Parameters, ")):
+        elif item and line[:1].isupper() and lines[-1].endswith("."):  # a sentence of its own, about the whole
             item = False
             lines.append("")
         elif item and line.strip():

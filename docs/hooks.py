@@ -15,24 +15,25 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-_NEWEST = sorted(path for path in (ROOT / "bench" / "results").glob("2*.md") if "gpu" not in path.stem)[-1]
+RESULTS = ROOT / "bench" / "results"
 # File in the repository -> page of the site.
 OUTSIDE = {
     "bench/experiments.md": "experiments.md",
-    f"bench/results/{_NEWEST.name}": "measured/cpu.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
+    **{f"bench/results/{page.name}": f"measured/{page.name}" for page in RESULTS.glob("2*.md")},
 }
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
+_BLOCK = re.compile(r"- |\d+\. |\|")
 _ELSEWHERE = re.compile(r"""(?:\ssrc=|<link\b[^>]*\shref=)["']?(?:https?:)?//[^"'\s>]+""")
 
 
 def on_files(files: Any, config: Any, **_: Any) -> Any:
     for source, page in OUTSIDE.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
-    for picture in sorted((ROOT / "bench" / "results" / _NEWEST.stem).glob("*.png")):
-        place = f"measured/{_NEWEST.stem}/{picture.name}"
+    for picture in sorted(RESULTS.glob("*/*.png")):
+        place = f"measured/{picture.relative_to(RESULTS).as_posix()}"
         files.append(File.generated(config, place, abs_src_path=str(picture)))
     return files
 
@@ -46,14 +47,29 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             target = OUTSIDE[path]
         elif path.startswith("docs/"):
             target = path.removeprefix("docs/")
-        elif here == f"bench/results/{_NEWEST.name}" and path.startswith("bench/results/"):
+        elif (RESULTS / path.removeprefix("bench/results/")).suffix == ".png":
             target = path.replace("bench/results/", "measured/")
         else:
             raise PluginError(f"{here} links to {path}, which is no page of the site: add it to OUTSIDE in hooks.py")
         return posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".") + (found[2] or "")
 
-    # A comment beside a table hides it from Python-Markdown.
-    return _LINK.sub(led, re.sub(r"^<!--.*?-->$", "", markdown, flags=re.MULTILINE | re.DOTALL))
+    return _LINK.sub(led, spaced(markdown))
+
+
+def spaced(markdown: str) -> str:
+    """`markdown` for Python-Markdown, which wants an empty line where a forge wants none: before a list or a table, and
+    after a fence. A comment, which it would take a table for a part of, is left out."""
+    lines: list[str] = []
+    fenced = False
+    for line in re.sub(r"^<!--.*?-->$", "", markdown, flags=re.MULTILINE | re.DOTALL).splitlines():
+        before = lines[-1] if lines else ""
+        begins = _BLOCK.match(line)
+        inside = before.startswith(("- ", "|", " ")) or re.match(r"\d+\. ", before)
+        if not fenced and ((begins and not inside) or before.startswith("```")):
+            lines.append("")
+        fenced ^= line.startswith("```")
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def on_post_build(config: Any, **_: Any) -> None:

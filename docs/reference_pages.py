@@ -61,6 +61,20 @@ _MEANING = {
 }
 
 
+# Of `train`, where TrainConfig's docstring leaves it to transformers.
+_TRAIN = {
+    "epochs": "passes over a task's rows (`--epochs`)",
+    "eval_batch_size": "rows scored at a time",
+    "learning_rate": "at its peak (`--learning-rate`)",
+    "lr_scheduler": "transformers' name: `linear`, `constant`, `cosine`, ...",
+    "weight_decay": "of the optimizer",
+    "gradient_accumulation": "batches a step",
+    "gradient_checkpointing": "recompute activations in the backward pass, for less memory",
+    "bf16": "autocast",
+    "report_to": "transformers' name of a tracker: `none`, `tensorboard`, `wandb`, ...",
+}
+
+
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name, page in pages().items():
@@ -138,14 +152,14 @@ def settings() -> str:
         "",
         "## Top level",
         "",
-        "| setting | default | |",
+        "| setting | default | meaning |",
         "| --- | --- | --- |",
     ]
     for key, value in DEFAULTS.items():
         inner = value if key == "lora" else {}
         lines.append(f"| `{key}` | {'' if inner else _value(value)} | {_MEANING[key]} |")
         lines += [f"| `{key}.{part}` | {_value(of)} | {_MEANING[f'{key}.{part}']} |" for part, of in inner.items()]
-    lines += ["", "## train", "", _prose(TrainConfig), "", *_options(TrainConfig)]
+    lines += ["", "## train", "", _said(TrainConfig)[0], "", *_options(TrainConfig)]
     methods = (
         "`methods.LABEL.OPTION`; a label may be any name where `method` says the kind. Each may also have its own "
         "`learning_rate`, `replay_rows`, `replay_fraction` and `replay_from`. [Methods](methods.md) says what they do."
@@ -166,15 +180,19 @@ def settings() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _prose(kind: Any) -> str:
-    """The docstring, with the fields' names as code."""
-    return re.sub(r"(?m)(^|(?<=\. ))(\w+(?:,\s\w+)*): ", lambda m: f"`{m[2]}`: ", inspect.cleandoc(kind.__doc__))
+def _said(kind: Any) -> tuple[str, dict[str, str]]:
+    """A docstring's first paragraph, and what it says of each field (`name, name: what they are.`)."""
+    first, rest = inspect.cleandoc(kind.__doc__).split("\n\n", 1)
+    parts = re.split(r"(?:^|(?<=[.] ))(\w+(?:, \w+)*): ", " ".join(rest.split()))
+    return first, {name: text.strip().rstrip(".") for names, text in zip(parts[1::2], parts[2::2], strict=True)
+                   for name in names.split(", ")}  # fmt: skip
 
 
 def _options(kind: Any) -> list[str]:
-    lines = ["| setting | type | default |", "| --- | --- | --- |"]
+    said = _TRAIN | _said(kind)[1]
+    lines = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name, hint, default in _parameters(kind, ()):
-        lines.append(f"| `train.{name}` | {hint} | {_value(default)} |")
+        lines.append(f"| `train.{name}` | {hint} | {_value(default)} | {said[name]} |")
     return lines
 
 

@@ -5,6 +5,7 @@ What a page finds around it (tiny models under real names, rows, a CPU) is conft
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def _with(language: str) -> list[Path]:
     return [page for page in PAGES if blocks.blocks(page, language)]
 
 
+# Page -> what it needs beside the library's own requirements.
+NEEDS = {"recipes/quantised.md": "bitsandbytes", "recipes/trl.md": "trl"}
 NOT_RUN = [block for page in PAGES for block in blocks.blocks(page, "python") if blocks.foreign(block)]
 
 
@@ -36,6 +39,8 @@ def test_the_pages_are_found_and_every_block_has_a_language():
 @pytest.mark.parametrize("page", _with("python"), ids=_named)
 def test_python_runs(page, page_folder):
     """In one namespace, as who reads on would have it."""
+    if package := NEEDS.get(_named(page)):
+        pytest.importorskip(package, reason=f"{package} is not installed, which this page is about")
     names = {"__name__": "__main__"}
     for block in blocks.blocks(page, "python"):
         if not blocks.foreign(block):
@@ -79,7 +84,8 @@ def test_a_wrong_command_is_found(line, page_folder):
 
 @pytest.mark.parametrize("page", _with("yaml"), ids=_named)
 def test_yaml(page, page_folder):
-    """Settings of `slao run` pass its own check; of Axolotl's, the fields that are ours are known."""
+    """Settings of `slao run` pass its own check; accelerate knows the fields of its files; of Axolotl's, the plugin
+    knows those that are ours."""
     from slao import settings
     from slao.reading import parse_yaml
 
@@ -87,6 +93,11 @@ def test_yaml(page, page_folder):
         given = parse_yaml(block.text, block.where)
         if isinstance(given, dict) and given.keys() & settings.DEFAULTS.keys():
             settings.complete(given)
+            continue
+        if "distributed_type" in given:
+            from accelerate.commands.config.config_args import ClusterConfig
+
+            assert given.keys() <= {field.name for field in dataclasses.fields(ClusterConfig)}, block.where
             continue
         ours = {key for key in given if key.startswith("slao_")}
         source = (blocks.ROOT / "python/slao/integrations/axolotl.py").read_text()
