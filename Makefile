@@ -79,7 +79,8 @@ conformance:
 docs:
 	test -x $(DOCS_VENV)/bin/mkdocs || { $(PYTHON) -m venv $(DOCS_VENV) && \
 	  $(DOCS_VENV)/bin/$(INSTALL) $$(sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",'); }
-	$(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	@echo "documentation: build/site/index.html"
 
 ## make lint    ruff and mypy
 lint: $(VENV)/.installed

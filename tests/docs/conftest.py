@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,7 +40,7 @@ def _tiny() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory) -> Path:
+def world(tmp_path_factory) -> Iterator[Path]:
     """The folder; every page gets one of its own with links to what is here."""
     import transformers as hf
 
@@ -56,7 +58,10 @@ def world(tmp_path_factory) -> Path:
     _rows(root / "data")
     (root / "gemma.jinja").write_text(CHAT)
     (root / "settings.yaml").write_text("stream: python_docs\n")
-    return root
+    gc.collect()
+    gc.freeze()  # what the imports made is not looked at again by the collector, which a Trainer runs once a task
+    yield root
+    gc.unfreeze()
 
 
 def _rows(folder: Path) -> None:
