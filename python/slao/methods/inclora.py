@@ -11,7 +11,7 @@ from slao_kernels.adapters import LoraPair, stack
 
 from .base import Method
 from .extended import extend_all, fresh
-from .products import nearest
+from .products import fitting, nearest
 from .showing import Weights
 
 if TYPE_CHECKING:
@@ -120,18 +120,8 @@ class IncLoRA(Method):
         return state
 
     def _load_state(self, tensors: dict[str, Tensor]) -> None:
-        found: list[tuple[Tensor | None, Tensor | None]] = []
-        for pair in self.pairs:
-            A, B = (tensors.get(f"{pair.name}.frozen_{factor}") for factor in "AB")
-            count = -1 if A is None or B is None else A.shape[0] // pair.A.shape[0]
-            expected = ((count * pair.A.shape[0], pair.A.shape[1]), (pair.B.shape[0], count * pair.B.shape[1]))
-            if (A is None) != (B is None) or (A is not None and B is not None and (A.shape, B.shape) != expected):
-                raise ValueError(
-                    f"the saved frozen pairs of {pair.name} do not fit its A {tuple(pair.A.shape)} and "
-                    f"B {tuple(pair.B.shape)}"
-                )
-            found.append((A, B))
-        for (A, B), pair, layer in zip(found, self.pairs, self.layers, strict=True):
+        found = [fitting(pair, tensors, "frozen_{}") for pair in self.pairs]
+        for (A, B, _), pair, layer in zip(found, self.pairs, self.layers, strict=True):
             layer.slao_frozen_A = None if A is None else A.to(pair.A)
             layer.slao_frozen_B = None if B is None else B.to(pair.B)
 

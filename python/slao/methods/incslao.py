@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..schedules import MergeStats, Schedule, lambdas_of, make_schedule, schedule_name
 from .inclora import IncLoRA
-from .products import average, split
+from .products import average, merged_from, merged_state, split
 from .showing import Weights
 
 
@@ -101,19 +101,9 @@ class IncSLAO(IncLoRA):
         return super()._options() | {"schedule": self._schedule_name, "merged_pairs": self.merged_pairs}
 
     def _state(self) -> dict[str, Tensor]:
-        both = zip(self.pairs, self._merged, strict=False)
-        merged = {f"{pair.name}.{key}_merged": part for pair, two in both for key, part in zip("AB", two, strict=True)}
-        return super()._state() | merged
+        return super()._state() | merged_state(self.pairs, self._merged)
 
     def _load_state(self, tensors: dict[str, Tensor]) -> None:
-        found: list[tuple[Tensor, Tensor]] = []
-        for pair in self.pairs if any(key.endswith("_merged") for key in tensors) else ():
-            A, B = (tensors.get(f"{pair.name}.{key}_merged") for key in "AB")
-            count = 0 if A is None else len(A) // len(pair.A)
-            shapes = (count * len(pair.A), pair.A.shape[1]), (len(pair.B), count * pair.B.shape[1])
-            known = 1 <= count <= self.merged_pairs and (not found or len(found[0][0]) == count * len(self.pairs[0].A))
-            if A is None or B is None or (A.shape, B.shape) != shapes or not known or not A.is_floating_point():
-                raise ValueError(f"the saved merge of {pair.name} does not fit its A {tuple(pair.A.shape)}")
-            found.append((A.to(pair.A.device), B.to(pair.B.device)))
+        found = merged_from(self.pairs, tensors, self.merged_pairs)
         super()._load_state(tensors)
         self._merged = found

@@ -42,6 +42,48 @@ def average(
     return nearest(pairs, [old, new], most, [[1 - weight for weight in weights], weights])
 
 
+def merged_state(pairs: Sequence[LoraPair], merged: Products) -> dict[str, Tensor]:
+    """What `Method.save` keeps of a merge; `merged_from` takes it back."""
+    both = zip(pairs, merged, strict=False)
+    return {f"{pair.name}.{key}_merged": part for pair, two in both for key, part in zip("AB", two, strict=True)}
+
+
+def merged_from(pairs: Sequence[LoraPair], tensors: dict[str, Tensor], most: int) -> list[tuple[Tensor, Tensor]]:
+    """On the layers' devices; empty where there was none. ValueError unless every layer's has the same number of pairs.
+
+    That number is at most `most`.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    ranks: set[int] = set()
+    for pair in pairs if any(key.endswith("_merged") for key in tensors) else ():
+        A, B, number = fitting(pair, tensors, "{}_merged")
+        ranks.add(number)
+        if A is None or B is None or number > most or len(ranks) > 1:
+            raise ValueError(f"the saved merge of {pair.name} does not fit: {number} pairs of at most {most}")
+        found.append((A.to(pair.A.device), B.to(pair.B.device)))
+    return found
+
+
+def fitting(
+    pair: LoraPair, tensors: dict[str, Tensor], key: str
+) -> tuple[Tensor, Tensor, int] | tuple[None, None, int]:
+    """A layer's saved A and B, and how many of its pairs they hold; none and 0 where both are absent.
+
+    key: what they are called after the layer's name, with {} for the factor. ValueError for other shapes.
+    """
+    A, B = (tensors.get(f"{pair.name}.{key.format(factor)}") for factor in "AB")
+    if A is None and B is None:
+        return None, None, 0
+    number = 0 if A is None else len(A) // len(pair.A)
+    shapes = (number * len(pair.A), pair.A.shape[1]), (len(pair.B), number * pair.B.shape[1])
+    if A is None or B is None or number < 1 or (A.shape, B.shape) != shapes or not A.is_floating_point():
+        raise ValueError(
+            f"the saved {key.format('A')} and {key.format('B')} of {pair.name} do not fit its A {tuple(pair.A.shape)} "
+            f"and B {tuple(pair.B.shape)}"
+        )
+    return A, B, number
+
+
 def split(pairs: Sequence[LoraPair], products: Products) -> tuple[list[Tensor], list[Tensor]]:
     """A and B of every layer, of experts of each."""
     As, Bs = (

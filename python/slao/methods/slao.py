@@ -14,7 +14,7 @@ from slao_kernels import orthogonal_init_, scaled_merge_
 from ..schedules import MergeStats, Schedule, lambdas_of, make_schedule, schedule_name
 from .base import Method
 from .extended import fresh, refuse_shards
-from .products import average
+from .products import average, merged_from
 from .showing import Weights
 
 logger = logging.getLogger("slao")
@@ -209,15 +209,6 @@ class SLAO(Method):
             list(self.lambdas),
         )
 
-    def _shape(self, saved: Tensor, live: Tensor, factor: str) -> tuple[int, ...]:
-        """What a saved merge of the live factor has to have: with "product" another rank, as often as pairs."""
-        rows, columns = live.shape
-        if self.merge != "product" or saved.dim() != 2:
-            return rows, columns
-        side = 0 if factor == "A" else 1
-        count = 1 if saved.shape[side] == live.shape[side] else self.merged_pairs
-        return (count * rows, columns) if factor == "A" else (rows, count * columns)
-
     def _merged_weights(self) -> Weights:
         nothing: list[Tensor | None] = [None] * len(self.pairs)
         return list(zip(self._merged["A"] or nothing, self._merged["B"] or nothing, strict=True))
@@ -245,6 +236,10 @@ class SLAO(Method):
         }
 
     def _load_state(self, tensors: dict[str, Tensor]) -> None:
+        if self.merge == "product":
+            both = merged_from(self.pairs, tensors, self.merged_pairs)
+            self._merged = {factor: [two[side] for two in both] or None for side, factor in enumerate("AB")}
+            return
         loaded: dict[str, list[Tensor] | None] = {}
         for factor in "AB":
             found = [tensors.get(f"{pair.name}.{factor}_merged") for pair in self.pairs]
@@ -254,8 +249,7 @@ class SLAO(Method):
                 continue
             for pair, tensor, now in zip(self.pairs, found, live, strict=True):
                 # Its dtype is the model's of when it was merged; half() since then leaves it as exact as it was.
-                shape = None if tensor is None else self._shape(tensor, now, factor)
-                if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
+                if tensor is None or tensor.shape != now.shape or not tensor.is_floating_point():
                     raise ValueError(f"the saved merge of {pair.name} does not fit its {factor} {tuple(now.shape)}")
             loaded[factor] = [
                 tensor.to(now.device) for tensor, now in zip(found, live, strict=True) if tensor is not None

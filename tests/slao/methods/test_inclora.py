@@ -126,6 +126,6 @@ def test_a_state_whose_frozen_pairs_do_not_fit_is_refused(lab):
     method = lab.make(IncLoRA)
     name = method.pairs[0].name
     for tensors in ({f"{name}.frozen_A": torch.ones(4, 32)}, {f"{name}.frozen_{f}": torch.ones(6, 32) for f in "AB"}):
-        with pytest.raises(ValueError, match=f"the saved frozen pairs of {name} do not fit its A"):
+        with pytest.raises(ValueError, match=f"the saved frozen_A and frozen_B of {name} do not fit its A"):
             method._load_state(tensors)
     assert method.layers[0].slao_frozen_A is None

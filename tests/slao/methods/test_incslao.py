@@ -163,9 +163,9 @@ def test_refusals(lab):
         f"{pair.name}.A_merged": torch.zeros(5, pair.A.shape[1]),
         f"{pair.name}.B_merged": torch.zeros(len(pair.B), 5),
     }
-    with pytest.raises(ValueError, match="the saved merge of .*q_proj does not fit its A"):
+    with pytest.raises(ValueError, match="the saved A_merged and B_merged of .*q_proj do not fit its A"):
         method._load_state(cut_to_five)
-    with pytest.raises(ValueError, match="the saved merge of .*q_proj does not fit its A"):
+    with pytest.raises(ValueError, match="the saved merge of .*q_proj does not fit: 0 pairs of at most 3"):
         method._load_state({"x_merged": torch.zeros(1)})
 
 
