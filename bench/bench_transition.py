@@ -1,7 +1,12 @@
-"""A whole end_task + begin_task of SLAO on a model of real size: how much of it is not the two kernels' work."""
+"""A whole end_task + begin_task of SLAO on a model of real size: how much of it is not the two kernels' work.
+
+Peer: the merger of the package `backpropagate` (`pip install --no-deps backpropagate`), where it is installed. It takes
+a state dict and returns the next task's, which is loaded here as its users do.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -37,6 +42,24 @@ class Model(nn.Module):
                 owner.weight = nn.Parameter(values)
 
 
+def backpropagate_too(model: nn.Module) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """(its merge of what was trained and its start of the next task, why it is left out)."""
+    try:
+        from backpropagate.slao import SLAOMerger
+    except ImportError:
+        return {}, {"backpropagate": "it is not installed"}
+    merger = SLAOMerger()
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items() if "lora_" in name}
+    merger.initialize(state)
+
+    def transition() -> None:
+        merger.merge(state)
+        for name, tensor in merger.get_init_weights().items():
+            state[name].copy_(tensor)
+
+    return {"backpropagate": transition}, {}
+
+
 @pytest.mark.parametrize("rounds", [9])
 def test_transition(rounds: int, benchmark: Any, device: str, layers: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)
@@ -58,9 +81,20 @@ def test_transition(rounds: int, benchmark: Any, device: str, layers: list[tuple
         slao_kernels.scaled_merge_(B_merged, Bs, 0.5)
         slao_kernels.orthogonal_init_(As, keep=A_kept)
 
+    peers, left_out = backpropagate_too(Model(layers, device))
+    times: dict[str, list[float]] = {name: [] for name in peers}
     transition()
     mine: list[float] = []
-    setup = lambda: kernels.append(clock(calls, device))  # noqa: E731
-    benchmark.pedantic(lambda: mine.append(clock(transition, device)), setup=setup, rounds=capped(rounds), iterations=1)
+
+    def others() -> None:
+        kernels.append(clock(calls, device))
+        for name, peer in peers.items():
+            times[name].append(clock(peer, device))
+
+    benchmark.pedantic(
+        lambda: mine.append(clock(transition, device)), setup=others, rounds=capped(rounds), iterations=1
+    )
     benchmark.extra_info |= {"ours_ms": median(mine) * 1e3, "its calls ms": median(kernels) * 1e3}
-    benchmark.extra_info |= {"its calls / ours": median(kernels) / median(mine)}
+    benchmark.extra_info |= {"its calls / ours": median(kernels) / median(mine), "left out": left_out}
+    for name, values in times.items():
+        benchmark.extra_info |= {f"{name} ms": median(values) * 1e3, f"{name} / ours": median(values) / median(mine)}

@@ -1,14 +1,17 @@
-"""Figures in the README: copied out of bench/results/ between markers, so that nobody types one.
+"""Figures in the README: copied out of bench/results/ and bench/experiments/ between markers, so that nobody types one.
 
-<!-- bench:cpu summary -->      the newest result of a CPU (or gpu), and of it a line for each bench,
-<!-- /bench -->                 or with a bench's name in place of "summary" its ratios. Empty without a result.
+<!-- bench:cpu headline -->     the newest result of a CPU (or gpu), and of it what a reader asks first; "summary": a
+<!-- /bench -->                 line for each bench; a bench's name: its ratios. Empty without a result.
+<!-- bench:experiment NAME -->  of bench/experiments/NAME.json accuracy, forgetting and memory of some methods.
+<!-- /bench -->
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 
 import results
 import tables
@@ -17,6 +20,14 @@ from results import Run
 
 BLOCK = re.compile(r"(<!-- bench:(\S+) (\S+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 MARKER = re.compile(r"<!-- /?bench\b")
+HEADLINE = {  # bench and test: what it is, and whose time is divided by ours
+    ("training_step", "step"): ("a training step (MiniLM, a small Llama)", "PEFT"),
+    ("lora_linear", "layer"): ("a LoRA layer, forward, or with its backward", "PEFT"),
+    ("orthogonal_init", "orthogonal_init"): ("A re-based in all layers", "qr loop"),
+    ("scaled_merge", "scaled_merge"): ("B merged in all layers", "_foreach_lerp_"),
+    ("fold", "fold"): ("adapters folded into all weights", "PEFT merge"),
+}
+SHOWN = ("seqlora", "slao", "slao adaptive", "slao product", "incslao", "inclora", "joint")
 
 
 def filled(readme: str, folder: Path, link: str) -> str:
@@ -37,16 +48,19 @@ def filled(readme: str, folder: Path, link: str) -> str:
 
 def text(kind: str, what: str, folder: Path, link: str) -> str:
     """What stands in one block, with the line break at its end; "" if no result is of this kind."""
+    if kind == "experiment":
+        return experiment(what, folder.parent / "experiments")
     if kind not in ("cpu", "gpu"):
-        raise ValueError(f"<!-- bench:{kind} {what} -->: cpu or gpu is expected, not {kind}")
+        raise ValueError(f"<!-- bench:{kind} {what} -->: cpu, gpu or experiment is expected, not {kind}")
     found = newest(kind, folder)
     if found is None:
         return ""
     path, runs = found
     benches = tables.by_bench(case for run in runs for case in run.cases)
-    if what != "summary" and what not in benches:
-        raise ValueError(f"<!-- bench:{kind} {what} -->: {path.name} has summary, {', '.join(benches)}")
-    table = summary(benches) if what == "summary" else ratios(benches[what])
+    if what not in ("headline", "summary", *benches):
+        raise ValueError(f"<!-- bench:{kind} {what} -->: {path.name} has headline, summary, {', '.join(benches)}")
+    tests = {"headline": headline, "summary": summary}
+    table = tests[what](benches) if what in tests else ratios(benches[what])
     source = f"[{runs[0].device}, {runs[0].date}]({link}/{path.stem}.md)"
     return f"{table}\n\n{source}: ratios of medians of one interleaved run.\n"
 
@@ -76,6 +90,39 @@ def summary(benches: dict[str, list[Case]]) -> str:
             body += [[name, peers(own), roof(own), str(len(own))]]
     head = ["", "time in multiples of ours: median (lowest to highest)", "ours, % of the roof", "cases"]
     return tables.markdown(head, body, text=3)
+
+
+def headline(benches: dict[str, list[Case]]) -> str:
+    """Of each operation its time in multiples of ours by the one peer that users have today."""
+    body = []
+    for (bench, test), (words, peer) in HEADLINE.items():
+        values = [
+            case.over_ours[peer] for case in benches.get(bench, ()) if case.test == test and peer in case.over_ours
+        ]
+        if values:
+            body.append([words, f"`{peer}`" if peer != "PEFT" else peer, spread(values), str(len(values))])
+    return tables.markdown(["", "against", "its time / ours: median (range)", "cases"], body, text=2)
+
+
+def experiment(name: str, folder: Path) -> str:
+    """Mean ± deviation over runs, and what is kept after the last task, of the methods of `SHOWN` that it has."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        raise ValueError(f"<!-- bench:experiment {name} -->: there is no {path.name} in bench/experiments/")
+    methods = json.loads(path.read_text("utf-8"))["methods"]
+    body = []
+    for label in (label for label in SHOWN if label in methods):
+        of = methods[label]
+        kept = mean(run[-1] for run in of["state_mb"])
+        body.append([f"`{label}`", *(_mean(of[key]) for key in ("AA", "BWT")), f"{kept:.2f}", str(len(of["AA"]))])
+    return tables.markdown(["", "final accuracy (AA)", "backward transfer (BWT)", "kept, MB", "runs"], body) + "\n"
+
+
+def _mean(values: list[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    if not found:
+        return tables.NONE
+    return f"{mean(found):.3f}" + (f" ± {stdev(found):.3f}" if len(found) > 1 else "")
 
 
 def peers(cases: list[Case]) -> str:

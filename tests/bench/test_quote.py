@@ -14,7 +14,10 @@ import tables
 
 def test_this_repository_says_what_its_results_say(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().err
-    assert "<!-- bench:cpu summary -->" in report.README.read_text(encoding="utf-8")
+    readme = report.README.read_text(encoding="utf-8")
+    assert "<!-- bench:cpu headline -->" in readme
+    assert "<!-- bench:experiment clinc150 -->" in readme
+    assert len(readme.splitlines()) <= 120
     for path in report.RESULTS.glob("*.json"):
         whole = json.loads(path.read_text(encoding="utf-8"))
         assert scrub.scrub(whole) == whole, f"{path.name} is not scrubbed: put it there by report.py --keep"
@@ -65,8 +68,36 @@ def test_a_bench_can_be_quoted_alone(publishable, repository):
     text = quote.text("cpu", "scaled_merge", folder, "results")
     (case,) = (case for case in results.read(target)[0].cases if case.test == "scaled_merge" and case.label == "fp32")
     assert f"| fp32 | {tables.digits(case.over_ours['_foreach_lerp_'])} | " in text
-    with pytest.raises(ValueError, match="no_such -->: .* has summary, .*scaled_merge"):
+    with pytest.raises(ValueError, match="no_such -->: .* has headline, summary, .*scaled_merge"):
         quote.text("cpu", "no_such", folder, "results")
+
+
+def test_the_headline_names_one_peer_an_operation(publishable, repository):
+    _, folder = repository
+    runs = results.read(scrub.keep(publishable, folder))
+    values = [
+        case.over_ours["_foreach_lerp_"]
+        for run in runs
+        for case in run.cases
+        if case.test == "scaled_merge" and "_foreach_lerp_" in case.over_ours
+    ]
+    text = quote.text("cpu", "headline", folder, "results")
+    assert f"| B merged in all layers | `_foreach_lerp_` | {quote.spread(values)} | {len(values)} |" in text
+
+
+def test_an_experiment_is_quoted_from_its_file(tmp_path):
+    kept = {"AA": [0.5, 0.7], "BWT": [None, None], "state_mb": [[1.0, 2.0], [1.0, 3.0]]}
+    once = {"AA": [0.25], "BWT": [-0.125], "state_mb": [[0.5, 0.5]]}
+    (tmp_path / "experiments").mkdir()
+    written = tmp_path / "experiments" / "two.json"
+    written.write_text(json.dumps({"methods": {"slao": once, "elsewhere": once, "seqlora": kept}}))
+    lines = quote.text("experiment", "two", tmp_path / "results", "").splitlines()
+    assert lines[2:] == [
+        "| `seqlora` | 0.600 ± 0.141 | – | 2.50 | 2 |",
+        "| `slao` | 0.250 | -0.125 | 0.50 | 1 |",
+    ]
+    with pytest.raises(ValueError, match="bench:experiment three -->: there is no three.json"):
+        quote.text("experiment", "three", tmp_path / "results", "")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +108,7 @@ def test_a_bench_can_be_quoted_alone(publishable, repository):
         ("<!-- bench:cpu summary -->\n<!-- /bench -->\n<!-- /bench -->\n", "markers are pairs"),
         ("<!-- bench:cpu summary -->\n<!-- bench:gpu summary -->\n<!-- /bench -->\n", "markers are pairs"),
         ("<!-- bench:cpu -->\n<!-- /bench -->\n", "markers are pairs"),
-        ("<!-- bench:tpu summary -->\n<!-- /bench -->\n", "cpu or gpu is expected, not tpu"),
+        ("<!-- bench:tpu summary -->\n<!-- /bench -->\n", "cpu, gpu or experiment is expected, not tpu"),
     ],
 )
 def test_wrong_markers(readme, said, tmp_path):
