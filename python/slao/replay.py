@@ -54,12 +54,22 @@ class Replay:
         drawn = self.drawn([len(task.train) for task in tasks], seed)
         return [(tasks[task], tasks[task].train[row]) for task, row in drawn]
 
-    def mixed(self, datasets: Sequence[Any], seed: int = 0) -> ConcatDataset[Any]:
-        """The last of these data sets of the tasks so far, and of the ones before what is kept: for any Trainer that
-        takes a torch data set. (Of `datasets.Dataset`s: concatenate_datasets, with `select` of what `drawn` names.)"""
+    def mixed(self, datasets: Sequence[Any], seed: int = 0) -> Any:
+        """The last of these data sets of the tasks so far, and of the ones before what is kept: for any Trainer.
+
+        datasets: torch's, with a length and rows by index, or all of them the library datasets' `Dataset` with the same
+        columns (as TRL takes them). Returns one of the same kind; the last of them itself where nothing is kept.
+        """
         drawn = self.drawn([len(one) for one in datasets[:-1]], seed)
         rows = [[row for task, row in drawn if task == number] for number in range(len(datasets) - 1)]
-        return ConcatDataset([datasets[-1], *(Subset(one, of) for one, of in zip(datasets, rows, strict=False))])
+        kept = [(one, own) for one, own in zip(datasets, rows, strict=False) if own]
+        if not kept:
+            return datasets[-1]
+        if all(type(one).__module__.partition(".")[0] == "datasets" for one in datasets):
+            from datasets import concatenate_datasets
+
+            return concatenate_datasets([datasets[-1], *(one.select(own) for one, own in kept)])
+        return ConcatDataset([datasets[-1], *(Subset(one, own) for one, own in kept)])
 
     def _of_task(self, task: int, count: int, tasks: int, seed: int) -> list[int]:
         if self.fraction is not None:

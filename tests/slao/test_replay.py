@@ -103,6 +103,18 @@ def test_data_sets_of_any_trainer():
     assert len(found) == 24
 
 
+def test_data_sets_of_the_library_stay_such():
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed (extra hub)")
+    every = [datasets.Dataset.from_dict({"text": [f"{task} {row}" for row in range(20)]}) for task in range(3)]
+    replay = Replay(fraction=0.1)
+    assert replay.mixed(every[:1]) is every[0]
+    found = replay.mixed(every, 1)
+    assert isinstance(found, datasets.Dataset)
+    assert found["text"][:20] == every[2]["text"]
+    assert found["text"][20:] == [f"{task} {row}" for task, row in replay.drawn([20, 20], 1)]
+    assert len(found) == 24
+
+
 class Seen(TrainerCallback):
     """The rows of each task's Trainer, and its steps."""
 
