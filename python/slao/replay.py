@@ -20,8 +20,9 @@ class Replay:
 
     fraction: this part of every task's rows, so that more are kept with every task. rows: at most so many in all,
     whatever the number of tasks. One of the two is given.
-    source: "per_task" keeps of every task alike many, drawn at random; "reservoir" draws so that every row of all
-    tasks has the same chance, and larger tasks keep more (Vitter's algorithm R, one row after another). Only with rows.
+    source: "per_task" keeps of every task alike many, of a short one all, drawn at random; "reservoir" draws so that
+    every row of all tasks has the same chance, and larger tasks keep more (Vitter's algorithm R, one row after
+    another). Only with rows.
 
     What is kept after a task is drawn from the seed and the tasks so far alone, so that a resumed run has the same
     rows, and nothing else has to be saved.
@@ -47,7 +48,12 @@ class Replay:
         """(task, row) of what is kept after tasks of so many rows, in their order."""
         if self.source == "reservoir":
             return self._reservoir(rows, seed)
-        return [(task, row) for task, count in enumerate(rows) for row in self._of_task(task, count, len(rows), seed)]
+        kept = zip(rows, self._shares(rows), strict=True)
+        # Of a smaller share the same rows, the first.
+        own = [
+            sorted(random.Random(f"{seed}/{task}").sample(range(n), n)[:most]) for task, (n, most) in enumerate(kept)
+        ]
+        return [(task, row) for task, of in enumerate(own) for row in of]
 
     def kept(self, tasks: Sequence[Task], seed: int) -> list[tuple[Task, Row]]:
         """The rows of these tasks that are kept after them."""
@@ -71,14 +77,16 @@ class Replay:
             return concatenate_datasets([datasets[-1], *(one.select(own) for one, own in kept)])
         return ConcatDataset([datasets[-1], *(Subset(one, own) for one, own in kept)])
 
-    def _of_task(self, task: int, count: int, tasks: int, seed: int) -> list[int]:
+    def _shares(self, rows: Sequence[int]) -> list[int]:
+        """How many are kept of tasks of so many rows; what a short task leaves goes to the others."""
         if self.fraction is not None:
-            most = max(1, round(self.fraction * count))
-        else:
-            assert self.rows is not None
-            most = self.rows // tasks + (task < self.rows % tasks)
-        # Of a shorter list the same rows, the first.
-        return sorted(random.Random(f"{seed}/{task}").sample(range(count), count)[:most])
+            return [max(1, round(self.fraction * count)) for count in rows]
+        assert self.rows is not None
+        shares, left = [0] * len(rows), self.rows
+        for before, task in enumerate(sorted(range(len(rows)), key=lambda task: (rows[task], -task))):
+            shares[task] = min(rows[task], left // (len(rows) - before))
+            left -= shares[task]
+        return shares
 
     def _reservoir(self, rows: Sequence[int], seed: int) -> list[tuple[int, int]]:
         assert self.rows is not None

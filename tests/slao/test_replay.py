@@ -40,12 +40,14 @@ def test_rows_in_all_shared_by_the_tasks():
         assert counts(Replay(rows=7).kept(tasks(*[20] * many), 0)) == {
             str(index): 7 // many + (index < 7 % many) for index in range(many)
         }
-    assert counts(Replay(rows=7).kept(tasks(2, 20), 0)) == {"0": 2, "1": 3}
+    assert counts(Replay(rows=7).kept(tasks(2, 20), 0)) == {"0": 2, "1": 5}
+    assert counts(Replay(rows=12).kept(tasks(3, 20, 1, 20), 0)) == {"0": 3, "1": 4, "2": 1, "3": 4}
+    assert counts(Replay(rows=99).kept(tasks(3, 20), 0)) == {"0": 3, "1": 20}
 
 
 @pytest.mark.parametrize("replay", [Replay(rows=12), Replay(fraction=0.3), Replay(rows=12, source="reservoir")])
 def test_what_is_given_up_does_not_come_back_and_the_seed_decides(replay):
-    every = tasks(20, 30, 10, 20)
+    every = tasks(20, 30, 2, 20)
     for many in range(1, 4):
         before, after = replay.kept(every[:many], 3), replay.kept(every[: many + 1], 3)
         assert {item for item in after if item[0] is not every[many]} <= set(before)
