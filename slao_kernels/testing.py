@@ -14,6 +14,12 @@ TOLERANCE = {
     torch.bfloat16: 8e-3,  # 2 ulp of 2^-8: operands exact, t and y rounded once each
     torch.float16: 1e-3,  # 2 ulp of 2^-11, likewise
 }
+# The same where a result of fp32 or wider is rounded once into its dtype, uniform in half a unit either way: RMS 0.29
+# units. fp32 and fp64 add their sums' rounding.
+ONCE = {torch.float64: 2e-15, torch.float32: 4e-7, torch.bfloat16: 0.3 * 2**-7, torch.float16: 0.3 * 2**-10}
+# ‖A Aᵀ − I‖₂ of an orthonormal A (r, n), over √r: half a unit of the storage dtype on entries of size 1/√n, times the
+# worst case of r rows adding up.
+STORAGE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def error_ratio(actual: Tensor, reference: Tensor) -> float:

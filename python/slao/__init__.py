@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from .methods import (
-    EWC,
-    OPCM,
-    OSF,
-    SLAO,
-    CLoRA,
-    IncLoRA,
-    IncSLAO,
-    InfLoRA,
-    Joint,
-    LwF,
-    MagMax,
-    Method,
-    OLoRA,
-    SDLoRA,
-    SeqLoRA,
-    make_method,
-)
-from .schedules import MergeStats, make_schedule
 
 if TYPE_CHECKING:
     from .callback import SlaoCallback
+    from .methods import (
+        EWC,
+        OPCM,
+        OSF,
+        SLAO,
+        CLoRA,
+        IncLoRA,
+        IncSLAO,
+        InfLoRA,
+        Joint,
+        LwF,
+        MagMax,
+        Method,
+        OLoRA,
+        SDLoRA,
+        SeqLoRA,
+        make_method,
+    )
+    from .schedules import MergeStats, make_schedule
 
 __all__ = [
     "EWC",
@@ -50,9 +50,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "SlaoCallback":  # loads transformers
-        from .callback import SlaoCallback
+# A name loads its module when it is first asked for: `slao --help` comes through here, and torch takes seconds. Names
+# that are not here are of `slao.methods`.
+_PLACES = {"SlaoCallback": "callback", "MergeStats": "schedules", "make_schedule": "schedules"}
 
-        return SlaoCallback
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(f".{_PLACES.get(name, 'methods')}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -265,24 +265,3 @@ def aligned(adapters: Sequence[Mapping[str, Triple]]) -> tuple[list[str], list[l
     first = {name: triple for adapter in reversed(adapters) for name, triple in adapter.items()}
     empty = {name: (A[:0], B[:, :0], 1.0) for name, (A, B, _) in first.items()}
     return names, [[adapter.get(name, empty[name]) for name in names] for adapter in adapters]
-
-
-def interference_table(folders: Sequence[str | Path]) -> str:
-    """The cosines of the folders' task vectors, over all layers together, and their norms, as lines of text; a last one
-    names what trains beside A and B, which is no part of a task vector."""
-    from slao_kernels import interference
-
-    sources = [Source(folder, beside=True) for folder in folders]
-    _, adapters = aligned([triples(source) for source in sources])
-    whole = interference(adapters).whole()
-    names = [Path(folder).resolve().name for folder in folders]
-    width = max(map(len, names))
-    head = " ".join(f"{index + 1:>6}" for index in range(len(names)))
-    lines = [f"{'':{width + 4}} {head}    norm"]
-    for index, name in enumerate(names):
-        cells = " ".join(f"{value:6.3f}" for value in whole.cosines[0, index].tolist())
-        lines.append(f"{index + 1:>3} {name:<{width}} {cells} {whole.norms[0, index].item():7.4g}")
-    beside = {name: ", ".join(source.beside) for name, source in zip(names, sources, strict=True)}
-    if said := [f"{fields} of {name}" for name, fields in beside.items() if fields]:
-        lines.append(f"not looked at, since it has no B A: {'; '.join(said)}")
-    return "\n".join(lines)

@@ -30,7 +30,7 @@ def identity(
     settings: Mapping[str, Any], variants: Sequence[Variant], prepared: Sequence[Any], pairs: Sequence[Any]
 ) -> Identity:
     """Section -> name -> value, all JSON-able. pairs: the adapter's, of a first model."""
-    from slao_kernels.__main__ import versions
+    from slao_kernels.environment import versions
 
     names = [f"{variant.name}: " if variant.name else "" for variant in variants]
     adapter = {

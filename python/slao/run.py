@@ -206,7 +206,7 @@ class Run:
                 yield job, train_job(self.prepared[job.variant], job, self.folder, ready, keep, self.say)
 
     def _results(self, results: dict[Job, Result]) -> dict[str, Any]:
-        from slao_kernels.__main__ import versions
+        from slao_kernels.environment import versions
 
         grouped: dict[str, list[Job]] = {}
         for job in (job for job in self.jobs if job in results):

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -117,7 +118,9 @@ def in_processes(
     context = multiprocessing.get_context("spawn")  # a forked torch hangs in its thread pool
     threads = max(1, torch.get_num_threads() // count)
     stop = context.Event()
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(threads, stop))
+    pool = ProcessPoolExecutor(
+        count, mp_context=context, initializer=_begin, initargs=(threads, stop, sys.stdout is sys.stderr)
+    )
     try:
         running: dict[Future[str], Job] = {
             pool.submit(_work, json.dumps(variants[job.variant].settings), job, str(folder)): job for job in jobs
@@ -156,8 +159,11 @@ def _saved_at(jobs: Iterable[Job], folder: Path) -> dict[str, int]:
     return {name: path.stat().st_mtime_ns for name, path in paths.items() if path.is_file()}
 
 
-def _begin(threads: int, stop: Any) -> None:
+def _begin(threads: int, stop: Any, aside: bool) -> None:
+    """aside: what is printed goes to standard error, as it does in the process that started this one."""
     stopping.obey(stop)
+    if aside:
+        sys.stdout = sys.stderr
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TQDM_DISABLE"] = "1"  # the lines of several processes would overwrite each other
     torch.set_num_threads(threads)

@@ -58,7 +58,7 @@ class Events:
         import matplotlib.figure
         import transformers
 
-        from slao import report_html
+        from slao import report
         from slao.methods.base import Method
 
         self.around(os, "fsync", "fsync", after=False)
@@ -70,7 +70,7 @@ class Events:
         for name in ("begin_task", "end_task", "save", "save_pretrained"):
             self.around(Method, name, name)
         self.around(matplotlib.figure.Figure, "savefig", "figure")
-        self.around(report_html, "page", "page")
+        self.around(report, "page", "page")
 
 
 def start(job: dict[str, Any]) -> int:

@@ -15,7 +15,8 @@ from torch import nn
 
 from slao import make_method
 from slao.export import save_adapter
-from slao.folders import Source, interference_table, triples
+from slao.folders import Source, triples
+from slao.interference import compare
 from slao.merging import merge_adapters
 from slao.methods import Method
 from slao_kernels import interference, weighted_merge
@@ -146,7 +147,7 @@ def from_folders(part: str, tmp_path: Path) -> None:
     if beside is not None:
         with pytest.raises(ValueError, match="more than A and B; merge it with --beside keep"):
             merge_adapters([tmp_path / "out"], tmp_path / "merged", "svd")
-        assert "not looked at, since it has no B A: " in interference_table([tmp_path / "out"])
+        assert "not looked at, since it has no B A: " in str(compare([tmp_path / "out"]))
     source = Source(tmp_path / "out", beside is not None)
     deltas = {name: s * B.double() @ A.double() for name, (A, B, s) in triples(source).items()}
     merge_adapters([tmp_path / "out"], tmp_path / "merged", "svd", beside=beside)

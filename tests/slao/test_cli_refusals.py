@@ -66,10 +66,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "train rows": (["--train-rows", "0"], ["rows must be at least 1, not 0"]),
     "train fraction": (["--train-fraction", "2"], ["fraction must lie in (0, 1], not 2"]),
     "preset": (["--preset", "x"], ["unknown preset 'x'; choose one of "]),
-    "flag": (["--leraning-rate", "1"], ["unrecognized arguments: --leraning-rate", "--help"]),
+    "flag": (["--leraning-rate", "1"], ["No such option: --leraning-rate", "--learning-rate", "--help"]),
     # Contradictions.
-    "resume and overwrite": (["--resume", "--overwrite"], ["--overwrite: not allowed with argument --resume"]),
-    "preset and file": (["x.yaml", "--preset", "demo"], ["not allowed with argument"]),
+    "resume and overwrite": (["--resume", "--overwrite"], ["--resume and --overwrite exclude each other: drop one"]),
+    "preset and file": (["x.yaml", "--preset", "demo"], ["CONFIG and --preset exclude each other: drop one"]),
     "no patch, but a backend": (["--no-patch", "--backend", "eager"], ["which --no-patch turns off: drop one of them"]),
     "no patch, but a precision": (["--no-patch", "--precision", "adapter"], ["--no-patch turns off"]),
     "flag and set": (["--rank", "3", "--set", "lora.r=4"], ["lora.r is set by a flag and by --set: drop one of them"]),

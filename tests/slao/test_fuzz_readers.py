@@ -21,7 +21,8 @@ from safetensors.torch import save
 
 from slao import settings as run_settings
 from slao import sums
-from slao.folders import interference_table, read_adapter
+from slao.folders import read_adapter
+from slao.interference import compare
 from slao.merging import merge_adapters
 from slao.merging.fold.base import Base
 from slao.merging.weights import INDEX, SINGLE
@@ -186,7 +187,7 @@ def used(root: Path, config: bytes, weights: bytes) -> None:
             assert torch.isfinite(B).all()
             assert scaling == scaling
     with one_line():
-        interference_table([good, other])
+        compare([good, other])
     for method in ("slao", "svd"):
         with one_line():
             merge_adapters([good, other], root / f"out_{method}", method)

@@ -55,7 +55,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a key twice": (["--runs", "{}/runs", "--set", "lora={r: 1, r: 2}"], "the key 'r' stands twice"),
     "an empty key": (["--runs", "{}/runs", "--set", "=1"], "cannot set ''"),
     "a stream that is a list": (["--runs", "{}/runs", "--set", "stream=[1]"], "setting 'stream'"),
-    "no whole number of jobs": (["--runs", "{}/runs", "--jobs", "two"], "invalid int value: 'two'"),
+    "no whole number of jobs": (["--runs", "{}/runs", "--jobs", "two"], "Invalid value for '--jobs': Input should be"),
 }  # fmt: skip
 
 
@@ -147,10 +147,10 @@ def test_what_is_explained(error):
 
 
 def test_a_reader_that_goes(tmp_path):
-    """`slao info | head -0`."""
+    """`slao doctor | head -0`."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        ["bash", "-c", f"'{sys.executable}' -m slao.cli info | true"],
+        ["bash", "-c", f"'{sys.executable}' -m slao.cli doctor | true"],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr

@@ -23,12 +23,9 @@ import slao_kernels
 from slao_kernels import dispatch, native
 from slao_kernels.ops.fold import native as native_fold
 from slao_kernels.ops.scaled_merge import native as native_merge
+from slao_kernels.testing import ONCE, STORAGE  # noqa: F401 (the tests on lists take them from here)
 
 DTYPES, INTERPRETED = oracle.DTYPES, oracle.INTERPRETED
-# Half a unit of the storage dtype on entries of size 1/√n, times the worst case of r rows adding up.
-STORAGE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-# One rounding of W, uniform in half a unit either way: RMS 0.29 units. fp32 and fp64 add their sums' rounding.
-ONCE = {torch.float64: 2e-15, torch.float32: 4e-7, torch.bfloat16: 0.3 * 2**-7, torch.float16: 0.3 * 2**-10}
 FINE, COMPLETED, NOT_FINITE = 0, 1, 2
 
 

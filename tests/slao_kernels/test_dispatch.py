@@ -14,7 +14,7 @@ import twins
 
 import slao_kernels
 from slao_kernels import dispatch, native
-from slao_kernels.__main__ import describe
+from slao_kernels.environment import describe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

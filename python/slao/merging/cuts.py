@@ -76,19 +76,28 @@ class CutAdapter:
         content = {"lost": self.lost, "layers": layers, "notes": self.notes}
         (folder / RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
-    def __str__(self) -> str:
-        width = max(map(len, self.layers))
-        lines = [f"{'layer':{width}} {'rank':>5} {'norm':>9}      lost"]
-        for name, layer in self.layers.items():
-            lines.append(f"{name:{width}} {layer.rank:5} {layer.norm:9.3g} {layer.lost:9.3%}")
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the table of layers."""
+        rows = [
+            [name, str(layer.rank), f"{layer.norm:.3g}", f"{layer.lost:.3%}"] for name, layer in self.layers.items()
+        ]
+        return ["layer", "rank", "norm", "lost"], rows
+
+    def summary(self) -> list[str]:
+        """The lines below it: the notes, and the whole."""
         ranks = sorted({layer.rank for layer in self.layers.values()})
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        lines += self.notes
-        lines.append(
+        return [
+            *self.notes,
             f"{self.folder}: {len(self.layers)} layers, {rank}, which leave out {self.lost:.3%} of the whole (norms; "
-            f"{self.lost**2:.3%} of the squares); {served(ranks[-1])}"
-        )
-        return "\n".join(lines)
+            f"{self.lost**2:.3%} of the squares); {served(ranks[-1])}",
+        ]
+
+    def __str__(self) -> str:
+        header, rows = self.cells()
+        width = max(map(len, self.layers))
+        lines = [f"{name:{width}} {rank:>5} {norm:>9} {lost:>9}" for name, rank, norm, lost in [header, *rows]]
+        return "\n".join([*lines, *self.summary()])
 
 
 def served(rank: int) -> str:

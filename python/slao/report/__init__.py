@@ -9,10 +9,10 @@ from .. import checkpoint
 from .compare import load_all
 from .figures import draw
 from .page import page
-from .results import load, parse
-from .tables import markdown, table
+from .results import load, numbers, parse
+from .tables import about, markdown, per_method, table
 
-__all__ = ["load", "load_all", "markdown", "parse", "table", "write_report"]
+__all__ = ["about", "load", "load_all", "markdown", "numbers", "parse", "per_method", "table", "write_report"]
 
 
 def write_report(*run_dirs: str | Path) -> Path:

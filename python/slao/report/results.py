@@ -103,6 +103,18 @@ def parse(results: Any) -> list[Method]:
     return [_method(str(name), entry, results.get("settings")) for name, entry in entries.items()]
 
 
+def numbers(results: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
+    """Method -> "runs", what they are called (seeds, or "seed/order"), and for each key of `Method.values` a number a
+    run, of MOPD and AOPD a number a seed; NaN where one is missing. `state_mb`: MiB kept after the first and last task.
+    """
+    return {
+        method.name: {"runs": method.seeds}
+        | {key: values.tolist() for key, values in method.values.items()}
+        | ({} if method.state is None else {"state_mb": method.state.tolist()})
+        for method in parse(results)
+    }
+
+
 def load(run_dir: Path) -> Any:
     """The object in run_dir/results.json."""
     path = run_dir / "results.json"

@@ -133,8 +133,13 @@ def table(results: Mapping[str, Any]) -> str:
     widths = [max(len(row[c]) for row in lines) for c in range(len(found.header))]
     text = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in lines]
     text.insert(1, "  ".join("-" * w for w in widths))
-    about = f"{results['stream']} · {results['model']} · {results['metric']} · mean ± std over runs"
-    return "\n".join([about, *unfinished(results), "", *text])
+    return "\n".join([*about(results), "", *text])
+
+
+def about(results: Mapping[str, Any]) -> list[str]:
+    """The lines above the table: what was run, and what of it is missing."""
+    what = f"{results['stream']} · {results['model']} · {results['metric']} · mean ± std over runs"
+    return [what, *unfinished(results)]
 
 
 def markdown(results: Mapping[str, Any]) -> str:

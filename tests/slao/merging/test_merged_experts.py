@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from slao.folders import interference_table, read_adapter
+from slao.folders import read_adapter
+from slao.interference import compare
 from slao.merging import METHODS, compress_adapter, fold_model, merge_adapters
 from slao_kernels.testing import tiny_model
 
@@ -101,7 +102,7 @@ def test_the_merge_loads_into_plain_peft_and_folds(kind, tmp_path):
 
 def test_interference_of_folders_is_that_of_their_experts(three, tmp_path):
     apart = [taken_apart(folder, tmp_path / "apart" / folder.name) for folder in three if _made(tmp_path / "apart")]
-    assert interference_table(three) == interference_table(apart)
+    assert str(compare(three)) == str(compare(apart))
 
 
 def _made(folder: Path) -> bool:
