@@ -27,7 +27,7 @@ from .testing import ONCE, STORAGE, TOLERANCE, error_ratio
 
 # fp32 first: where Triton has to compile its kernels and the time runs out, each has been met in one dtype.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SECONDS = 8.0  # after which no check is begun: the longest takes a second, where nothing has to be compiled
+SECONDS = 8.0  # after which no check is begun, so that all ends within ten where no kernel has to be compiled
 _SCALING = 0.7
 _R = 16
 
@@ -164,8 +164,8 @@ def _orthogonal_init(draw: Draw, dtype: torch.dtype, backend: str) -> Results:
     apart = torch.linalg.matrix_norm(found @ found.T - torch.eye(_R, dtype=torch.float64), 2).item()
     entries = (1e-12 if dtype == torch.float64 else 1e-5) + torch.finfo(dtype).eps
     return {
-        "|A Aᵀ − I|": (apart, STORAGE[dtype] * math.sqrt(_R)),
-        "max |A − Q|": ((found - exact).abs().max().item(), entries),
+        "|A A^T - I|": (apart, STORAGE[dtype] * math.sqrt(_R)),
+        "max |A - Q|": ((found - exact).abs().max().item(), entries),
     }
 
 

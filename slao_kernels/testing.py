@@ -1,4 +1,4 @@
-"""For tests and benches: one error measure, tolerances with their reasons, tiny models of each architecture."""
+"""For tests, benches and the self-test: one error measure, tolerances with their reasons, tiny models of each kind."""
 
 from __future__ import annotations
 

@@ -152,12 +152,16 @@ def make_order(stream_folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
 def test_a_training_that_diverges_is_reported_and_the_others_go_on(
-    saved_bert, stream_folder, tmp_path, capsys, processes
+    saved_bert, stream_folder, tmp_path, capfd, processes
 ):
+    """And standard output is one JSON document, of all processes."""
     command = study(tmp_path, saved_bert, stream_folder, sweep={"train.learning_rate": [1e-2, 1e38]})
-    assert main([*command, "--jobs", processes]) == 1
-    out, err = capsys.readouterr()
+    capfd.readouterr()
+    assert main([*command, "--jobs", processes, "--json"]) == 1
+    out, err = capfd.readouterr()
+    told = json.loads(out)
     assert "failed: seqlora (learning_rate=1e+38) seed 0: task " in err
+    assert "seqlora (learning_rate=0.01) seed 0, task 2/2 " in err
     assert "diverged" in err
     content = json.loads((tmp_path / "runs" / "study" / "results.json").read_text())
     # "fast" has a learning rate of its own, so the swept one does not reach it.
@@ -165,7 +169,9 @@ def test_a_training_that_diverges_is_reported_and_the_others_go_on(
         f"fast (learning_rate={rate})" for rate in (0.01, 1e38)
     )]  # fmt: skip
     assert list(content["failed"]) == ["seqlora (learning_rate=1e+38) seed 0"]
-    assert "report: " in out
+    assert told["failed"] == content["failed"]
+    assert list(told["methods"]) == list(content["methods"])
+    assert Path(told["report"]).is_file()
 
 
 def test_a_process_that_dies_is_said(saved_bert, stream_folder, tmp_path, capsys, monkeypatch):

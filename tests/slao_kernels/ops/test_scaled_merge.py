@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from on_lists import CORES, DTYPES, EMULATED, GPU, INTERPRETED, PUBLIC, at, bits
+from on_lists import CORES, DTYPES, EMULATED, GPU, INTERPRETED, ONCE, PUBLIC, at, bits
 
 import slao_kernels
+from slao_kernels.testing import error_ratio
 
 SIZES = [(33, 7), (5,), (2, 3, 4), (), (1037,)]
 SIZES += [] if INTERPRETED else [(8195,), (4096,), (3,), (300, 200)]
@@ -36,6 +37,8 @@ def test_within_one_unit_of_the_exact_merge(target, source, lam, ops):
     for m, e, big, f in zip(merged, exact, scale, tuned, strict=True):
         near = slack * big + e.abs() * torch.finfo(target).eps + torch.finfo(target).tiny
         assert ((m.double() - e).abs() <= near).all()
+        if m.numel() > 2000:  # of a few, or where a few are far larger, one value's rounding may be all of the error
+            assert error_ratio(m, e) <= ONCE[target]
         if lam == 1.0 and (source != torch.float64 or ops in CORES):  # torch rounds fp64 to 16 bits twice
             assert torch.equal(bits(m), bits(f.to(target)))
     assert all(torch.equal(f, old) for f, old in zip(tuned, before, strict=True))
