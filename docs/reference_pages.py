@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).with_name("reference")
-COMMANDS = ("run", "report", "interference", "merge", "fold", "compress", "extract", "info")
+COMMANDS = ("run", "report", "interference", "merge", "fold", "compress", "extract", "doctor")
 _EXAMPLES = {
     "run": "slao run --preset demo",
     "report": "slao report runs/demo",
@@ -29,7 +29,7 @@ _EXAMPLES = {
     "fold": "slao fold base/ a/ -o out/",
     "compress": "slao compress adapter/ -o out/ --keep 0.99",
     "extract": "slao extract tuned/ base/ -o out/ --rank 64",
-    "info": "slao info",
+    "doctor": "slao doctor",
 }
 # What a setting means, with its flag of `slao run`.
 _MEANING = {

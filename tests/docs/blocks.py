@@ -107,8 +107,17 @@ def check_command(words: list[str]) -> None:
 def check_slao(words: list[str]) -> None:
     """The command line as the program reads it, in the one place that knows how its parser is called; the settings of a
     run are completed and checked too, before any model or data."""
-    from slao.cli import parser, settings_from
+    import typer
 
-    options = parser().parse_args(words)
-    if options.command == "run":
-        settings_from(options)
+    from slao.cli.app import app
+    from slao.cli.training import settings_from
+
+    group = typer.main.get_command(app)
+    try:
+        with group.make_context("slao", list(words)) as context:
+            name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
+            with command.make_context(name, rest, parent=context) as inner:
+                if name == "run":
+                    settings_from(inner.params)
+    except typer.TyperException as error:
+        raise ValueError(error.format_message()) from None
