@@ -242,7 +242,8 @@ def report(
 ) -> None:
     """Write the HTML page of a run, or of several side by side, from results.json.
 
-    With --json: results (a path a run), report, methods, unfinished and failed, as of slao run.
+    With --json: results (a path a run), report, methods, unfinished and failed,
+    as of slao run.
     """
     from .. import report as reports
 
