@@ -25,8 +25,8 @@ Tables = tuple["array.array[int]", list[int]]
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-@cache
 def _load() -> ModuleType | str:
+    """The extension, or why there is none."""
     try:
         from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
@@ -36,6 +36,10 @@ def _load() -> ModuleType | str:
     if _C.abi != ABI:
         return f"the extension is of another version (ABI {_C.abi}, expected {ABI}): install slao_kernels again"
     return _C
+
+
+# Once and here, not at the first call: torch.compile, tracing into that, cannot follow an import that fails.
+_LOADED = _load()
 
 
 @cache
@@ -57,12 +61,11 @@ def why_not(device_type: str) -> str | None:
     """Why the compiled core cannot serve that kind of device; None if it can."""
     if device_type not in ("cpu", "cuda"):
         return "CPU and CUDA only"
-    loaded = _load()
-    if isinstance(loaded, str):
-        return loaded
+    if isinstance(_LOADED, str):
+        return _LOADED
     if device_type == "cpu":
         return None
-    return _gpu() if loaded.cuda else "the extension was built without CUDA"
+    return _gpu() if _LOADED.cuda else "the extension was built without CUDA"
 
 
 def _driver(version: int) -> str | None:
@@ -85,16 +88,14 @@ def why_not_lora(device_type: str) -> str | None:
 
 def core() -> ModuleType:
     """The extension module. RuntimeError with the reason when there is none."""
-    loaded = _load()
-    if isinstance(loaded, str):
-        raise RuntimeError(loaded)
-    return loaded
+    if isinstance(_LOADED, str):
+        raise RuntimeError(_LOADED)
+    return _LOADED
 
 
 def instruction_set() -> str:
     """The best that the CPU kernels use here: "amx", "avx512bf16", "avx512", "avx2", "base"; "" without the core."""
-    loaded = _load()
-    return "" if isinstance(loaded, str) else str(loaded.best_isa())
+    return "" if isinstance(_LOADED, str) else str(_LOADED.best_isa())
 
 
 @contextmanager
