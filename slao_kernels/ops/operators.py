@@ -19,7 +19,10 @@ from torch import Tensor
 
 from .. import dispatch
 
-LIBRARY = torch.library.Library("slao_kernels", "DEF")
+# A hub build (tools/hub) is this package under another name, and an operator's name can be registered once.
+NAMESPACE = __name__.partition(".")[0]
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+OPS: Any = getattr(torch.ops, NAMESPACE)
 
 
 def products_of(backend: str, drawn: Tensor | None = None, p: float = 0.0) -> Any:
@@ -307,4 +310,4 @@ _OPERATORS: tuple[tuple[str, Any, Any], ...] = (
 )
 for _name, _kernel, _fake in _OPERATORS:
     LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"slao_kernels::{_name}", _fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=LIBRARY)

@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from . import (
-    checks,
-    operators,  # noqa: F401  (defines the operators)
-)
+from . import checks, operators
 
 # Calls of one op that are remembered: a CUDA graph may hold several, all of which have to have run before.
 _MOST = 16
@@ -36,7 +33,7 @@ class Call:
         backend's `tables` made of them. options: what only the backend's function takes."""
         with torch.no_grad():
             if backend == "reference" or self.seen is None:
-                getattr(torch.ops.slao_kernels, f"{op}_")(*lists, *more, backend)
+                getattr(operators.OPS, f"{op}_")(*lists, *more, backend)
                 return
             module = dispatch.implementation(op, backend)
             if (op, backend) not in self.tables:

@@ -33,7 +33,7 @@ class _Scale(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(z if c.requires_grad else None, c)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return products.scale(z, c, bias) if dispatch.direct() else torch.ops.slao_kernels.dora_scale(z, c, bias)
+        return products.scale(z, c, bias) if dispatch.direct() else operators.OPS.dora_scale(z, c, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -56,7 +56,7 @@ def _run(name: str, first: Tensor, *args: Any) -> Any:
     """The product, or its operator where something looks on."""
     if dispatch.direct():
         return operators.outside_autocast(getattr(products, name), first.device.type)(first, *args)
-    return getattr(torch.ops.slao_kernels, f"dora_{name}")(first, *args)
+    return getattr(operators.OPS, f"dora_{name}")(first, *args)
 
 
 def run(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, magnitude: Tensor, A: Tensor, B: Tensor) -> Tensor:

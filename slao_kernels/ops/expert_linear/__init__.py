@@ -42,7 +42,7 @@ class ExpertLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, A: Any, B: Any, scaling: float, ends: Tensor, backend: str
     ) -> Tensor:
         args = x, weight, A, B, scaling, ends, backend
-        run = operators.expert_linear if dispatch.direct() else torch.ops.slao_kernels.expert_linear
+        run = operators.expert_linear if dispatch.direct() else operators.OPS.expert_linear
         y, t = run(*args)
         ctx.save_for_backward(x, weight, t, A, B, ends)
         ctx.scaling, ctx.backend = scaling, backend
@@ -57,7 +57,7 @@ def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, t, A, B, ends = ctx.saved_tensors
     need_x, _, need_A, need_B = ctx.needs_input_grad[:4]
     direct = dispatch.direct()
-    run = operators.expert_linear_backward if direct else torch.ops.slao_kernels.expert_linear_backward
+    run = operators.expert_linear_backward if direct else operators.OPS.expert_linear_backward
     grads = run(dy, x, weight, t, A, B, ctx.scaling, ends, need_x, need_A, need_B, ctx.backend)
     dx, dA, dB = (grad if need else None for grad, need in zip(grads, (need_x, need_A, need_B), strict=True))
     return dx, None, dA, dB, None, None, None

@@ -123,7 +123,7 @@ class LoraLinear(torch.autograd.Function):
             run = products.wide_forward if call.wide else products.forward
             y, t = run(x, source, weight, bias, A, values, call.scaling)
         else:
-            op, tensors = torch.ops.slao_kernels.lora_linear, (x, source, weight, bias, A, values)
+            op, tensors = operators.OPS.lora_linear, (x, source, weight, bias, A, values)
             y, t = op(*tensors, call.scaling, call.wide, call.backend, drawn, call.dropout)
         for_weight = x if trains and source is not None else None
         ctx.save_for_backward(read, t, weight, A, B, drawn, for_weight, *cores)
@@ -140,7 +140,7 @@ def _linear_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     direct, needs = dispatch.direct(), (need_x, need_A or True in need_cores, need_B)
     tensors = dy, read, weight, t, routing(cores).to(A.dtype) @ A if cores else A, B
     if not direct:
-        op, rest = torch.ops.slao_kernels.lora_linear_backward, (call.backend, drawn, call.dropout)
+        op, rest = operators.OPS.lora_linear_backward, (call.backend, drawn, call.dropout)
         dx, dA, dB, g = op(*tensors, call.scaling, call.wide, *needs, *rest)
     elif operators.batched(dy):
         run = operators.outside_autocast(reference.grads, call.device)
@@ -204,7 +204,7 @@ class LoraAdd(torch.autograd.Function):
             if in_place:
                 ctx.mark_dirty(y)
         else:
-            out, t = torch.ops.slao_kernels.lora_add(y, x, A, B, call.scaling, call.backend, drawn, call.dropout)
+            out, t = operators.OPS.lora_add(y, x, A, B, call.scaling, call.backend, drawn, call.dropout)
         ctx.save_for_backward(x, t, A, B, drawn)
         return out
 
@@ -218,7 +218,7 @@ def _add_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     _, need_y, *needs, _ = ctx.needs_input_grad
     direct, args, grads = dispatch.direct(), (t, A, B, call.scaling), None
     if not direct:
-        grads = torch.ops.slao_kernels.lora_add_backward(dy, x, *args, *needs, call.backend, drawn, call.dropout)
+        grads = operators.OPS.lora_add_backward(dy, x, *args, *needs, call.backend, drawn, call.dropout)
     elif operators.batched(dy):
         grads = operators.outside_autocast(reference.add_grads, call.device)(x, dy, *args, _kept(call, drawn))
     else:
