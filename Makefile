@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 DRIVER = $(MAKE) --silent --no-print-directory -j$(shell getconf _NPROCESSORS_ONLN) -f tests/csrc/Makefile
 INSTALL = pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-llm test fuzz bench report gpu conformance docs lint asan aarch64 format clean
+.PHONY: help demo demo-llm test fuzz bench report gpu conformance docs lint asan aarch64 format dist hub-kernel clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -103,6 +103,18 @@ aarch64:
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+## make dist    sdist and wheel (of this machine's Python and compiler) into dist/, checked by twine
+dist: $(VENV)/.installed
+	$(BIN)/$(INSTALL) build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+## make hub-kernel  lora_linear as a repository of the package `kernels`, in build/hub (tools/hub)
+hub-kernel:
+	rm -rf build/hub
+	$(PYTHON) tools/hub/build.py build/hub
 
 ## make clean   remove environments and build products (runs/ stays)
 clean:
