@@ -114,7 +114,7 @@ class Weights:
         if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
             raise ValueError(f"{path} has no weight_map from tensors to files")
         for name in (names := sorted(set(places.values()))):
-            if Path(name).name != name or not (self.folder / name).exists():
+            if Path(name).name != name or not (self.folder / name).is_file():
                 raise ValueError(f"{path} names the file {name!r}, which is not in its folder; download it again")
         self.index = index
         return names

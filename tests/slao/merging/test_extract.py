@@ -206,13 +206,14 @@ def spoil(tuned: Path, base: Path, how: str) -> None:
         (base / "config.json").unlink()
     save_file(tensors, path, metadata={"format": "pt"})
     (tuned / "config.json").write_text(json.dumps(config))
-    if how in ("a link", "no weight_map"):
-        other = tuned / "part.safetensors" if how == "no weight_map" else tuned.parent / "elsewhere.safetensors"
+    if how in ("a link", "no weight_map", "an unnamed file"):
+        other = tuned / "part.safetensors" if how != "a link" else tuned.parent / "elsewhere.safetensors"
         path.rename(other)
         if how == "a link":
             path.symlink_to(other)
         else:
-            (tuned / "model.safetensors.index.json").write_text("[]")
+            index = [] if how == "no weight_map" else {"weight_map": dict.fromkeys(tensors, "")}
+            (tuned / "model.safetensors.index.json").write_text(json.dumps(index))
     elif how == "cut":
         path.write_bytes(path.read_bytes()[:-100])
     elif how == "pickle":
@@ -235,6 +236,7 @@ BAD = {
     "cut": "is cut short or damaged",
     "a link": "leads out of its folder",
     "no weight_map": "model.safetensors.index.json has no weight_map from tensors to files",
+    "an unnamed file": "names the file '', which is not in its folder",
     "pickle": "but a pickle (pytorch_model.bin), which may run any code when it is read",
     "absent": "there is no model folder and no safetensors file at",
 }
