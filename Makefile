@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 DRIVER = $(MAKE) --silent --no-print-directory -j$(shell getconf _NPROCESSORS_ONLN) -f tests/csrc/Makefile
 INSTALL = pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-llm test fuzz bench report gpu conformance docs lint asan aarch64 format dist hub-kernel clean
+.PHONY: help demo demo-llm test fuzz bench bench-smoke report gpu conformance docs lint asan aarch64 format dist hub-kernel clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ bench: $(VENV)/.installed
 	mkdir -p $(dir $(BENCH_JSON))
 	$(BIN)/pytest bench -v --benchmark-json=$(BENCH_JSON) $(ARGS)
 	$(BIN)/python bench/report.py $(BENCH_JSON)
+
+## make bench-smoke  benches of what is done between tasks, one round each on MiniLM's layers: do they run? (a minute)
+bench-smoke: $(VENV)/.installed
+	$(BIN)/pytest bench --model minilm --rounds 1 --threads 1 -q -k "scaled_merge or orthogonal_init or transition or bench_fold"
 
 ## make report  tables and plots of build/bench.json; ARGS=build/gpu.json: of that; ARGS=--keep: into bench/results/
 ##              and the README, without host, user and paths (bench/results/README.md)

@@ -2,7 +2,7 @@
 
 python bench/report.py [FILE]          its page (.md) beside it, its plots in a folder of its name (build/bench.json)
 python bench/report.py --keep [FILE]   the same in bench/results/, of a copy without host, user and paths, and --readme
-python bench/report.py --readme        write the README's marked blocks and the pages of bench/results/ again
+python bench/report.py --readme        write the blocks of README and docs/testing.md and the pages of bench/results/ again
 python bench/report.py --check         change nothing; status 1 if a block or a page is not what the JSON there says
 """
 
@@ -19,9 +19,9 @@ import scrub
 import tables
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
-LINK = "bench/results"
+# Files with blocks of figures (quote.py), and the way from their place to the results.
+QUOTING = {ROOT / "README.md": "bench/results", ROOT / "docs" / "testing.md": "../bench/results"}
 
 
 def main(arguments: list[str]) -> int:
@@ -30,8 +30,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("file", nargs="?", type=Path, default=ROOT / "build" / "bench.json")
     does = parser.add_mutually_exclusive_group()
     does.add_argument("--keep", action="store_true", help="put FILE into bench/results/")
-    does.add_argument("--readme", action="store_true", help="fill the blocks of README.md")
-    does.add_argument("--check", action="store_true", help="do README.md and the pages say what the results say?")
+    does.add_argument("--readme", action="store_true", help="fill the blocks of README.md and docs/testing.md")
+    does.add_argument("--check", action="store_true", help="do they, and the pages, say what the results say?")
     parser.add_argument("--device", default=None, help="with --keep: the device's name in the file's")
     parser.add_argument("--no-plots", action="store_true")
     options = parser.parse_args(arguments)
@@ -84,9 +84,9 @@ def page(path: Path) -> str:
 
 
 def expected() -> dict[Path, str]:
-    """What README.md and the pages of all results have to say, by file."""
-    readme = quote.filled(README.read_text(encoding="utf-8"), RESULTS, LINK)
-    return {README: readme} | {path.with_suffix(".md"): page(path) for path in sorted(RESULTS.glob("*.json"))}
+    """What README.md, the page on how it is measured and the pages of all results have to say, by file."""
+    quoting = {file: quote.filled(file.read_text(encoding="utf-8"), RESULTS, link) for file, link in QUOTING.items()}
+    return quoting | {path.with_suffix(".md"): page(path) for path in sorted(RESULTS.glob("*.json"))}
 
 
 def check() -> int:

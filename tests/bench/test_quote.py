@@ -14,7 +14,7 @@ import tables
 
 def test_this_repository_says_what_its_results_say(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().err
-    readme = report.README.read_text(encoding="utf-8")
+    readme = (report.ROOT / "README.md").read_text(encoding="utf-8")
     assert "<!-- bench:cpu headline -->" in readme
     assert "<!-- bench:experiment clinc150 -->" in readme
     assert len(readme.splitlines()) <= 120

@@ -137,6 +137,7 @@ def test_a_causal_lm_run(saved_llama, stream_folder, tiny, tmp_path, capsys):
     assert [objective.score(model, task, task.test, 64) for task in stream.tasks] == matrix[-1]
 
 
+@pytest.mark.exhaustive
 def test_methods_of_one_run_do_not_meet(saved_bert, stream_folder, tmp_path, capsys):
     """All in one run, and some in one of their own: the same, though all are tried on one model at first."""
     names = ["slao", *sorted(METHODS.keys() - {"slao"})]

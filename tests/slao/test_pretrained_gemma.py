@@ -169,6 +169,7 @@ def test_an_unwritable_cache(tree, tmp_path, monkeypatch):
     assert "cannot be kept in" in refused(tree[0], tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_killed_then_two_at_once(tree, tmp_path):
     packed, _, site = tree
     code = f"from slao.pretrained_gemma import *; print(gemma(Packed(*{list(vars(packed).values())!r})))"

@@ -208,6 +208,7 @@ def test_results_and_report_of_an_unfinished_run(command, tmp_path, capsys, monk
             assert resumed["methods"][name][key] == again["methods"][name][key]
 
 
+@pytest.mark.exhaustive
 def test_processes_keep_results_too(command, tmp_path, capsys, monkeypatch):
     from slao.run import Run
 

@@ -17,6 +17,8 @@ from slao.cli import main
 from slao.folders import read_adapter
 from slao_kernels.testing import error_ratio
 
+pytestmark = pytest.mark.exhaustive
+
 METHODS = ("slao", "inflora", "sdlora")
 # Of what the adapter adds to a layer: the sign of an eigenvector (InfLoRA's A) and the size of a magnitude near zero
 # (SD-LoRA's) are no result. fp32, gradients summed in two halves: how far their last bits take the weights depends on

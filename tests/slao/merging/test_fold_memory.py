@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 import transformers as hf
 
@@ -25,6 +26,7 @@ print(json.dumps([before, peak()]))
 """
 
 
+@pytest.mark.exhaustive
 def test_peak_memory_is_below_a_shard(folds, tmp_path):
     config = hf.LlamaConfig(vocab_size=512, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6,
                             num_attention_heads=8, num_key_value_heads=8)  # fmt: skip

@@ -156,7 +156,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path):
         process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(0.15 + 0.074 * round_)
+        while not path.exists():  # the first of all
+            time.sleep(0.02)
+        time.sleep(0.074 * (1 + round_))
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
