@@ -2,7 +2,7 @@
 
 python bench/report.py [FILE]          its page (.md) beside it, its plots in a folder of its name (build/bench.json)
 python bench/report.py --keep [FILE]   the same in bench/results/, of a copy without host, user and paths, and --readme
-python bench/report.py --readme        write the blocks of README and docs/testing.md and the pages of bench/results/ again
+python bench/report.py --readme        write the blocks of README and docs/testing.md, and the results' pages, again
 python bench/report.py --check         change nothing; status 1 if a block or a page is not what the JSON there says
 """
 
