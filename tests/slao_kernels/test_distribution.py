@@ -70,6 +70,7 @@ def test_sdist_holds_what_is_tracked(tmp_path):
     assert names - generated == expected
 
 
+@pytest.mark.exhaustive
 def test_without_a_compiler(tmp_path):
     """The build warns in one line and makes nothing; what is installed then says so, runs, and compiles."""
     tree = tmp_path / "tree"

@@ -121,6 +121,7 @@ def test_the_folder(tmp_path):
     assert again.stderr == f"{tmp_path / 'hub'} is there already: remove it, or name a new folder\n"
 
 
+@pytest.mark.exhaustive
 def test_layer_from_a_local_repository(tmp_path):
     """PEFT's Linear forward, replaced through `kernels` by one built on our op: the same numbers."""
     if importlib.util.find_spec("kernels") is None:
