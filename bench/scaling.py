@@ -4,7 +4,8 @@ Per axis a Markdown table of medians in ms, with the exponent e of time ~ size^e
 of the sizes (0: time does not grow, 1: proportionally), and what each contestant's time is over ours at the largest.
 
     tokens, rank   a LoRA layer of 1024 x 1024, forward and backward: ours, PEFT, the frozen layer (dx alone)
-    layers         end_task + begin_task of SLAO on layers of 1024 x 1024, r = 16: ours; a loop of QRs and foreach
+    layers         the merge and the re-basing between two tasks, layers of 1024 x 1024, r = 16: our two calls; foreach
+                   and a loop of QRs
     tasks          end_task + begin_task, r = 8, two layers: SLAO, and methods that keep a pair a task or a fixed number
 
 In a round everybody is called once at one size; nothing else should run. CPUs: --threads, one unless said.
@@ -101,6 +102,8 @@ def of_tasks(label: str, device: str) -> dict[int, float]:
             for pair in method.pairs:
                 for part in pair.parameters:
                     part.add_(torch.randn(part.shape, generator=generator, device=device), alpha=0.02)
+        if device == "cuda":
+            torch.cuda.synchronize()
         started = time.perf_counter()
         method.end_task()
         method.begin_task(str(task + 1))

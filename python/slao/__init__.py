@@ -56,6 +56,8 @@ _PLACES = {"SlaoCallback": "callback", "MergeStats": "schedules", "make_schedule
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("methods", "schedules"):  # as `import slao` alone has always had them
+        return import_module(f".{name}", __name__)
     if name in __all__:
         return getattr(import_module(f".{_PLACES.get(name, 'methods')}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

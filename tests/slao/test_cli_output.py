@@ -216,7 +216,7 @@ def test_a_shell_gets_completions():
         (["train"], "slao: No such command 'train' (see slao --help)"),
         (["merge", "a"], "slao: Missing option '--out' / '-o' (see slao merge --help)"),
         (["compress", "a", "b", "-o", "c"], "slao: Got unexpected extra argument(s) (b) (see slao compress --help)"),
-        (["compress", "a", "-o", "c", "--rank", "x"], "slao: Invalid value for '--rank': "),
+        (["compress", "a", "-o", "c", "--rank", "x"], "slao: --rank takes a whole number; got 'x'"),
     ],
 )
 def test_arguments_that_a_command_does_not_take(arguments, line, capsys):
@@ -257,3 +257,47 @@ def test_results_on_a_terminal(arguments, on_terminal, capsys):
     plain = [re.split(r"  +", line) for line in table(content).splitlines()[2:]]
     cells = {cell for line in lines[:-2] for cell in re.split(r"  +", line.strip()) if cell}
     assert cells == {cell for line in (plain[0], *plain[2:]) for cell in line}
+
+
+def test_every_option_that_is_a_setting_is_taken_as_one():
+    """On every Python: annotations are read without get_type_hints, which before 3.11 wraps a default of None."""
+    import inspect
+
+    from slao.cli import training
+
+    options = {name: "1" for name, each in inspect.signature(training.run).parameters.items() if each.default is None}
+    given = training._given(options)
+    assert given.keys() >= {"model", "stream.name", "stream.path", "methods", "lora.r", "train.learning_rate", "dtype"}
+    assert len(given) >= 18
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--preset", "demo", "--name", "--resume"], "--name needs a value, and --resume follows it"),
+        (["merge", "a", "b", "-o", "--json"], "-o needs a value, and --json follows it"),
+        (["merge", "a", "b", "-o", "c", "--rank", "x"], "--rank takes a whole number; got 'x'"),
+        (["merge", "a", "b", "-o", "c", "--density=half"], "--density takes a number; got 'half'"),
+    ],
+)
+def test_values_that_are_missing_or_no_numbers(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"slao: {said}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_is_no_terminal_whatever_force_color_says(monkeypatch):
+    from slao.cli import output
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    assert output.terminal() is None
+
+
+def test_names_that_were_always_there_still_are():
+    code = "import slao; print(slao.methods.METHODS['slao'].__name__, slao.schedules.make_schedule('inverse').__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[0] == "SLAO"

@@ -89,7 +89,9 @@ def test_runs_of_one_name_get_their_parents(runs, tmp_path):
         folder.rename(tmp_path / name / "demo")
     results = load_all([tmp_path / "x" / "demo", tmp_path / "y" / "demo"])
     assert list(results["runs"]) == ["x/demo", "y/demo"]
-    assert write_report(tmp_path / "x" / "demo", tmp_path / "y" / "demo").name == "compare_x_demo_y_demo.html"
+    pages = [write_report(tmp_path / one / "demo", tmp_path / other / "demo") for one, other in ("xy", "yx")]
+    assert [page.name.rpartition("_")[0] for page in pages] == ["compare_x_demo_y_demo", "compare_y_demo_x_demo"]
+    assert [page.parent for page in pages] == [tmp_path / "x", tmp_path / "y"]
 
 
 @pytest.mark.parametrize(

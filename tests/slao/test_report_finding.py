@@ -84,9 +84,32 @@ def test_differences_that_are_all_the_same_prove_nothing():
     assert "0.050 above seqlora (by the same amount in every run), and forgets 0.100 less (by the same" in better
     same = told(slao=ends((0.8, 0.7, 0.8), (0.8, 0.7, 0.9)), seqlora=ends((0.8, 0.7, 0.8), (0.8, 0.7, 0.9)))
     assert same == (
-        "slao ends at 0.775 ± 0.035 after 2 tasks, as seqlora does in every run, and forgets as much; "
+        "slao ends at 0.775 ± 0.035 after 2 tasks, as seqlora does in every run of both, and forgets as much; "
         "clinc150, 2 runs a method"
     )
+
+
+def test_a_difference_of_nothing_is_neither_above_nor_less():
+    """One run each, BWT 0 in both: nothing is forgotten, and nothing gained."""
+    one = ends((0.8, 0.8, 0.8))
+    assert "after 2 tasks, level with seqlora, and forgets as much; clinc150" in told(slao=one, seqlora=one)
+    gained = ends((0.6, 0.7, 0.9), (0.6, 0.7, 0.8))
+    assert "as seqlora does in every run of both, and gains as much on earlier tasks;" in told(
+        slao=gained, seqlora=gained
+    )
+
+
+def test_the_next_best_may_be_above_where_both_have_a_value():
+    methods = parse(two_methods() | {"methods": {
+        "slao": ends((0.5, 0.5, 0.5), (0.9, 0.9, 0.9)), "ewc": ends((0.6, 0.6, 0.6), (0.6, 0.6, None)),
+        "seqlora": ends((0.1, 0.1, 0.1), (0.1, 0.1, 0.1))}})  # fmt: skip
+    assert runner_up(methods) == "Next is ewc, 0.100 above slao."
+
+
+def test_the_name_of_an_order_is_not_what_pairs_runs():
+    plain, named = ends((0.8, 0.7, 0.8)), ends((0.8, 0.5, 0.8)) | {"orders": [0]}
+    found = difference(*parse(two_methods() | {"methods": {"a": plain, "b": named}}), "AA")
+    assert (found.pairs, found.mean) == (1, pytest.approx(0.1))
 
 
 def test_runs_are_paired_by_seed_and_order():
@@ -106,7 +129,7 @@ def test_whom_the_best_is_held_against():
     methods = parse(results)
     # Joint training is no rival, and SeqLoRA is known by its kind.
     assert title(results, methods).startswith("slao ends at 0.750 after 2 tasks, 0.100 above plain,")
-    assert runner_up(methods) == "Next is ewc, 0.020 below."
+    assert runner_up(methods) == "Next is ewc, 0.020 below slao."
     anchor, rows = differences(methods)
     assert anchor == "slao"
     assert [row[:3] for row in rows.rows] == [

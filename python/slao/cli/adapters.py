@@ -71,7 +71,7 @@ def interference(adapters: Adapters, json: output.Json = False) -> None:
         print(found)
     else:
         output.print_table(console, *found.cells())
-        console.print(*found.notes(), sep="\n")
+        output.print_lines(console, found.notes())
 
 
 def merge(
@@ -224,7 +224,7 @@ def _print_cut(cut: CutAdapter, json: bool) -> None:
         print(cut)
     else:
         output.print_table(console, *cut.cells())
-        console.print(*cut.summary(), sep="\n")
+        output.print_lines(console, cut.summary())
 
 
 def _options(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from importlib import metadata
-from typing import Annotated
+from itertools import pairwise, takewhile, zip_longest
+from typing import Annotated, Any
 
 import typer
 
@@ -58,9 +59,10 @@ def top(
 def invoke(arguments: list[str]) -> int:
     """Run the command that the arguments name; its exit code. ValueError of one line for arguments that it does not
     take. Not through typer's own main, which makes Ctrl-C, errors and exit codes its own."""
-    command = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
     if "_SLAO_COMPLETE" in os.environ:  # a shell asks for completions: answered, and the process left
         command.main(arguments, prog_name="slao")
+    _refuse_swallowed(command.commands.get(next(iter(arguments), "")), arguments)
     try:
         with command.make_context("slao", arguments) as context:
             return int(command.invoke(context) or 0)
@@ -69,4 +71,27 @@ def invoke(arguments: list[str]) -> int:
     except typer.TyperException as error:
         where = getattr(error, "ctx", None)
         said = error.format_message().rstrip(".")
+        for option in getattr(getattr(error, "param", None), "opts", ()):
+            if "unable to parse" in said and (value := _value(arguments, option)) is not None:
+                said = f"{option} takes a {'whole ' if 'integer' in said else ''}number; got {value!r}"
         raise ValueError(f"{said} (see {where.command_path if where else 'slao'} --help)") from None
+
+
+def _refuse_swallowed(command: Any, arguments: list[str]) -> None:
+    """ValueError where an option's value is missing and the next option would be taken for it."""
+    options = [parameter for parameter in getattr(command, "params", ()) if hasattr(parameter, "is_flag")]
+    names = {name for option in options for name in option.opts}
+    valued = {name for option in options if not option.is_flag for name in option.opts}
+    for word, following in pairwise(takewhile(lambda word: word != "--", arguments)):
+        if word in valued and following in names:
+            raise ValueError(f"{word} needs a value, and {following} follows it (see slao {command.name} --help)")
+
+
+def _value(arguments: list[str], option: str) -> str | None:
+    """What is given for an option, as in `--rank x` or `--rank=x`."""
+    for word, following in zip_longest(arguments, arguments[1:]):
+        if word == option:
+            return following
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None

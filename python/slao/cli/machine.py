@@ -89,5 +89,6 @@ def _verdicts(checks: list[Check]) -> list[str]:
         if missed := [check.dtype for check in each if not check.run]:
             lines.append(f"{device:<5}{op:<16}{backend:<10}not run {', '.join(missed)}: no time was left")
     count = sum(not check.passed for check in checks)
-    total = f"{sum(check.run for check in checks)} checks of {len(kernels)} kernels"
+    left = sum(not check.run for check in checks)
+    total = f"{len(checks) - left} checks of {len(kernels)} kernels" + (f", {left} not run" if left else "")
     return [*lines, f"{total}: {f'{count} FAILED' if count else 'all within their bounds'}"]

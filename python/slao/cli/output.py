@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,11 +42,19 @@ def _plain(value: Any) -> Any:
 
 
 def terminal() -> Console | None:
-    """Standard output as a terminal, None where it is a pipe or a file."""
+    """Standard output as a terminal, None where it is a pipe or a file, whatever FORCE_COLOR says."""
+    if not sys.stdout.isatty():
+        return None
     from rich.console import Console
 
     console = Console(markup=False, emoji=False, highlight=False)
     return console if console.is_terminal else None
+
+
+def print_lines(console: Console, lines: Iterable[str]) -> None:
+    """As they are: a path that is longer than the terminal stays whole."""
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

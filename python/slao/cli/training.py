@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -40,7 +41,7 @@ def _in(panel: str, text: str, *names: str) -> Any:
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     """Setting -> value of the options of `run` that are settings and were given."""
-    hints = get_type_hints(run, include_extras=True)
+    hints = inspect.get_annotations(run, eval_str=True)  # not get_type_hints, which wraps a default None before 3.11
     keys = {name: str(each) for name in options for each in get_args(hints[name])[1:] if isinstance(each, Setting)}
     return {key: options[name] for name, key in keys.items() if options[name] is not None}
 
@@ -273,6 +274,6 @@ def _print_results(results: Mapping[str, Any]) -> None:
     if (console := output.terminal()) is None:
         print(table(results))
         return
-    console.print("\n".join([*about(results), ""]))
+    output.print_lines(console, [*about(results), ""])
     found = per_method(parse(results))
     output.print_table(console, found.header, found.rows)

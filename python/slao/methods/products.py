@@ -74,9 +74,15 @@ def fitting(
     A, B = (tensors.get(f"{pair.name}.{key.format(factor)}") for factor in "AB")
     if A is None and B is None:
         return None, None, 0
-    number = 0 if A is None else len(A) // len(pair.A)
+    number = 0 if A is None or A.dim() != 2 else len(A) // len(pair.A)
     shapes = (number * len(pair.A), pair.A.shape[1]), (len(pair.B), number * pair.B.shape[1])
-    if A is None or B is None or number < 1 or (A.shape, B.shape) != shapes or not A.is_floating_point():
+    if (
+        A is None
+        or B is None
+        or number < 1
+        or (A.shape, B.shape) != shapes
+        or not (A.is_floating_point() and B.is_floating_point())
+    ):
         raise ValueError(
             f"the saved {key.format('A')} and {key.format('B')} of {pair.name} do not fit its A {tuple(pair.A.shape)} "
             f"and B {tuple(pair.B.shape)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from pathlib import Path
 
 from .. import checkpoint
@@ -28,8 +29,7 @@ def write_report(*run_dirs: str | Path) -> Path:
     first = Path(run_dirs[0])
     path = first / "report.html"
     if len(run_dirs) > 1:
-        names = [re.sub(r"[^\w.=+,-]+", "_", name) for name in results["runs"]]
-        path = first.parent / f"compare_{'_'.join(names)[:120]}.html"
+        path = first.resolve().parent / f"compare_{_file_name(list(results['runs']))}.html"
     else:
         (first / "report").mkdir(exist_ok=True)
         for plot in plots:
@@ -37,3 +37,9 @@ def write_report(*run_dirs: str | Path) -> Path:
     text = page(results, methods, plots)
     checkpoint.write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path
+
+
+def _file_name(runs: list[str]) -> str:
+    """Of these runs alone: where a name cannot stand as it is, or they are too long together, with a checksum."""
+    plain = "_".join(re.sub(r"[^A-Za-z0-9.=+,-]+", "_", name) for name in runs)[:120]
+    return plain if plain == "_".join(runs) else f"{plain}_{zlib.crc32(repr(runs).encode()):08x}"

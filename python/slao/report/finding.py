@@ -62,7 +62,14 @@ def difference(method: Method, other: Method, key: str) -> Difference:
 
 def _by_run(method: Method, key: str) -> dict[tuple[str, ...], float]:
     runs = zip(method.seeds, method.tasks, method.values[key], strict=True)
-    return {(seed, *tasks): float(value) for seed, tasks, value in runs if np.isfinite(value)}
+    # By the tasks as they came, not by what their order was called: "0" and "0/0" may be the same. Where two orders of
+    # a seed are, the name tells them apart.
+    found: dict[tuple[str, ...], float] = {}
+    for seed, tasks, value in runs:
+        if np.isfinite(value):
+            run: tuple[str, ...] = (seed.partition("/")[0], *tasks)
+            found[(*run, seed) if run in found else run] = float(value)
+    return found
 
 
 def best(methods: Sequence[Method]) -> Method | None:
@@ -112,9 +119,7 @@ def runner_up(methods: Sequence[Method]) -> str:
     after = best([m for m in methods if m is not method and not m.together])
     if method is None or after is None or after is other:
         return ""
-    found, digits = difference(after, method, "AA"), score_digits(methods)
-    noise = " (within noise)" if found.verdict == "within noise" else _doubt(found)
-    return f"Next is {after.name}, {number(abs(found.mean), digits)} below{noise}."
+    return f"Next is {after.name}, {_above(difference(after, method, 'AA'), method.name, score_digits(methods))}."
 
 
 def _spread(method: Method, key: str, digits: int) -> str:
@@ -124,8 +129,10 @@ def _spread(method: Method, key: str, digits: int) -> str:
 
 def _above(found: Difference, name: str, digits: int) -> str:
     if found.verdict == "equal":
-        return f"as {name} does in every run"
+        return f"as {name} does in every run of both"
     size = number(abs(found.mean), digits)
+    if size == number(0.0, digits):
+        return f"level with {name}{_doubt(found)}"
     where = f"{size} {'above' if found.mean >= 0 else 'below'}"
     if found.verdict == "within noise":
         return f"within noise of {name} ({where})"
@@ -137,14 +144,15 @@ def _forgets(method: Method, other: Method, digits: int) -> str:
     found = difference(method, other, "BWT")
     if not np.isfinite(found.mean):
         return ""
-    if found.verdict == "equal":
-        return ", and forgets as much"
-    less = "less" if found.mean >= 0 else "more"
-    verb = "forgets"
-    if min(method.mean("BWT"), other.mean("BWT")) >= 0:  # neither forgets: earlier tasks gain from later ones
-        verb, less = "gains", f"{'more' if found.mean >= 0 else 'less'} on earlier tasks"
+    both = method.mean("BWT"), other.mean("BWT")
+    gains = min(both) >= 0 < max(both)  # neither forgets: earlier tasks gain from later ones
+    verb, end = ("gains", " on earlier tasks") if gains else ("forgets", "")
+    size = number(abs(found.mean), digits)
+    if found.verdict == "equal" or size == number(0.0, digits):
+        return f", and {verb} as much{end}"
+    more = "more" if (found.mean >= 0) == gains else "less"
     noise = " (within noise)" if found.verdict == "within noise" else _doubt(found)
-    return f", and {verb} {number(abs(found.mean), digits)} {less}{noise}"
+    return f", and {verb} {size} {more}{end}{noise}"
 
 
 def _doubt(found: Difference) -> str:
