@@ -235,9 +235,7 @@ def _stream_name(given: dict[str, Any]) -> str:
 
 
 def report(
-    run_dirs: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="of a run, finished or not, or of several")
-    ],
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="of a run, finished or not, or of several")],
     markdown: Annotated[bool, typer.Option("--markdown", help="print the table as Markdown instead")] = False,
     json: output.Json = False,
 ) -> None:
