@@ -97,7 +97,7 @@ def help_of(command: str) -> str:
 
 @contextlib.contextmanager
 def _plain_terminal() -> Iterator[None]:
-    fixed = {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    fixed = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     before = {key: os.environ.get(key) for key in fixed}
     os.environ.update(fixed)
     try:

@@ -63,6 +63,6 @@ def repository(tmp_path, monkeypatch):
     readme.write_text(
         "# A\n<!-- bench:cpu summary -->\n<!-- /bench -->\nb\n<!-- bench:gpu summary -->\n<!-- /bench -->\n"
     )
-    monkeypatch.setattr(report, "QUOTING", {readme: "results"})
+    monkeypatch.setattr(report, "QUOTING", {readme: "bench/results"})
     monkeypatch.setattr(report, "RESULTS", folder)
     return readme, folder

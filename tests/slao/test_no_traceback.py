@@ -55,7 +55,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a key twice": (["--runs", "{}/runs", "--set", "lora={r: 1, r: 2}"], "the key 'r' stands twice"),
     "an empty key": (["--runs", "{}/runs", "--set", "=1"], "cannot set ''"),
     "a stream that is a list": (["--runs", "{}/runs", "--set", "stream=[1]"], "setting 'stream'"),
-    "no whole number of jobs": (["--jobs", "two"], "Invalid value for '--jobs': "),
+    "no whole number of jobs": (["--jobs", "two"], "--jobs takes a whole number; got 'two'"),
 }  # fmt: skip
 
 

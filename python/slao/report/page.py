@@ -38,6 +38,7 @@ def page(results: Mapping[str, Any], methods: Sequence[Method], plots: Sequence[
     results: a run's, or several joined by `compare.load_all`. methods: what `parse` finds in them.
     """
     templates = jinja2.Environment(
+        keep_trailing_newline=True,
         loader=jinja2.PackageLoader("slao.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
