@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         OLoRA,
         SDLoRA,
         SeqLoRA,
+        SLoRA,
         make_method,
     )
     from .schedules import MergeStats, make_schedule
@@ -43,6 +44,7 @@ __all__ = [
     "Method",
     "OLoRA",
     "SDLoRA",
+    "SLoRA",
     "SeqLoRA",
     "SlaoCallback",
     "make_method",

@@ -223,7 +223,7 @@ def test_the_operations_refuse_shards(folder):
         assert found["fold"].startswith(f"ValueError: fold_: weights[0]: {problem}")
         assert found["linear"].startswith(f"ValueError: lora_linear: A {problem}")
         assert found["untouched"]
-        for name in ("ewc", "inflora", "lwf", "opcm", "osf", "sdlora"):
+        for name in ("ewc", "inflora", "lwf", "opcm", "osf", "sdlora", "slora"):
             assert found[name].startswith(f"ValueError: {name}: A or B of 6 layers is sharded (")
             assert "keep the adapter out of FSDP (ignored_params)" in found[name]
 

@@ -21,6 +21,7 @@ from .osf import OSF
 from .sdlora import SDLoRA
 from .seqlora import SeqLoRA
 from .slao import SLAO
+from .slora import SLoRA
 
 _ALL: tuple[type[Method], ...] = (
     SLAO,
@@ -37,6 +38,7 @@ _ALL: tuple[type[Method], ...] = (
     OSF,
     SDLoRA,
     SeqLoRA,
+    SLoRA,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
@@ -56,6 +58,7 @@ __all__ = [
     "Method",
     "OLoRA",
     "SDLoRA",
+    "SLoRA",
     "SeqLoRA",
     "check_method",
     "make_method",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slao_kernels import exact_merge
 
+from . import base_weights
 from .extended import refuse_shards
 from .inclora import IncLoRA
 
@@ -47,9 +48,7 @@ class OSF(IncLoRA):
         self._hooks: list[Any] = []
 
     def _check(self) -> None:
-        reasons = {pair.name: _why_not(pair.layer, self.adapter) for pair in self.pairs}
-        if bad := [f"{name}: {why}" for name, why in reasons.items() if why is not None]:
-            raise ValueError(f"osf cannot treat {len(bad)} layers: {'; '.join(bad[:8])}")
+        base_weights.refuse(self, {pair.name: _why_not(pair.layer, self.adapter) for pair in self.pairs})
 
     def _begin(self, task: int) -> None:
         refuse_shards(self)
@@ -74,12 +73,7 @@ class OSF(IncLoRA):
                     self._hooks.append(parameter.register_hook(_projector(weakref.ref(self), index, side)))
 
     def _leading(self, index: int) -> tuple[Tensor, Tensor]:
-        layer: Any = self.pairs[index].layer
-        weight = getattr(*exact_merge.place(layer)).detach()
-        weight = weight.T if layer.fan_in_fan_out else weight
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        A, B = (part.to(wide.dtype) for part in self.frozen(index))
-        U, _, Vh = torch.linalg.svd(torch.addmm(wide, B, A, alpha=float(layer.scaling[self.adapter])), False)
+        U, _, Vh = torch.linalg.svd(base_weights.found(self, index), False)
         count = max(1, int(self.keep * len(Vh)))
         return U[:, :count].clone(), Vh[:count].T.clone()
 
@@ -116,9 +110,7 @@ class OSF(IncLoRA):
 
 
 def _why_not(layer: Any, adapter: str) -> str | None:
-    if hasattr(layer, "parameter_name"):
-        return "its weights are a mixture's experts"
-    reason = exact_merge.why_not(layer, [adapter])
+    reason = base_weights.why_not(layer, adapter)
     if reason is None and min(getattr(*exact_merge.place(layer)).shape) < 2:
         return "its weight has one direction alone, which would be held"
     return reason

@@ -15,7 +15,7 @@ from slao.methods import METHODS
 from slao_kernels import interference, weighted_merge
 from slao_kernels.adapters import find_pairs
 
-REFUSED = ["inflora", "osf"]  # which would need the inputs and the weight of each expert
+REFUSED = ["inflora", "osf", "slora"]  # which would need the inputs or the weight of each expert
 TREATED = sorted(set(METHODS) - set(REFUSED))
 
 

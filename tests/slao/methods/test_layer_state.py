@@ -230,7 +230,7 @@ def test_peft_freezes_the_adapter(name, caplog):
     assert "adapter 'default' was frozen while the task ran: what it was then is merged" in caplog.text
     assert method.names == ["0", "thawed"]
     assert len(method.lambdas) == 2
-    if name not in ("magmax", "osf"):  # which make something else of what was trained
+    if name not in ("magmax", "osf", "slora"):  # which make something else of what was trained
         assert all(torch.equal(pair.B, B) for pair, B in zip(method.pairs, trained, strict=True))
 
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import slao_kernels
-from slao import EWC, OPCM, OSF, SLAO, InfLoRA, LwF, SDLoRA, SlaoCallback
+from slao import EWC, OPCM, OSF, SLAO, InfLoRA, LwF, SDLoRA, SlaoCallback, SLoRA
 from slao.methods import METHODS, Method
 from slao_kernels.adapters import find_pairs
 
@@ -99,7 +99,7 @@ def refusals(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
         ),
     }
     untouched = not any(tensor.any() for tensor in whole)
-    for kind in (EWC, InfLoRA, LwF, OPCM, OSF, SDLoRA):  # made before, sharded later
+    for kind in (EWC, InfLoRA, LwF, OPCM, OSF, SDLoRA, SLoRA):  # made before, sharded later
         later = make()
         method = kind(later)
         in_blocks(later)
