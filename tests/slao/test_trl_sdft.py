@@ -25,8 +25,8 @@ def trained(tiny: Any, folder: Any, teacher: str, fused: bool) -> dict[str, Any]
         rows = [{"prompt": row.prompt, "privileged_context": f"The answer is {row.answer}."} for row in task.train]
         args = sdft.SDFTConfig(
             str(folder / task.name), max_steps=3, per_device_train_batch_size=4, num_generations=2,
-            max_completion_length=6, learning_rate=1.0, optim="sgd", logging_steps=1, report_to="none", use_cpu=True, bf16=False,
-            disable_tqdm=True, save_strategy="no", teacher_model_kind=teacher,
+            max_completion_length=6, learning_rate=1.0, optim="sgd", logging_steps=1, report_to="none",
+            use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no", teacher_model_kind=teacher,
         )  # fmt: skip
         trainer = sdft.SDFTTrainer(
             model, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tiny.tokenizer()
@@ -42,7 +42,7 @@ def trained(tiny: Any, folder: Any, teacher: str, fused: bool) -> dict[str, Any]
 
 @pytest.mark.parametrize("teacher", ["live", "ema", "base"])
 def test_two_tasks(tiny, tmp_path, teacher):
-    """The tokens drawn are the same while logits differ by rounding only, and SGD, unlike Adam, does not make more of it."""
+    """The tokens drawn are the same while logits differ by rounding alone, of which SGD, unlike Adam, makes no more."""
     ours, plain = (trained(tiny, tmp_path / str(fused), teacher, fused) for fused in (True, False))
     assert ours["report"].fallbacks == {}, "these layers ran PEFT's forward in some call"
     assert len(ours["losses"]) == 6
