@@ -1,12 +1,13 @@
 """The experiments' results as they are kept: what `slao report` needs of each run, and one Markdown page of tables.
 
     python bench/experiments.py keep runs/clinc150 runs/python_docs ...   # into bench/experiments/<name>.json
-    python bench/experiments.py page                                      # tables in bench/experiments.md anew
+    python bench/experiments.py page                                      # tables and figures of the page anew
     python bench/experiments.py --check                                   # do the tables say what the files say?
 
 A file of merge_lab.py's scores (scores_test.json) is copied into bench/experiments/ by hand.
 
-In the page a table stands between `<!-- name -->` and `<!-- end -->`; everything else is written by hand.
+In the page a table stands between `<!-- name -->` and `<!-- end -->`, with the report's figure of what accuracy costs
+(bench/experiments/name.svg) where methods of SIZES memories are compared; everything else is written by hand.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slao.report import load, markdown
+from slao.report import load, markdown, parse
+from slao.report.canvas import Plot
+from slao.report.figures_scores import trade
 
 HERE = Path(__file__).parent
 KEPT = HERE / "experiments"
 PAGE = HERE / "experiments.md"
 # What tables and figures do without: losses of every tenth step, and tables of every layer and pair of tasks.
 DROPPED = ("losses", "similarity")
+SIZES = 4  # so many different amounts of kept memory make a figure of them worth its room
 MARK = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -55,13 +60,31 @@ def keep(folder: Path) -> Path:
 def page(text: str) -> str:
     """`text` with every table written anew from its file. ValueError for a table without one."""
 
-    def table(found: re.Match[str]) -> str:
+    def block(found: re.Match[str]) -> str:
         path = KEPT / f"{found[2]}.json"
         if not path.is_file():
             raise ValueError(f"the page has a table {found[2]!r}, but there is no {path.name} in {KEPT.name}/")
-        return f"{found[1]}{_table(json.loads(path.read_text('utf-8')))}\n{found[3]}"
+        content = json.loads(path.read_text("utf-8"))
+        plot = figure(content)
+        shown = "" if plot is None else f"\n![{plot.title}]({KEPT.name}/{path.stem}.svg)\n"
+        return f"{found[1]}{_table(content)}\n{shown}{found[3]}"
 
-    return MARK.sub(table, text)
+    return MARK.sub(block, text)
+
+
+def figure(content: Any) -> Plot | None:
+    """Accuracy against memory and forgetting, of a run whose methods keep more and less."""
+    methods = parse(content) if isinstance(content, dict) else []
+    sizes = {round(float(method.state[:, 1].mean()), 2) for method in methods if method.state is not None}
+    return trade(methods, str(content["metric"])) if len(sizes) >= SIZES else None
+
+
+def draw() -> None:
+    """Write the figure of every kept run that has one."""
+    for path in KEPT.glob("*.json"):
+        plot = figure(json.loads(path.read_text("utf-8")))
+        if plot is not None:
+            replace(plot, name=path.stem).write(KEPT)
 
 
 def _table(content: Any) -> str:
@@ -91,6 +114,7 @@ def main() -> int:
         print("the tables say what the files say" if after == before else "run: python bench/experiments.py page")
         return int(after != before)
     PAGE.write_text(after, "utf-8")
+    draw()
     return 0
 
 

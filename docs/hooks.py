@@ -16,6 +16,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+EXPERIMENTS = ROOT / "bench" / "experiments"
 # File in the repository -> page of the site.
 OUTSIDE = {
     "bench/experiments.md": "experiments.md",
@@ -35,6 +36,8 @@ def on_files(files: Any, config: Any, **_: Any) -> Any:
     for picture in sorted(RESULTS.glob("*/*.png")):
         place = f"measured/{picture.relative_to(RESULTS).as_posix()}"
         files.append(File.generated(config, place, abs_src_path=str(picture)))
+    for picture in sorted(EXPERIMENTS.glob("*.svg")):
+        files.append(File.generated(config, f"experiments/{picture.name}", abs_src_path=str(picture)))
     return files
 
 
@@ -47,8 +50,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             target = OUTSIDE[path]
         elif path.startswith("docs/"):
             target = path.removeprefix("docs/")
-        elif (RESULTS / path.removeprefix("bench/results/")).suffix == ".png":
+        elif path.startswith("bench/results/") and path.endswith(".png"):
             target = path.replace("bench/results/", "measured/")
+        elif path.startswith("bench/experiments/") and path.endswith(".svg"):
+            target = path.removeprefix("bench/")
         else:
             raise PluginError(f"{here} links to {path}, which is no page of the site: add it to OUTSIDE in hooks.py")
         return posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".") + (found[2] or "")

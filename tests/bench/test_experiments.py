@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ def test_the_page_says_what_the_files_say():
     assert len(names) >= 5
     assert sorted(names) == sorted(path.stem for path in experiments.KEPT.glob("*.json"))
     assert experiments.page(text) == text
+    drawn = sorted(path.stem for path in experiments.KEPT.glob("*.svg"))
+    assert drawn == sorted(found[1] for found in re.finditer(r"\(experiments/(\w+)\.svg\)", text))
+    assert "clinc150" in drawn
     # And would not if a number changed.
     name = names[0]
     entry = next(iter(json.loads((experiments.KEPT / f"{name}.json").read_text("utf-8"))["methods"].values()))

@@ -23,11 +23,14 @@ def drawn(monkeypatch):
     return figures
 
 
-def test_retention_and_memory_are_drawn_where_they_are_known(drawn):
-    """The lines' points are the rises; joint training has two of them. An older result has neither."""
+def test_retention_and_what_accuracy_costs_are_drawn_where_they_are_known(drawn):
+    """The lines' points are the rises; joint training has two of them. An older result has neither, nor what
+    is kept."""
     results = two_methods()
     slao, joint = results["methods"]["slao"], entry([[[None] * 3, [None] * 3, [0.8, 0.7, 0.9]]])
-    assert not {"retention", "memory"} & drawn(results).keys()
+    older = drawn(results)
+    assert "retention" not in older
+    assert [axes.get_xlabel() for axes in older["trade"].axes] == ["BWT (left of 0: forgotten)"]
     slao |= {"cross_entropy": [[3.0, 3.1, 3.3, 3.2], [3.0, 3.3, 3.3, 3.4]], "state_mb": [[1.0, 2.0, 2.0]] * 2}
     joint |= {"cross_entropy": [[3.0, 3.5]], "state_mb": [[1.0]]}
     results["methods"] = {"slao": slao, "seqlora": results["methods"]["seqlora"], "joint": joint}
@@ -37,9 +40,14 @@ def test_retention_and_memory_are_drawn_where_they_are_known(drawn):
     assert list(rises.get_xdata()) == [0, 1, 2, 3]
     assert whole.get_ydata() == pytest.approx([0, 0.5])
     assert list(whole.get_xdata()) == [0, 3]
-    points = [container.lines[0].get_xydata()[0] for container in found["memory"].axes[0].containers]
-    assert points == [pytest.approx([2.0, np.mean(slao["AA"])]), pytest.approx([1.0, 0.8])]
-    assert found["memory"].axes[0].get_xlabel() == "MB kept after the last task (log scale)"
+    kept, forgotten = (
+        [container.lines[0].get_xydata()[0] for container in axes.containers] for axes in found["trade"].axes
+    )
+    aa = [np.mean(slao["AA"]), np.mean([sum(r) for r in SEQ[2:]]) / 3]
+    assert kept == [pytest.approx([2.0, aa[0]]), pytest.approx([1.0, 0.8])]
+    assert forgotten == [pytest.approx([-0.25, aa[0]]), pytest.approx([-0.5, aa[1]])]  # joint training has no BWT
+    assert found["trade"].axes[0].get_xlabel() == "MB kept at the end (log scale)"
+    assert [text.get_text() for text in found["trade"].legends[0].get_texts()] == ["slao", "joint", "seqlora"]
     # AA and BWT with one deviation to each side; joint training has no BWT.
     aa, bwt = found["ends"].axes
     assert [c.lines[0].get_xdata()[0] for c in aa.containers] == pytest.approx(

@@ -47,7 +47,7 @@ def test_the_report_is_complete_and_self_contained(run, results):
     page = Page(text)
     for expected in ("slao", "seqlora", "MiniLM", "q_proj", "2.11.0", "agnews → yelp → dbpedia", "0.733"):
         assert expected in page.words
-    names = ["averages.svg", "ends.svg", "times.svg", "weights.svg"]
+    names = ["averages.svg", "ends.svg", "times.svg", "trade.svg", "weights.svg"]
     assert figures(directory) == names
     assert len(page.links) == len(names)
     # Nothing comes from elsewhere: neither into the page nor into a figure, whose only address names its language.
@@ -120,7 +120,9 @@ def test_alternative_texts_have_the_figures(run, results):
     assert alts.pop("Mean accuracy over the tasks seen so far") == (
         "slao: 0.810 after task 1, 0.740 after task 3; seqlora: 0.800 after task 1, 0.567 after task 3."
     )
-    assert alts.pop("Accuracy against kept memory").startswith("slao: 2.00 MB, AA 0.740 ± 0.009; seqlora: 1.00 MB, AA")
+    assert alts.pop("Accuracy against kept memory and forgetting") == (
+        "slao: AA 0.740 ± 0.009, 2.00 MB, BWT -0.250 ± 0.000; seqlora: AA 0.567 ± 0.000, 1.00 MB, BWT -0.500 ± 0.000."
+    )
     assert alts.pop("Training loss, task after task") == "slao: from 2 to 0.25."
     # w = λ_j Π (1 − λ_k) of 1, 1/√2, 1/√3.
     assert alts.pop("λ by task, and each task's weight in the final merge") == (
@@ -166,7 +168,7 @@ def test_everything_from_outside_is_escaped(run, results):
     assert "script" not in page.tags
     assert all("<script" not in unquote(link) for link in page.links)
     assert f"{evil} → yelp" in page.words
-    assert figures(directory) == ["averages.svg", "ends.svg", "times.svg", "weights.svg"]
+    assert figures(directory) == ["averages.svg", "ends.svg", "times.svg", "trade.svg", "weights.svg"]
 
 
 def test_failed_trainings_are_said(run, results):
@@ -195,7 +197,7 @@ def test_holes_other_orders_and_unequal_lengths(run, results):
     assert "dbpedia → yelp → agnews" in text
     assert text.count("Runs train in different orders") == 1
     assert "nothing: AA no value" in text
-    assert len(figures(directory)) == 4
+    assert len(figures(directory)) == 5
 
 
 def test_reporting_twice_gives_the_same_page(run, results):

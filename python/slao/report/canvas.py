@@ -155,13 +155,16 @@ def looks(methods: Sequence[Method]) -> list[dict[str, Any]]:
     return found
 
 
-def legend(figure: Any, axes: Any, count: int) -> None:
-    """Method names below the axes, where they cannot cover a line."""
-    if count > 1:
+def legend(figure: Any, *panels: Any) -> None:
+    """Below the panels, where it cannot cover a line: what is drawn in them by name, if that is more than one."""
+    drawn: dict[str, Any] = {}
+    for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
-        columns = 3 if max(map(len, labels)) < 14 else 2
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
-        rows = -(-count // columns)
+        drawn |= dict(zip(labels, handles, strict=True))
+    if len(drawn) > 1:
+        columns = 3 if max(map(len, drawn)) < 14 else 2
+        figure.legend(drawn.values(), drawn, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
+        rows = -(-len(drawn) // columns)
         figure.set_figheight(figure.get_figheight() + 0.2 * rows)
 
 

@@ -1,4 +1,4 @@
-"""The figures of scores: AA and BWT, the mean score along the stream, accuracy against memory, another text's fate."""
+"""The figures of scores: AA and BWT, the mean score along the stream, what accuracy costs, another text's fate."""
 
 from __future__ import annotations
 
@@ -67,37 +67,59 @@ def averages(methods: Sequence[Method], metric: str) -> Plot:
     axes.set_ylabel(f"mean {label(metric)} over them")
     band = any(len(m.seeds) > 1 for m in methods)
     axes.set_title(runs_of(methods) + ("; band: ± one standard deviation" if band else ""), fontsize=9)
-    legend(figure, axes, len(methods))
+    legend(figure, axes)
     caption = "Each point averages the scores on the tasks trained until then, right after the latest of them."
     title = f"Mean {label(metric)} over the tasks seen so far"
     return Plot("averages", title, caption, "; ".join(told), to_svg(figure))
 
 
 @styled
-def memory(methods: Sequence[Method], metric: str) -> Plot | None:
-    """AA against what is kept after the last task, of methods of which both are known."""
-    known = [m for m in methods if m.state is not None and np.isfinite(m.values["AA"]).all()]
-    if len(known) < 2:
+def trade(methods: Sequence[Method], metric: str) -> Plot | None:
+    """AA against what is kept after the last task, and against BWT: of each where two methods have both."""
+    sides = {
+        "kept": [m for m in methods if m.state is not None and np.isfinite(m.values["AA"]).all()],
+        "BWT": [m for m in methods if np.isfinite(m.values["BWT"]).all() and np.isfinite(m.values["AA"]).all()],
+    }
+    sides = {side: known for side, known in sides.items() if len(known) > 1}
+    if not sides:
         return None
     figure = new_figure(3.2)
-    axes = figure.subplots()
+    panels = np.atleast_1d(figure.subplots(1, len(sides), sharey=True))
     digits, told = score_digits(methods), []
     for method, look in zip(methods, looks(methods), strict=True):
-        if method in known and method.state is not None:
-            kept, aa = float(method.state[:, 1].mean()), method.values["AA"]
-            look |= {"linestyle": "none", "markersize": 6}
-            axes.errorbar(kept, aa.mean(), spread(aa), capsize=3, label=label(method.name), **look)
-            told.append(f"{method.name}: {kept:.2f} MB, AA {plus_minus(aa, digits)}")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.margins(x=0.1)
-    axes.set(xlabel="MB kept after the last task (log scale)", ylabel=f"AA, {label(metric)}")
-    axes.set_title(
-        runs_of(known) + ("; bar: ± one standard deviation" if any(len(m.seeds) > 1 for m in known) else ""), fontsize=9
-    )
-    legend(figure, axes, len(known))
+        look |= {"linestyle": "none", "markersize": 6}
+        aa, said = method.values["AA"], [f"AA {plus_minus(method.values['AA'], digits)}"]
+        for axes, (side, known) in zip(panels, sides.items(), strict=True):
+            if method not in known:
+                continue
+            x = method.state[:, 1] if side == "kept" and method.state is not None else method.values["BWT"]
+            wide = spread(x) if side == "BWT" else None
+            axes.errorbar(
+                x.mean(), aa.mean(), spread(aa), wide, capsize=2, elinewidth=0.8, label=label(method.name), **look
+            )
+            said.append(f"{x.mean():.2f} MB" if side == "kept" else f"BWT {plus_minus(x, digits)}")
+        if len(said) > 1:
+            told.append(f"{method.name}: {', '.join(said)}")
+    for axes, side in zip(panels, sides, strict=True):
+        axes.margins(x=0.1)
+        if side == "kept":
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.set_xlabel("MB kept at the end (log scale)")
+        else:
+            axes.set_xlabel("BWT (left of 0: forgotten)")
+            axes.locator_params(axis="x", nbins=4)
+    panels[0].set_ylabel(f"AA, {label(metric)}")
+    bars = any(len(m.seeds) > 1 for known in sides.values() for m in known)
+    panels[0].set_title(runs_of(methods) + ("; bars: ± one std" if bars else ""), fontsize=9)
+    legend(figure, *panels)
     caption = "What a method keeps: its adapter, whatever else it carries from task to task, and rows for replay."
-    return Plot("memory", "Accuracy against kept memory", caption, "; ".join(told), to_svg(figure))
+    title = (
+        "Accuracy against kept memory and forgetting"
+        if len(sides) > 1
+        else (f"Accuracy against {'kept memory' if 'kept' in sides else 'forgetting'}")
+    )
+    return Plot("trade", title, caption, "; ".join(told), to_svg(figure))
 
 
 @styled
@@ -119,7 +141,7 @@ def retention(methods: Sequence[Method]) -> Plot | None:
     _task_axis(axes, known, first=0)
     axes.set_ylabel("rise, nats a token")
     axes.set_title(runs_of(known), fontsize=9)
-    legend(figure, axes, len(known))
+    legend(figure, axes)
     caption = "Cross-entropy of the retention text under the merged adapter, less that before the first task."
     title = "How much less likely a text that no task is about has become"
     return Plot("retention", title, caption, "; ".join(told), to_svg(figure))

@@ -81,7 +81,7 @@ def _panels(tables: Sequence[dict[str, Any]]) -> Any:
     _name_layers(panels[1], groups)
     about = f"{tasks} tasks, mean over their pairs" + (f" and {len(tables)} runs" if len(tables) > 1 else ", one run")
     panels[0].set_title(about, fontsize=9)
-    legend(figure, panels[1], len(panels[1].get_legend_handles_labels()[1]))
+    legend(figure, panels[1])
     return figure
 
 

@@ -46,7 +46,7 @@ def losses(methods: Sequence[Method]) -> Plot | None:
     axes.set_xticks(range(0, size + 1, 1 + size // 16))
     axes.set(xlabel="tasks trained so far", ylabel="training loss")
     axes.set_title(runs_of([line[0] for line in lines]), fontsize=9)
-    legend(figure, axes, len(told))
+    legend(figure, axes)
     caption = (
         "As the Trainer logged it, every task's steps drawn over the same width. Joint training sees all tasks at "
         "once, so its line runs over the whole width."
@@ -108,7 +108,7 @@ def weights(methods: Sequence[Method]) -> Plot | None:
     top.set_title(runs_of(known), fontsize=9)
     for axes in (top, bottom):
         axes.grid(False, axis="x")
-    legend(figure, top, len(known))
+    legend(figure, top)
     title = "λ by task, and each task's weight in the final merge"
     caption = (
         "λ: the share that a task gets when it is merged. The weight of task j is λ_j · Π_{k>j} (1 − λ_k): what is "
@@ -147,7 +147,7 @@ def times(methods: Sequence[Method]) -> Plot | None:
     axes.set(xlabel="seconds of a run", xlim=(0, max(left.max(), 1e-9) * 1.6), ylim=(len(methods) - 0.5, -0.5))
     axes.grid(False, axis="y")
     axes.set_title(runs_of(methods), fontsize=9)
-    legend(figure, axes, len(axes.get_legend_handles_labels()[1]))
+    legend(figure, axes)
     caption = (
         "Merging: what a method does before and after its tasks. Behind the bars the total, and the training speed."
     )
