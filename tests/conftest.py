@@ -6,8 +6,11 @@ each commit.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import zlib
+from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a mistake; fail at once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -54,3 +57,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """tests/slao/tiny.py (test folders are no packages, so it cannot be imported by name)."""
+    path = Path(__file__).with_name("slao") / "tiny.py"
+    spec = importlib.util.spec_from_file_location("slao_tests_tiny", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,24 +27,14 @@ CAUSAL = {
 TASKS = ("agnews", "yahoo", "dbpedia")
 
 
-def _tiny() -> ModuleType:
-    path = Path(__file__).parents[1] / "slao" / "tiny.py"
-    spec = importlib.util.spec_from_file_location("slao_docs_tiny", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def world(tmp_path_factory) -> Iterator[Path]:
+def world(tiny, tmp_path_factory) -> Iterator[Path]:
     """The folder; every page gets one of its own with links to what is here."""
     import transformers as hf
 
     from slao_kernels.testing import tiny_model
 
-    tiny, root = _tiny(), tmp_path_factory.mktemp("world")
+    root = tmp_path_factory.mktemp("world")
     for name, kind in CAUSAL.items():
         tiny_model(kind, max_position_embeddings=1024).save_pretrained(root / name)
         tiny.characters(CHAT).save_pretrained(root / name)

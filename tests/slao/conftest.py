@@ -1,5 +1,5 @@
-"""Fixtures of the tests of `slao`: the module tiny.py, folders with a saved tiny model or stream, and the server that
-runs commands in forks.
+"""Fixtures of the tests of `slao`: folders with a saved tiny model or stream, and the server that runs commands in
+forks.
 """
 
 from __future__ import annotations
@@ -12,25 +12,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parent))  # coarse, fuzz_twins and made_results, by name
-
-
-@pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    """tests/slao/tiny.py (test folders are no packages, so it cannot be imported by name)."""
-    path = Path(__file__).with_name("tiny.py")
-    spec = importlib.util.spec_from_file_location("slao_tests_tiny", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
