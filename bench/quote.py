@@ -2,8 +2,8 @@
 
 <!-- bench:cpu headline -->     the newest result of a CPU (or gpu), and of it what a reader asks first; "summary": a
 <!-- /bench -->                 line for each bench; a bench's name: its ratios. Empty without a result.
-<!-- bench:experiment NAME -->  of bench/experiments/NAME.json accuracy, forgetting and memory of some methods.
-<!-- /bench -->
+<!-- bench:experiment NAME -->  of bench/experiments/NAME.json accuracy, forgetting and memory of some methods; of
+<!-- /bench -->                 NAME,NAME,... of all methods, side by side.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
+from typing import Any
 
+import numpy as np
 import results
 import tables
 from cases import Case
@@ -49,7 +51,8 @@ def filled(readme: str, folder: Path, link: str) -> str:
 def text(kind: str, what: str, folder: Path, link: str) -> str:
     """What stands in one block, with the line break at its end; "" if no result is of this kind."""
     if kind == "experiment":
-        return experiment(what, folder.parent / "experiments")
+        kept = {name: _kept(name, folder.parent / "experiments") for name in what.split(",")}
+        return side_by_side(kept) if len(kept) > 1 else experiment(kept[what])
     if kind not in ("cpu", "gpu"):
         raise ValueError(f"<!-- bench:{kind} {what} -->: cpu, gpu or experiment is expected, not {kind}")
     found = newest(kind, folder)
@@ -104,25 +107,53 @@ def headline(benches: dict[str, list[Case]]) -> str:
     return tables.markdown(["", "against", "its time / ours: median (range)", "cases"], body, text=2)
 
 
-def experiment(name: str, folder: Path) -> str:
+def experiment(kept: dict[str, Any]) -> str:
     """Mean ± deviation over runs, and what is kept after the last task, of the methods of `SHOWN` that it has."""
-    path = folder / f"{name}.json"
-    if not path.is_file():
-        raise ValueError(f"<!-- bench:experiment {name} -->: there is no {path.name} in bench/experiments/")
-    methods = json.loads(path.read_text("utf-8"))["methods"]
     body = []
-    for label in (label for label in SHOWN if label in methods):
-        of = methods[label]
-        kept = mean(run[-1] for run in of["state_mb"])
-        body.append([f"`{label}`", *(_mean(of[key]) for key in ("AA", "BWT")), f"{kept:.2f}", str(len(of["AA"]))])
+    for label in (label for label in SHOWN if label in kept["methods"]):
+        of = kept["methods"][label]
+        body.append([f"`{label}`", _mean(of["AA"]), _mean(of["BWT"]), f"{_memory(of)[-1]:.2f}", str(len(of["AA"]))])
     return tables.markdown(["", "final accuracy (AA)", "backward transfer (BWT)", "kept, MB", "runs"], body) + "\n"
 
 
+def side_by_side(kept: dict[str, dict[str, Any]]) -> str:
+    """The same of all methods of several runs, in the order of their files, in which they appear first."""
+    labels = dict.fromkeys(label for one in kept.values() for label in one["methods"])
+    body = []
+    for label in labels:
+        row = [f"`{label}`"]
+        for one in kept.values():
+            of = one["methods"].get(label)
+            if of is None:
+                row += [tables.NONE] * 3
+                continue
+            sizes = dict.fromkeys(f"{size:.2f}" for size in _memory(of))
+            row += [_mean(of["AA"]), _mean(of["BWT"]), " → ".join(sizes)]
+        body.append(row)
+    head = [f"{name}: {what}" for name in kept for what in ("AA", "BWT", "kept, MB")]
+    return tables.markdown(["", *head], body) + "\n"
+
+
+def _kept(name: str, folder: Path) -> dict[str, Any]:
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        raise ValueError(f"<!-- bench:experiment {name} -->: there is no {path.name} in bench/experiments/")
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return content
+
+
+def _memory(method: dict[str, Any]) -> tuple[float, float]:
+    """MB after the first task and after the last, mean over runs."""
+    first, last = (mean(run[at] for run in method["state_mb"]) for at in (0, -1))
+    return first, last
+
+
 def _mean(values: list[float | None]) -> str:
-    found = [value for value in values if value is not None]
-    if not found:
+    found = np.array([value for value in values if value is not None])
+    if not len(found):
         return tables.NONE
-    return f"{mean(found):.3f}" + (f" ± {stdev(found):.3f}" if len(found) > 1 else "")
+    # numpy's mean, as in the report's tables: where the digit that is rounded is a 5, both go one way.
+    return f"{found.mean():.3f}" + (f" ± {found.std(ddof=1):.3f}" if len(found) > 1 else "")
 
 
 def peers(cases: list[Case]) -> str:

@@ -2,7 +2,7 @@
 
 python bench/report.py [FILE]          its page (.md) beside it, its plots in a folder of its name (build/bench.json)
 python bench/report.py --keep [FILE]   the same in bench/results/, of a copy without host, user and paths, and --readme
-python bench/report.py --readme        write the blocks of README and docs/testing.md, and the results' pages, again
+python bench/report.py --readme        write the blocks of README and docs, and the results' pages, again
 python bench/report.py --check         change nothing; status 1 if a block or a page is not what the JSON there says
 """
 
@@ -21,7 +21,11 @@ import tables
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 # Files with blocks of figures (quote.py), and the way from their place to the results.
-QUOTING = {ROOT / "README.md": "bench/results", ROOT / "docs" / "testing.md": "../bench/results"}
+QUOTING = {
+    ROOT / "README.md": "bench/results",
+    ROOT / "docs" / "testing.md": "../bench/results",
+    ROOT / "docs" / "methods.md": "../bench/results",
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -30,7 +34,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("file", nargs="?", type=Path, default=ROOT / "build" / "bench.json")
     does = parser.add_mutually_exclusive_group()
     does.add_argument("--keep", action="store_true", help="put FILE into bench/results/")
-    does.add_argument("--readme", action="store_true", help="fill the blocks of README.md and docs/testing.md")
+    does.add_argument("--readme", action="store_true", help="fill the blocks of README.md and docs/")
     does.add_argument("--check", action="store_true", help="do they, and the pages, say what the results say?")
     parser.add_argument("--device", default=None, help="with --keep: the device's name in the file's")
     parser.add_argument("--no-plots", action="store_true")
@@ -84,7 +88,7 @@ def page(path: Path) -> str:
 
 
 def expected() -> dict[Path, str]:
-    """What README.md, the page on how it is measured and the pages of all results have to say, by file."""
+    """What README.md, the documentation and the pages of all results have to say, by file."""
     quoting = {file: quote.filled(file.read_text(encoding="utf-8"), RESULTS, link) for file, link in QUOTING.items()}
     return quoting | {path.with_suffix(".md"): page(path) for path in sorted(RESULTS.glob("*.json"))}
 

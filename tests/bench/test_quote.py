@@ -96,6 +96,15 @@ def test_an_experiment_is_quoted_from_its_file(tmp_path):
         "| `seqlora` | 0.600 ± 0.141 | – | 2.50 | 2 |",
         "| `slao` | 0.250 | -0.125 | 0.50 | 1 |",
     ]
+    (tmp_path / "experiments" / "other.json").write_text(json.dumps({"methods": {"slao": kept, "osf": once}}))
+    lines = quote.text("experiment", "two,other", tmp_path / "results", "").splitlines()
+    assert lines[0].startswith("|  | two: AA | two: BWT | two: kept, MB | other: AA |")
+    assert lines[2:] == [
+        "| `slao` | 0.250 | -0.125 | 0.50 | 0.600 ± 0.141 | – | 1.00 → 2.50 |",
+        "| `elsewhere` | 0.250 | -0.125 | 0.50 | – | – | – |",
+        "| `seqlora` | 0.600 ± 0.141 | – | 1.00 → 2.50 | – | – | – |",
+        "| `osf` | – | – | – | 0.250 | -0.125 | 0.50 |",
+    ]
     with pytest.raises(ValueError, match="bench:experiment three -->: there is no three.json"):
         quote.text("experiment", "three", tmp_path / "results", "")
 
