@@ -1,4 +1,4 @@
-"""`slao fold` on the disk: seconds and peak memory, beside PEFT's merge_and_unload and a bare copy of the files.
+"""`slao fold` on the disk: seconds and peak memory, beside PEFT's merge_and_unload, mergekit and a copy of the files.
 
     pytest bench/disk_fold.py --blocks 8 --threads 1
 
@@ -6,7 +6,8 @@ The checkpoint has the shapes of a Llama of `--model`, `--blocks` deep (all unle
 much again for each contestant), random weights in bf16, four shards, and an adapter of r = 16 on all linear layers.
 Every contestant runs in a process of its own, reads the base from the disk (its pages are given back before) and is
 done when its files are on the disk (fsync). The peak is the process's largest resident set, libraries included. PEFT
-holds the model in memory, so it runs where there is enough.
+holds the model in memory, so it runs where there is enough; mergekit, where it is installed, has PEFT merge the adapter
+and save the model, and writes it once more with its "linear" merge of that one model.
 """
 
 from __future__ import annotations
@@ -65,7 +66,18 @@ model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16
 merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
 merged.save_pretrained(out, max_shard_size=os.path.getsize(os.path.join(base, "model-00001-of-00004.safetensors")))
 """,
+    "mergekit": """
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
+started = time.perf_counter()
+models = [{"model": f"{base}+{adapter}", "parameters": {"weight": 1.0}}]
+config = MergeConfiguration.model_validate({"merge_method": "linear", "models": models, "dtype": "bfloat16"})
+size = os.path.getsize(os.path.join(base, "model-00001-of-00004.safetensors"))
+options = {"lora_merge_cache": out + "-cache", "copy_tokenizer": False, "write_model_card": False}
+run_merge(config, out, MergeOptions(out_shard_size=size, **options))
+""",
 }
+IN_MEMORY = ("PEFT", "mergekit")
 
 
 @pytest.fixture(scope="module")
@@ -171,14 +183,17 @@ def test_fold(
     base, adapter = folders
     shards = [path.stat().st_size / 2**30 for path in base.glob("*.safetensors")]
     needs = 1.2 * sum(shards)
-    if name == "PEFT" and os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 < needs:
-        pytest.skip(f"PEFT holds the model in memory: it takes {needs:.0f} GB, and less is free")
+    if name == "mergekit":
+        pytest.importorskip("mergekit", reason="mergekit is not installed (pip install mergekit)")
+    if name in IN_MEMORY and os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 < needs:
+        pytest.skip(f"{name} holds the model in memory: it takes {needs:.0f} GB, and less is free")
     times, peaks = [], []
 
     def once() -> None:
         for folder in folders:
             forget(folder)
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        for made in ("out", "out-cache"):
+            shutil.rmtree(tmp_path / made, ignore_errors=True)
         script = _HEAD + CONTESTANTS[name] + _TAIL
         words = [sys.executable, "-c", script, str(torch.get_num_threads()), str(base), str(adapter)]
         finished = subprocess.run([*words, str(tmp_path / "out")], capture_output=True, text=True, check=True)
@@ -188,7 +203,8 @@ def test_fold(
 
     benchmark.pedantic(once, rounds=request.config.getoption("--rounds") or 3, iterations=1)
     worst = 0.0 if name == "copy" else largest_error(base, adapter, tmp_path / "out")
-    shutil.rmtree(tmp_path / "out")
+    for made in ("out", "out-cache"):
+        shutil.rmtree(tmp_path / made, ignore_errors=True)
     if name == "slao fold":
         assert worst <= 1.01, "not the exact weights rounded once"
     seconds = median(times)
