@@ -46,7 +46,11 @@ def test_retention_and_what_accuracy_costs_are_drawn_where_they_are_known(drawn)
     aa = [np.mean(slao["AA"]), np.mean([sum(r) for r in SEQ[2:]]) / 3]
     assert kept == [pytest.approx([2.0, aa[0]]), pytest.approx([1.0, 0.8])]
     assert forgotten == [pytest.approx([-0.25, aa[0]]), pytest.approx([-0.5, aa[1]])]  # joint training has no BWT
-    assert found["trade"].axes[0].get_xlabel() == "MB kept at the end (log scale)"
+    memory = found["trade"].axes[0]
+    assert (memory.get_xscale(), memory.get_xlabel()) == ("linear", "MB kept at the end")  # 1 and 2: no power between
+    results["methods"]["slao"]["state_mb"] = [[1.0, 8.0, 16.0]] * 2
+    memory = drawn(results)["trade"].axes[0]
+    assert (memory.get_xscale(), memory.get_xlabel()) == ("log", "MB kept at the end (log scale)")
     assert [text.get_text() for text in found["trade"].legends[0].get_texts()] == ["slao", "joint", "seqlora"]
     # AA and BWT with one deviation to each side; joint training has no BWT.
     aa, bwt = found["ends"].axes

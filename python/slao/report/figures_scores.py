@@ -102,13 +102,14 @@ def trade(methods: Sequence[Method], metric: str) -> Plot | None:
             told.append(f"{method.name}: {', '.join(said)}")
     for axes, side in zip(panels, sides, strict=True):
         axes.margins(x=0.1)
-        if side == "kept":
+        low, high = axes.dataLim.intervalx
+        if side == "kept" and high >= 4 * low > 0:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
             axes.set_xlabel("MB kept at the end (log scale)")
         else:
-            axes.set_xlabel("BWT (left of 0: forgotten)")
             axes.locator_params(axis="x", nbins=4)
+            axes.set_xlabel("MB kept at the end" if side == "kept" else "BWT (left of 0: forgotten)")
     panels[0].set_ylabel(f"AA, {label(metric)}")
     bars = any(len(m.seeds) > 1 for known in sides.values() for m in known)
     panels[0].set_title(runs_of(methods) + ("; bars: ± one std" if bars else ""), fontsize=9)

@@ -103,7 +103,7 @@ def weights(methods: Sequence[Method]) -> Plot | None:
         range(1, size + 1), [label(t, 18) for t in names], rotation=40, ha="right", rotation_mode="anchor"
     )
     top.set(ylabel="λ", ylim=(0, None))
-    bottom.set(ylabel="weight in the final merge")
+    bottom.set(ylabel="weight at the end")
     bottom.margins(y=0.14)
     top.set_title(runs_of(known), fontsize=9)
     for axes in (top, bottom):
