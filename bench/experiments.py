@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from slao.report import load, markdown, parse
-from slao.report.canvas import Plot
 from slao.report.figures_scores import trade
 
 HERE = Path(__file__).parent
@@ -29,6 +28,7 @@ KEPT = HERE / "experiments"
 PAGE = HERE / "experiments.md"
 # What tables and figures do without: losses of every tenth step, and tables of every layer and pair of tasks.
 DROPPED = ("losses", "similarity")
+CAPTION = "Accuracy against kept memory and forgetting"
 SIZES = 4  # so many different amounts of kept memory make a figure of them worth its room
 MARK = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -57,34 +57,30 @@ def keep(folder: Path) -> Path:
     return path
 
 
-def page(text: str) -> str:
-    """`text` with every table written anew from its file. ValueError for a table without one."""
+def page(text: str, draw: bool = False) -> str:
+    """`text` with every table written anew from its file. draw: the figures too. ValueError for a table without one."""
 
     def block(found: re.Match[str]) -> str:
         path = KEPT / f"{found[2]}.json"
         if not path.is_file():
             raise ValueError(f"the page has a table {found[2]!r}, but there is no {path.name} in {KEPT.name}/")
         content = json.loads(path.read_text("utf-8"))
-        plot = figure(content)
-        shown = "" if plot is None else f"\n![{plot.title}]({KEPT.name}/{path.stem}.svg)\n"
+        shown = ""
+        if compares_sizes(content):
+            shown = f"\n![{CAPTION}]({KEPT.name}/{path.stem}.svg)\n"
+            plot = trade(parse(content), str(content["metric"])) if draw else None
+            if plot is not None:
+                replace(plot, name=path.stem).write(KEPT)
         return f"{found[1]}{_table(content)}\n{shown}{found[3]}"
 
     return MARK.sub(block, text)
 
 
-def figure(content: Any) -> Plot | None:
-    """Accuracy against memory and forgetting, of a run whose methods keep more and less."""
+def compares_sizes(content: Any) -> bool:
+    """Whether the methods of a run keep enough different amounts of memory for a figure of what accuracy costs."""
     methods = parse(content) if isinstance(content, dict) else []
     sizes = {round(float(method.state[:, 1].mean()), 2) for method in methods if method.state is not None}
-    return trade(methods, str(content["metric"])) if len(sizes) >= SIZES else None
-
-
-def draw() -> None:
-    """Write the figure of every kept run that has one."""
-    for path in KEPT.glob("*.json"):
-        plot = figure(json.loads(path.read_text("utf-8")))
-        if plot is not None:
-            replace(plot, name=path.stem).write(KEPT)
+    return len(sizes) >= SIZES
 
 
 def _table(content: Any) -> str:
@@ -113,8 +109,9 @@ def main() -> int:
     if options.check:
         print("the tables say what the files say" if after == before else "run: python bench/experiments.py page")
         return int(after != before)
-    PAGE.write_text(after, "utf-8")
-    draw()
+    for stale in KEPT.glob("*.svg"):
+        stale.unlink()
+    PAGE.write_text(page(before, draw=True), "utf-8")
     return 0
 
 

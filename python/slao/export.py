@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -177,12 +178,18 @@ def _complete(path: Path, parts: list[inventory.Part]) -> None:
 
 
 def _save_config(model: nn.Module, config: Any, folder: Path) -> None:
+    from peft import PeftModel
+
     before = config.inference_mode, config.base_model_name_or_path
-    # As PeftModel.save_pretrained does: a loaded adapter starts frozen and knows its base.
+    # As PeftModel.save_pretrained does: a loaded adapter starts frozen and knows its base, and its class where no task
+    # tells AutoPeftModel.
+    classes = type(model.get_base_model() if isinstance(model, PeftModel) else model).__mro__
+    found = next(kind for kind in classes if getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind)
+    kind = {"base_model_class": found.__name__, "parent_library": found.__module__}
     config.inference_mode = True
     config.base_model_name_or_path = before[1] or getattr(getattr(model, "config", None), "_name_or_path", None)
     try:
-        config.save_pretrained(str(folder))
+        config.save_pretrained(str(folder), auto_mapping_dict=None if config.task_type else kind)
     finally:
         config.inference_mode, config.base_model_name_or_path = before
 

@@ -227,7 +227,8 @@ def read_config(folder: Path, beside: bool = False, taken: Collection[str] = ())
     fields `taken` stand for, too); else ValueError."""
     path = folder / "adapter_config.json"
     if not path.exists():
-        raise ValueError(f"{folder} holds no adapter: there is no adapter_config.json")
+        reason = "there is no adapter_config.json" if folder.is_dir() else "there is no such folder"
+        raise ValueError(f"{folder} holds no adapter: {reason}")
     config = read_json(inside(path, folder))
     if not isinstance(config, dict) or config.get("peft_type") != "LORA" or "lora_alpha" not in config:
         raise ValueError(f"{path} does not describe a LoRA adapter")

@@ -23,10 +23,10 @@ class Compared:
         """Header and rows of the table."""
         numbers = [str(index + 1) for index in range(len(self.names))]
         rows = [
-            [f"{index + 1:>3} {name}", *(f"{value:.3f}" for value in self.cosines[index]), f"{self.norms[index]:.4g}"]
+            [f"{index + 1:>3} {name}", *map(_cosine, self.cosines[index]), f"{self.norms[index]:#.4g}"]
             for index, name in enumerate(self.names)
         ]
-        return ["", *numbers, "norm"], rows
+        return ["cosines", *numbers, "norm"], rows
 
     def notes(self) -> list[str]:
         """A line that names what was not looked at, where there is such."""
@@ -43,11 +43,17 @@ class Compared:
         return "\n".join([*lines, *self.notes()])
 
 
+def _cosine(value: float) -> str:
+    return f"{round(value, 3) + 0.0:.3f}"  # no -0.000
+
+
 def compare(folders: Sequence[str | Path]) -> Compared:
-    """The task vectors of the adapters in `folders`; a layer that one of them lacks counts as zero. ValueError for what
-    is no plain LoRA (`slao.folders.Source`)."""
+    """The task vectors of the adapters in `folders`; a layer that one of them lacks counts as zero. ValueError for
+    fewer than two, and for what is no plain LoRA (`slao.folders.Source`)."""
     from slao_kernels import interference
 
+    if len(folders) < 2:
+        raise ValueError(f"cosines are between two adapters or more; got {len(folders)}")
     sources = [Source(folder, beside=True) for folder in folders]
     _, adapters = aligned([triples(source) for source in sources])
     whole = interference(adapters).whole()

@@ -78,7 +78,7 @@ def _rows(stream: Stream, scored: str) -> str:
 def _steps(work: Work) -> str:
     alike = len(set(work.steps)) == 1
     each = f"{work.steps[0]:,} a task" if alike else ", ".join(f"{steps:,}" for steps in work.steps)
-    return f"{sum(work.steps):,} of {work.batch} rows ({each}); {len(work.rows)} rounds of scoring"
+    return f"{sum(work.steps):,} of at most {work.batch} rows ({each}); {len(work.rows)} rounds of scoring"
 
 
 def _tokens(stream: Stream, objective: Objective) -> tuple[float, int]:

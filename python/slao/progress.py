@@ -126,7 +126,7 @@ class RunProgress(TrainerCallback):
         tokens, seconds = result.tokens - self._before[0], result.train_seconds - self._before[1]
         self._before = (result.tokens, result.train_seconds)
         told = [self._scores(result.matrix[-1])]
-        if result.lambdas:
+        if any(lam != 1.0 for lam in result.lambdas):  # as it is for what keeps no average
             last = result.lambdas[-1]
             told.append(f"λ {fmean(last) if isinstance(last, list) else last:.3f}")
         told.append(f"{tokens / seconds if seconds else 0:,.0f} tokens/s")

@@ -94,7 +94,7 @@ def test_a_run_and_its_report_as_documents(arguments, capsys):
     assert dry["settings"]["train"] == {"max_steps": 1}
     assert any(line.startswith("rows      trained + scored (test): first 8 + 6") for line in dry["about"])
     found = document(arguments, capsys)
-    assert found.keys() == {"folder", "results", "report", "methods", "unfinished", "failed"}
+    assert found.keys() == {"folder", "results", "adapters", "report", "methods", "unfinished", "failed"}
     assert (found["folder"], found["unfinished"], found["failed"]) == (str(folder), {}, {})
     assert Path(found["report"]).read_text().lower().startswith("<!doctype html>")
     content = json.loads(Path(found["results"]).read_text())["methods"]
@@ -110,7 +110,9 @@ def test_a_run_and_its_report_as_documents(arguments, capsys):
         assert method["CE_rise"] == [None]
         assert method["state_mb"] == [[content[name]["state_mb"][0][0], content[name]["state_mb"][0][-1]]]
     again = document(["report", str(folder)], capsys)
-    assert again == {key: value for key, value in found.items() if key != "folder"} | {"results": [found["results"]]}
+    assert again == {key: value for key, value in found.items() if key not in ("folder", "adapters")} | {
+        "results": [found["results"]]
+    }
     assert main(["report", str(folder), "--json", "--markdown"]) == 2
     assert "--markdown and --json exclude each other" in capsys.readouterr().err
 
@@ -252,10 +254,13 @@ def test_results_on_a_terminal(arguments, on_terminal, capsys):
     lines = bare(shown).splitlines()
     lines = lines[next(i for i, line in enumerate(lines) if line.startswith("method ")) :]
     assert lines[-1].startswith("report: ")
-    assert max(map(len, lines[:-1])) <= 80
+    assert lines[-2] == f"adapters: {folder / 'adapters'}"
+    end = next(i for i, line in enumerate(lines) if line.startswith("slao ends at "))  # the finding, after the table
+    lines = lines[:end]
+    assert max(map(len, lines)) <= 80
     content = json.loads((folder / "results.json").read_text())
     plain = [re.split(r"  +", line) for line in table(content).splitlines()[2:]]
-    cells = {cell for line in lines[:-2] for cell in re.split(r"  +", line.strip()) if cell}
+    cells = {cell for line in lines for cell in re.split(r"  +", line.strip()) if cell}
     assert cells == {cell for line in (plain[0], *plain[2:]) for cell in line}
 
 

@@ -114,8 +114,8 @@ def test_a_pipe_gets_a_line_a_task(command, tmp_path, capsys):
     out, err = capsys.readouterr()
     score = r"first \d\.\d{3}, second \d\.\d{3}"
     assert re.search(rf"^slao seed 0, before any training: {score}$", out, re.M)
-    for number, name, lam in ((1, "first", "1.000"), (2, "second", "0.707")):
-        line = rf"^slao seed 0, task {number}/2 {name}: {score}; λ {lam}; [\d,]+ tokens/s$"
+    for number, name, lam in ((1, "first", ""), (2, "second", "λ 0.707; ")):  # the first is whole in the merge
+        line = rf"^slao seed 0, task {number}/2 {name}: {score}; {lam}[\d,]+ tokens/s$"
         assert re.search(line, out, re.M), out
     assert "|" not in err.replace("it/s", "")
     # What was said before the first step.
@@ -124,7 +124,7 @@ def test_a_pipe_gets_a_line_a_task(command, tmp_path, capsys):
         "training  slao seed 0; objective causal_lm",
         "patched   slao_kernels: 14 of 14 LoRA layers fused",
         "rows      trained + scored (test): first 8 + 6, second 8 + 6",
-        "steps     4 of 4 rows (2 a task); 3 rounds of scoring",
+        "steps     4 of at most 4 rows (2 a task); 3 rounds of scoring",
         "tokens    about 240 in one pass over the training rows; longest row 15",
         f"results   {tmp_path / 'x' / 'results.json'}, after every task",
     ):
@@ -155,7 +155,7 @@ def test_a_dry_run_shows_all_and_writes_nothing(command, tmp_path, capsys):
     assert shown[4:6] == [
         "  reads   13 tokens 'Option : cat , dog , bird a cat b c Answer :'", "  LEARNS  2 tokens ' cat [EOS]'"
     ]  # fmt: skip
-    assert shown[-1] == "dry run: nothing was trained or written"
+    assert shown[-1] == f"dry run: nothing was trained, nothing written to {tmp_path / 'x'}"
     assert list(tmp_path.iterdir()) == []
     assert main([*command, "--dry-run", "--rank", "0"]) == 2  # what is wrong is said as ever
 

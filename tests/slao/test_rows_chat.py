@@ -92,7 +92,7 @@ def test_marks_around_all_turns_at_once_are_refused(tiny):
 
 def test_no_chat_template_says_how_to_give_one(tiny, tmp_path):
     with pytest.raises(
-        ValueError, match=r"no chat template, which rows of messages need; give one by objective.chat_temp"
+        ValueError, match=r"no chat template, which rows of messages need; give one by --set objective.chat_temp"
     ):
         tiny.first(tiny.of_rows(chat()), tiny.characters())
     file = tmp_path / "chatml.jinja"
@@ -131,6 +131,7 @@ def test_conversations_are_learned_and_generation_ends_with_the_turn(tiny):
     config = TrainConfig(max_steps=100, batch_size=3, learning_rate=2e-2, lr_scheduler="constant")
     result = train(model, SeqLoRA(model), stream, objective, config)
     assert (result.zero_shot, result.matrix) == ([0.0], [[1.0]])
+    assert objective.answer(model, stream.tasks[0], "Hi") == "Yo"  # the first turn of a conversation
     # With labels too it is what is said that counts, not a likelihood.
     labelled = replace(stream.tasks[0], labels=("No", "Yes", "Maybe"))
     assert objective.score(model, labelled, rows, 2) == 1.0
@@ -159,7 +160,8 @@ def test_slao_run_on_messages(tiny, saved_llama, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert (
-        "the tokenizer has no chat template, which rows of messages need; give one by objective.chat_template=" in err
+        "the tokenizer has no chat template, which rows of messages need; give one by --set objective.chat_template="
+        in err
     )
     assert not (tmp_path / "runs").exists()
     file = tmp_path / "chatml.jinja"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -118,13 +119,13 @@ def run(
     All is written below RUNS/NAME, task by task, and the same command with
     --resume goes on after an interruption.
 
-    With --json: folder, results and report (paths); methods (name: "runs", the
-    seeds or "seed/order", and for each of AA, inc_acc, BWT, forgetting, FWT,
-    zero_shot, CE_rise, tokens_per_second, train_seconds, score_seconds,
-    merge_seconds, seconds_per_task, peak_memory_mb a number a run, for MOPD and
-    AOPD a number a seed, null where there is none; state_mb: kept after the
-    first and the last task); unfinished (training: tasks done, of how many);
-    failed (training: why).
+    With --json: folder, results, adapters and report (paths); methods (name:
+    "runs", the seeds or "seed/order", and for each of AA, inc_acc, BWT,
+    forgetting, FWT, zero_shot, CE_rise, tokens_per_second, train_seconds,
+    score_seconds, merge_seconds, seconds_per_task, peak_memory_mb a number a
+    run, for MOPD and AOPD a number a seed, null where there is none; state_mb:
+    kept after the first and the last task); unfinished (training: tasks done,
+    of how many); failed (training: why).
 
     With --json and --dry-run: folder, settings, trainings, notes, about (lines).
     """
@@ -144,7 +145,7 @@ def _run(options: Mapping[str, Any]) -> int:
     completed = settings_from(options)
     from slao_kernels import sharding
 
-    from ..report import write_report
+    from ..report import finding_of, write_report
     from ..run import Run
     from ..workers import quiet
 
@@ -168,7 +169,7 @@ def _run(options: Mapping[str, Any]) -> int:
             told = {"trainings": [job.title for job in training.jobs], "notes": training.notes}
             output.document({"folder": folder, "settings": completed, **told, "about": about.splitlines()})
         else:
-            print(f"{about}\ndry run: nothing was trained or written")
+            print(f"{about}\ndry run: nothing was trained, nothing written to {folder}")
         return 0
     if not as_json:
         print()
@@ -178,9 +179,10 @@ def _run(options: Mapping[str, Any]) -> int:
     with stopping.resumable(folder):
         page = write_report(folder)
     if as_json:
-        output.document({"folder": folder, "results": folder / "results.json", **_fields(page, results)})
+        paths = {"folder": folder, "results": folder / "results.json", "adapters": folder / "adapters"}
+        output.document({**paths, **_fields(page, results)})
     else:
-        print(f"\nreport: {page}")
+        print(f"\n{textwrap.fill(finding_of(results), 80)}\nadapters: {folder / 'adapters'}\nreport: {page}")
     return 1 if training.failed else 0
 
 

@@ -43,7 +43,10 @@ def completed(
     given = {"weights": weights, "rank": rank, "density": density, "schedule": schedule, "seed": seed}
     for option, value in given.items():
         if value is not None and option not in METHODS[method]:
-            raise ValueError(f"{method} takes no {option}; its options are {', '.join(METHODS[method])}")
+            others = ", ".join(name for name, options in METHODS.items() if option in options)
+            raise ValueError(
+                f"{method} takes no {option}, which {others} take; its options are {', '.join(METHODS[method])}"
+            )
     if count < 2 and method != "svd":  # which cuts one adapter to a rank
         raise ValueError(f"{method} merges two adapters or more; got {count}")
     if not count:

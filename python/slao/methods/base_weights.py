@@ -25,6 +25,15 @@ def refuse(method: IncLoRA, reasons: dict[str, str | None]) -> None:
         raise ValueError(f"{method.name} cannot treat {len(bad)} layers: {'; '.join(bad[:8])}")
 
 
+def refuse_trained(method: IncLoRA) -> None:
+    """ValueError for a first task whose B is not 0: what the weights do is then in B A too (pissa, olora, loaded)."""
+    if trained := [pair.name for pair in method.pairs if pair.B.any()]:
+        raise ValueError(
+            f"{method.name} begins with B = 0, and {len(trained)} layers have a trained one "
+            f"({', '.join(trained[:4])}): merge that adapter into the base, or begin with a fresh one"
+        )
+
+
 def found(method: IncLoRA, index: int) -> Tensor:
     """(m, n) of layer `index`, in fp32 at least: the base and the frozen pairs, without the live one."""
     layer: Any = method.pairs[index].layer

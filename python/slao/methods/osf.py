@@ -53,11 +53,8 @@ class OSF(IncLoRA):
     def _begin(self, task: int) -> None:
         refuse_shards(self)
         self._check()  # the base may have been sharded since
-        if trained := [pair.name for pair in self.pairs if task == 1 and pair.B.any()]:
-            raise ValueError(
-                f"osf begins with B = 0, and {len(trained)} layers have a trained one ({', '.join(trained[:4])}): "
-                "merge that adapter into the base, or begin with a fresh one"
-            )
+        if task == 1:
+            base_weights.refuse_trained(self)
         super()._begin(task)
         self._hold([self._leading(index) for index in range(len(self.pairs))])
         self._project()

@@ -1,4 +1,4 @@
-"""SLoRA (ACL 2026, long papers, 247), its online form: a new pair a task, cut to what lies near the weights' own."""
+"""SLoRA (ACL 2026, long papers, 247), its online form: a new pair a task, cut when the task ends."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from .inclora import IncLoRA
 
 
 class SLoRA(IncLoRA):
-    """IncLoRA that cuts each pair, when its task ends, to the leading singular triplets of B A that `kept` counts.
+    """IncLoRA that cuts each pair, when its task ends, to the leading singular triplets of B A, as many as `kept` says.
 
-    Its measure is the overlap of the left singular vectors of B A with the r leading ones of W + s Σ B A, as the task
-    found it: what lies off them is taken for noise that disturbs earlier tasks ("SLoRA-Pre"; "-Post" cuts all pairs
-    after the last task). Every number of triplets from 1 to r is weighed; the authors' code weighs tenths of r.
+    Those whose left vectors together lie nearest to the r leading ones of W + s Σ B A, as the task found it: the rest
+    is taken for noise that disturbs earlier tasks ("SLoRA-Pre"; "-Post" cuts all pairs after the last task). Every
+    number from 1 to r is weighed. The authors' code weighs tenths of r, and takes for each the triplets of a random
+    sketch of so many columns, which are near the leading ones.
 
     strength: what the cut pair is multiplied by. The authors' code trains with alpha = 2 r and merges with alpha = r,
     which is 0.5. A task ends with an SVD of every layer's W and of the r × r core of B A. State: IncLoRA's.
-    Raises ValueError for a strength that is not finite and above 0, and for layers over quantised, sharded or other
-    bases than matrices.
+    Raises ValueError for a strength that is not finite and above 0, for layers over quantised, sharded or other bases
+    than matrices, and for an adapter that is trained before the first task.
     """
 
     name = "slora"
@@ -47,19 +48,27 @@ class SLoRA(IncLoRA):
 
     def _begin(self, task: int) -> None:
         self._refuse()
+        if task == 1:
+            base_weights.refuse_trained(self)
         super()._begin(task)
 
     def _end(self, task: int) -> float:
         self._refuse()
-        for index, pair in enumerate(self.pairs):
-            weight = base_weights.found(self, index)
-            leading = torch.linalg.svd(weight, False)[0][:, : pair.rank]
-            U, S, Vh = product_svd(pair.A.to(weight), pair.B.to(weight))
-            count = kept(U, leading)
-            none = pair.rank - count  # rows and columns that hold zeros from now on
-            pair.A.copy_(F.pad(Vh[:count], (0, 0, 0, none)))
-            pair.B.copy_(F.pad(self.strength * U[:, :count] * S[:count], (0, none)))
+        cuts = [self._cut_pair(index) for index in range(len(self.pairs))]  # all, before one is written
+        for pair, (A, B) in zip(self.pairs, cuts, strict=True):
+            pair.A.copy_(A)
+            pair.B.copy_(B)
         return 1.0
+
+    def _cut_pair(self, index: int) -> tuple[Tensor, Tensor]:
+        """A and B of the layer after the cut, zeros in the rows and columns that it leaves out."""
+        pair, weight = self.pairs[index], base_weights.found(self, index)
+        leading = torch.linalg.svd(weight, False)[0][:, : pair.rank]
+        U, S, Vh = product_svd(pair.A.to(weight), pair.B.to(weight))
+        rank = int(S.gt(S[0] * pair.rank * torch.finfo(S.dtype).eps).sum())
+        count = kept(U, leading, rank)
+        none = pair.rank - count
+        return F.pad(Vh[:count], (0, 0, 0, none)), F.pad(self.strength * U[:, :count] * S[:count], (0, none))
 
     def _refuse(self) -> None:
         refuse_shards(self)
@@ -77,16 +86,18 @@ def product_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return Q_B @ U, S, Vh @ Q_A.T
 
 
-def kept(U: Tensor, leading: Tensor) -> int:
-    """How many of the columns of U (m, k) are kept: those with which ‖[U_c, random]ᵀ leading‖²_F is largest.
+def kept(U: Tensor, leading: Tensor, rank: int) -> int:
+    """How many of the first `rank` columns of U (m, k) are kept: with which ‖[U_c, random]ᵀ leading‖²_F is largest.
 
     leading: (m, l) orthonormal. [U_c, random] is U's first c columns, completed to k orthonormal ones. The authors'
     code completes them by what an SVD returns for singular values of zero: any vectors off U_c. Here stands the
-    expectation over all such, so that a direction counts for keeping only where it lies nearer to `leading` than
-    chance; U_c alone would never be cut, since every column adds to the norm. The smallest number of equals.
+    expectation over all such, so that a column adds to it where it lies nearer to `leading` than chance; U_c alone
+    would never be cut, since every column adds to its norm. All, where k = m: nothing lies off them. 1 at least.
     """
     rows, columns = U.shape
+    if columns == rows:
+        return max(rank, 1)
     count = torch.arange(1, columns + 1, device=U.device)
     inside = (leading.T @ U).square().sum(0).cumsum(0)
-    by_chance = (columns - count) * (leading.shape[1] - inside) / (rows - count).clamp(min=1)
-    return 1 + int((inside + by_chance).argmax())
+    by_chance = (columns - count) * (leading.shape[1] - inside) / (rows - count)
+    return 1 + int((inside + by_chance)[: max(rank, 1)].argmax())

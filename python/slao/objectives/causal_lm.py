@@ -134,9 +134,12 @@ class CausalLM(Objective):
         return total / len(rows)
 
     def answer(self, model: nn.Module, task: Task, text: str) -> str:
-        if task.kind == "messages":
-            raise ValueError(f"train.ask takes a row of the first task, and those of {task.name!r} are conversations")
-        row = replace(task.train[0], prompt=text)
+        row = task.train[0]
+        if row.messages:  # the system's message, if there is one, and the text as the user's
+            system = row.messages[: int(row.messages[0][0] == "system")]
+            row = replace(row, messages=(*system, ("user", text), row.messages[-1]))
+        else:
+            row = replace(row, prompt=text)
         ((_, found),) = self._continued(model, task, [row], self._longest_answer(task), 1)
         return found.strip()
 

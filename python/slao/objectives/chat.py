@@ -39,7 +39,8 @@ class Chat:
         if template is None and not getattr(tokenizer, "chat_template", None):
             raise ValueError(
                 "the tokenizer has no chat template, which rows of messages need; give one by "
-                "objective.chat_template=FILE (Jinja, such as the chat_template.jinja of the model's instruct version)"
+                "--set objective.chat_template=FILE (Jinja: the chat_template.jinja of the model's instruct version, "
+                "or the one in docs/rows.md)"
             )
         self._tokenizer = tokenizer
         self._template: str = tokenizer.get_chat_template() if template is None else template

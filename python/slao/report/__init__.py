@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .. import checkpoint
 from .compare import load_all
 from .figures import draw
+from .finding import title
 from .page import page
 from .results import load, numbers, parse
 from .tables import about, markdown, per_method, table
 
-__all__ = ["about", "load", "load_all", "markdown", "numbers", "parse", "per_method", "table", "write_report"]
+__all__ = [
+    "about",
+    "finding_of",
+    "load",
+    "load_all",
+    "markdown",
+    "numbers",
+    "parse",
+    "per_method",
+    "table",
+    "write_report",
+]
+
+
+def finding_of(results: Mapping[str, Any]) -> str:
+    """What the page begins with, one sentence: which method ends highest, above what, and how sure that is."""
+    return title(results, parse(results))
 
 
 def write_report(*run_dirs: str | Path) -> Path:

@@ -156,15 +156,20 @@ def looks(methods: Sequence[Method]) -> list[dict[str, Any]]:
 
 
 def legend(figure: Any, *panels: Any) -> None:
-    """Below the panels, where it cannot cover a line: what is drawn in them by name, if that is more than one."""
-    drawn: dict[str, Any] = {}
+    """Below the panels, where it cannot cover a line: what is drawn in them by name, if that is more than one. What
+    several panels have stands there once."""
+    handles: list[Any] = []
+    names: list[str] = []
     for axes in panels:
-        handles, labels = axes.get_legend_handles_labels()
-        drawn |= dict(zip(labels, handles, strict=True))
-    if len(drawn) > 1:
-        columns = 3 if max(map(len, drawn)) < 14 else 2
-        figure.legend(drawn.values(), drawn, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
-        rows = -(-len(drawn) // columns)
+        there = set(names)  # not of this panel: two of one panel may be cut to the same name
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            if name not in there:
+                handles.append(handle)
+                names.append(name)
+    if len(names) > 1:
+        columns = 3 if max(map(len, names)) < 14 else 2
+        figure.legend(handles, names, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
+        rows = -(-len(names) // columns)
         figure.set_figheight(figure.get_figheight() + 0.2 * rows)
 
 

@@ -114,7 +114,11 @@ def trade(methods: Sequence[Method], metric: str) -> Plot | None:
     bars = any(len(m.seeds) > 1 for known in sides.values() for m in known)
     panels[0].set_title(runs_of(methods) + ("; bars: ± one std" if bars else ""), fontsize=9)
     legend(figure, *panels)
-    caption = "What a method keeps: its adapter, whatever else it carries from task to task, and rows for replay."
+    captions = {
+        "kept": "What a method keeps: its adapter, whatever else it carries from task to task, and rows for replay.",
+        "BWT": "BWT: mean change of a task's score from its own training to the end.",
+    }
+    caption = " ".join(captions[side] for side in sides)
     title = (
         "Accuracy against kept memory and forgetting"
         if len(sides) > 1

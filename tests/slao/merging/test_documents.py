@@ -48,8 +48,8 @@ def test_interference(two, capsys):
 
 def test_what_interference_does_not_look_at(folds, tmp_path, capsys):
     folds.save_lora("llama", tmp_path / "head", modules_to_save=["lm_head"])
-    found = document(["interference", tmp_path / "head"], capsys)
-    assert found["adapters"][0]["beside"] == ["modules_to_save"]
+    found = document(["interference", *[tmp_path / "head"] * 2], capsys)
+    assert [each["beside"] for each in found["adapters"]] == [["modules_to_save"]] * 2
 
 
 def test_merge(two, tmp_path, capsys):

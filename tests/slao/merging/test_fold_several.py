@@ -145,7 +145,7 @@ def test_verify_needs_a_tokenizer_first(folds, tmp_path, capsys):
     base, adapters = three(folds, tmp_path)
     capsys.readouterr()
     assert main(["fold", str(base), str(adapters[0]), "-o", str(tmp_path / "out"), "--verify", "red"]) == 2
-    assert "slao: --verify needs the tokenizer of" in capsys.readouterr().err
+    assert "slao: --verify needs a tokenizer, and none loads from" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -39,7 +39,7 @@ BAD: dict[str, tuple[dict, dict, str, list[str], list[str]]] = {
     "weights": ({}, {}, "", ["--method", "svd", "--weights", "1,2,3"], ["weights are 3 numbers for 2 adapters"]),
     "no weights": ({}, {}, "", ["--method", "svd", "--weights", "1;2"], ["--weights takes numbers", "'1;2'"]),
     "NaN weight": ({}, {}, "", ["--method", "svd", "--weights", "1,nan"], ["weights must be finite"]),
-    "weights of slao": ({}, {}, "", ["--weights", "1,2"], ["slao takes no weights; its options are schedule"]),
+    "weights of slao": ({}, {}, "", ["--weights", "1,2"], ["slao takes no weights, which linear, svd, "]),
     "rank of linear": ({}, {}, "", ["--method", "linear", "--rank", "2"], ["linear takes no rank"]),
     "rank too large": ({}, {}, "", ["--method", "svd", "--rank", "33"], ["rank 33 is too large", "at most 32"]),
     "rank 0": ({}, {}, "", ["--method", "svd", "--rank", "0"], ["rank must be at least 1, not 0"]),

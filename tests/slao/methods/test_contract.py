@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
 
+import slao_kernels
 from slao.methods import METHODS, make_method
 from slao_kernels.testing import error_ratio, tiny_model
 
@@ -39,6 +41,21 @@ def test_export_is_a_plain_adapter_that_equals_the_merged_model(lab, tmp_path, n
             assert error_ratio(plain(lab.IDS).logits, expected) <= 3e-6
             with plain.disable_adapter():
                 assert error_ratio(plain(lab.IDS).logits, expected) > 1e-3
+
+
+def test_an_adapter_of_a_bare_model_loads_by_its_own_name(lab, tmp_path):
+    """AutoPeftModel finds base and class in the adapter's config alone, as after `get_peft_model`."""
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    slao_kernels.patch(model)
+    method = make_method("slao", model)
+    lab.task(method, 0)
+    method.save_pretrained(tmp_path / "adapter")
+    with method.merged():
+        expected = lab.logits(method)
+    for kind in (AutoPeftModel, AutoPeftModelForCausalLM):
+        with torch.no_grad():
+            assert error_ratio(kind.from_pretrained(str(tmp_path / "adapter"))(lab.IDS).logits, expected) <= 3e-6
 
 
 @pytest.mark.parametrize("mid_task", [False, True])

@@ -68,10 +68,10 @@ def weights(method: Method) -> dict[str, torch.Tensor]:
 
 
 def decided(kind: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the mathematics decides of a state. Factors of OPCM, InfLoRA and IncSLAO come from decompositions, whose
-    vectors may have either sign; their products (plain gradient descent gives the same ones for either) and projections
-    do not."""
-    if kind not in ("opcm", "inflora", "incslao"):
+    """What the mathematics decides of a state. Factors of OPCM, InfLoRA, IncSLAO and SLoRA come from decompositions,
+    whose vectors may have either sign; their products (plain gradient descent gives the same ones for either) and
+    projections do not."""
+    if kind not in ("opcm", "inflora", "incslao", "slora"):
         return state
     found: dict[str, torch.Tensor] = {}
     for key, value in state.items():

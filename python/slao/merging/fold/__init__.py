@@ -37,7 +37,7 @@ class Folded:
     def __str__(self) -> str:
         made = self.plan
         by = "" if self.method == "svd" and self.lost is None else f" by {self.method}"  # the adapters' sum itself
-        lines = [f"{self.folder}: {len(made.changes)} weights changed{by}, {made.size / 1e9:.2f} GB"]
+        lines = [f"{self.folder}: {len(made.changes)} weights changed{by}, {_size(made.size)}"]
         if self.lost is not None:
             lines[0] += f"; cut to a rank, which leaves out {self.lost:.2%} of the merge (norms)"
         if made.untied is not None:
@@ -45,12 +45,18 @@ class Folded:
         if made.rows is not None:
             lines.append(f"resized: vocab_size is {made.rows}")
         if made.others:
-            lines.append(f"the adapter names another base, {', '.join(made.others)}: are its weights the same?")
+            lines.append(
+                f"the adapter names another base, {', '.join(made.others)}: make sure that the base is that model"
+            )
         if self.left:
             lines.append("not copied: " + ", ".join(f"{name} ({why})" for name, why in self.left.items()))
         if self.verified is not None:
             lines.append(str(self.verified))
         return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def fold_model(

@@ -93,9 +93,9 @@ def _side_by_side(parts: list[list[Stored]], kinds: list[tuple[str, Any]]) -> li
 
 def missing(names: Iterable[str], folder: Path) -> ValueError:
     """The error for names of an adapter that no weight of the base has."""
-    listed = list(names)
-    more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
+    first, *others = names
+    more = f" and {len(others)} more" if others else ""
     return ValueError(
-        f"{folder}: the base has no weight for {', '.join(listed[:4])}{more}: was the adapter trained on another "
-        "model, or with a head that these files lack?"
+        f"{folder} was trained on another model, or with a head that these files lack: the base has no weight for "
+        f"{first}{more}"
     )

@@ -50,7 +50,9 @@ def tokens_of(base: Base, prompt: str) -> tuple[Any, Tensor]:
     try:
         tokenizer: Any = hf.AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(f"--verify needs the tokenizer of {base.folder}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"--verify needs a tokenizer, and none loads from {base.folder}: put its files there, or leave --verify out"
+        ) from error
     tokens: Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not tokens.numel():
         raise ValueError(f"--verify needs a prompt of at least one token, not {prompt!r}")
