@@ -115,8 +115,7 @@ def peak(step: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("length", [48, 200])
 def test_score(length: int, benchmark: Any, device: str, request: pytest.FixtureRequest) -> None:
-    if length > 48:
-        skip_on_a_cpu(device, request.config)
+    skip_on_a_cpu(device, request.config)
     model = base(torch.float32, request.config).to(device).eval()
     draw, words = random.Random(0), model.config.vocab_size
     prompts = [[draw.randrange(5, words) for _ in range(length)] for _ in range(4)]

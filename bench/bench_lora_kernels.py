@@ -86,8 +86,8 @@ def roofs(device: str, dtype: torch.dtype) -> tuple[float, float]:
     product = torch.empty(m, n, device=device, dtype=dtype)
     seconds = []
     for call in (lambda: target.copy_(source), lambda: torch.mm(a, b, out=product)):
-        call()
-        seconds.append(min(clock(call, device) for _ in range(capped(7))))
+        one = clock(call, device)
+        seconds.append(min(clock(call, device) for _ in range(capped(7, one, device))))
     return 2 * source.nbytes / seconds[0], 2 * m * n * k / seconds[1]
 
 

@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--best-of", default=1, type=int, help="repeat the races against a frozen base, take the best")
     parser.addoption("--compile", action="store_true", help="PEFT under torch.compile too (slow to start)")
     parser.addoption("--rounds", default=None, type=int, help="at most so many rounds: figures are then worth little")
+    parser.addoption("--seconds", default=4.0, type=float, help="of a race on a CPU, if that is three rounds at least")
     parser.addoption("--peft-svd", default="", help="shapes, see bench/bench_weighted_merge.py (slow)")
     parser.addoption("--merge-dtype", default="float32", help="of the adapters on the disk, see bench/disk_merge.py")
     parser.addoption("--blocks", default=None, type=int, help="of the model on the disk, see bench/disk_fold.py")
@@ -33,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     import race
 
-    race.at_most = config.getoption("--rounds")
+    race.at_most, race.seconds = config.getoption("--rounds"), config.getoption("--seconds")
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-benchmark's

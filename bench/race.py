@@ -18,7 +18,11 @@ IN_GRAPHS = ("ours", "triton", "copy floor", "in-place read+write")
 
 Check = Callable[[str, bool, str], None]
 
-at_most: int | None = None  # rounds of any race, for a run that only shows that all works (--rounds)
+# Of any race: rounds at most (--rounds; a single one only shows that all works), and seconds on a CPU (--seconds), in
+# which a race has FEWEST rounds whatever they take.
+at_most: int | None = None
+seconds = 4.0
+FEWEST = 3
 
 
 def clock(function: Callable[[], object], device: str) -> float:
@@ -36,7 +40,10 @@ def clock(function: Callable[[], object], device: str) -> float:
     return time.perf_counter() - started
 
 
-def capped(rounds: int) -> int:
+def capped(rounds: int, one: float, device: str) -> int:
+    """So many of `rounds` as there may be, of about `one` seconds each."""
+    if device != "cuda":
+        rounds = min(rounds, max(FEWEST, int(seconds / one)))
     return rounds if at_most is None else min(rounds, at_most)
 
 
@@ -103,6 +110,7 @@ def race(
     The ratios, of graphs to that of ours, and the median milliseconds of all go into the benchmark's extra_info.
     """
     check, raised = checker(benchmark, device), {}
+    started = time.perf_counter()
     ours()
     for name, peer in peers.items():
         try:
@@ -113,6 +121,7 @@ def race(
             raised[name] = first_line(problem)
             check(name, name not in IN_GRAPHS, raised[name])
     peers = {name: peer for name, peer in peers.items() if name not in raised}
+    rounds = capped(rounds, time.perf_counter() - started, device)
     graphs, without = in_graphs({"ours": ours, **peers}, IN_GRAPHS, device)
     peers |= graphs
     times: dict[str, list[float]] = {name: [] for name in peers}
@@ -122,7 +131,7 @@ def race(
         for name, peer in peers.items():
             times[name].append(clock(peer, device))
 
-    benchmark.pedantic(lambda: mine.append(clock(ours, device)), setup=run_peers, rounds=capped(rounds), iterations=1)
+    benchmark.pedantic(lambda: mine.append(clock(ours, device)), setup=run_peers, rounds=rounds, iterations=1)
     medians = {"ours": median(mine)} | {name: median(values) for name, values in times.items()}
     ratios = {}
     for name in peers:
@@ -175,7 +184,6 @@ def interleave(
     iterations: calls timed together, where one is too short for the clock; pytest-benchmark's own table shows all of
     them as one. The others start each round with another of them, so that none always finds the same one's cache.
     """
-    rounds = capped(rounds)
     times: dict[str, list[float]] = {name: [] for name in contestants}
     others = [name for name in contestants if name != "ours"]
 
@@ -200,6 +208,8 @@ def interleave(
             lap(name)  # by now everything is compiled
         fastest = min(laps[-1] for laps in times.values())
         iterations = max(iterations, min(GPU_CALLS, math.ceil(GPU_SECONDS / fastest)))
+    one = iterations * best_of * sum(laps[-1] for laps in times.values())
+    rounds = capped(rounds, one, device)
     for laps in times.values():
         laps.clear()
     benchmark.pedantic(lambda: lap("ours"), setup=run_others, rounds=rounds * best_of, iterations=1)
