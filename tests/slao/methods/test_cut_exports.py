@@ -57,7 +57,7 @@ def test_keep_and_what_loads_in_peft(lab, tmp_path):
     less = method.save_pretrained(tmp_path / "out", keep=0.5)
     assert max(layer.rank for layer in less.layers.values()) < 12
     assert str(less).startswith("layer")
-    assert main(["interference", str(tmp_path / "out")]) == 0
+    assert main(["interference", *[str(tmp_path / "out")] * 2]) == 0
 
 
 def tiny_base():
