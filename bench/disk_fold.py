@@ -6,9 +6,8 @@ The checkpoint has the shapes of a Llama of `--model`, `--blocks` deep (all unle
 much again for each contestant, twice for mergekit), random weights in bf16, four shards, and an adapter of r = 16 on
 all linear layers. Every contestant runs in a process of its own, reads the base from the disk (its pages are given
 back before) and is done when its files are on the disk (fsync). The peak is the process's largest resident set,
-libraries included. PEFT
-holds the model in memory, so it runs where there is enough; mergekit, where it is installed, has PEFT merge the adapter
-and save the model, and writes it once more with its "linear" merge of that one model.
+libraries included. PEFT holds the model in memory, so it runs where there is enough; mergekit, where it is installed,
+has PEFT merge the adapter and save the model, and writes it once more with its "linear" merge of that one model.
 """
 
 from __future__ import annotations

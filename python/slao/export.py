@@ -184,8 +184,9 @@ def _save_config(model: nn.Module, config: Any, folder: Path) -> None:
     # As PeftModel.save_pretrained does: a loaded adapter starts frozen and knows its base, and its class where no task
     # tells AutoPeftModel.
     classes = type(model.get_base_model() if isinstance(model, PeftModel) else model).__mro__
-    found = next(kind for kind in classes if getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind)
-    kind = {"base_model_class": found.__name__, "parent_library": found.__module__}
+    named = (kind for kind in classes if getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind)
+    found = next((kind for kind in named if hasattr(kind, "from_pretrained")), None)
+    kind = None if found is None else {"base_model_class": found.__name__, "parent_library": found.__module__}
     config.inference_mode = True
     config.base_model_name_or_path = before[1] or getattr(getattr(model, "config", None), "_name_or_path", None)
     try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .base import Method
 from .extended import fresh, refuse_shards
+from .products import product_svd
 from .showing import Weights
 
 # Singular values below this part of the largest are what rounding left of zero: their vectors are arbitrary.
@@ -122,11 +123,9 @@ class OPCM(Method):
 
 def added(A_old: Tensor, B_old: Tensor, A: Tensor, B: Tensor, factor: float, alpha: float) -> tuple[Tensor, Tensor]:
     """(A, B) whose product is factor · B_old A_old + P(B A), of the rank of the old product plus r."""
-    left, R_left = torch.linalg.qr(B_old)
-    right, R_right = torch.linalg.qr(A_old.T)
-    U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
+    U, S, Vh = product_svd(A_old, B_old)
     count = int((_ROUNDING * S[:1] < S).sum())
-    U, S, V = left @ U[:, :count], S[:count], right @ Vh[:count].T
+    U, S, V = U[:, :count], S[:count], Vh[:count].T
     top = int((S.cumsum(0) <= alpha * S.sum()).sum())
     C = (U.T @ B) @ (A @ V)
     removed = torch.diag(C.diagonal())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,6 +41,14 @@ def average(
 ) -> list[tuple[Tensor, Tensor]]:
     """`nearest` to old + weight · (new − old), a weight for each layer, of experts for each."""
     return nearest(pairs, [old, new], most, [[1 - weight for weight in weights], weights])
+
+
+def product_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, k), S (k), Vh (k, n) of B A from A (r, n) and B (m, r), k = min(r, m, n): QR of both, SVD of the core."""
+    Q_A, R_A = torch.linalg.qr(A.T)
+    Q_B, R_B = torch.linalg.qr(B)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, False)
+    return Q_B @ U, S, Vh @ Q_A.T
 
 
 def merged_state(pairs: Sequence[LoraPair], merged: Products) -> dict[str, Tensor]:

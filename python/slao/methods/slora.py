@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import base_weights
 from .extended import refuse_shards
 from .inclora import IncLoRA
+from .products import product_svd
 
 
 class SLoRA(IncLoRA):
@@ -76,14 +77,6 @@ class SLoRA(IncLoRA):
 
     def _options(self) -> dict[str, Any]:
         return super()._options() | {"strength": self.strength}
-
-
-def product_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, k), S (k), Vh (k, n) of B A from A (r, n) and B (m, r), k = min(r, m, n): QR of both, SVD of the core."""
-    Q_A, R_A = torch.linalg.qr(A.T)
-    Q_B, R_B = torch.linalg.qr(B)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, False)
-    return Q_B @ U, S, Vh @ Q_A.T
 
 
 def kept(U: Tensor, leading: Tensor, rank: int) -> int:

@@ -9,7 +9,8 @@ from torch import nn
 
 import slao_kernels
 from slao import IncLoRA, SLoRA
-from slao.methods.slora import kept, product_svd
+from slao.methods.products import product_svd
+from slao.methods.slora import kept
 from slao_kernels.testing import error_ratio, tiny_model
 
 
@@ -127,10 +128,13 @@ def test_ranks_above_a_layers_size(lab, lora, dtype):
     lab.train(method)
     before = [pair.B.double() @ pair.A.double() for pair in method.pairs]
     lab.end(method, 0)
+    # Of bf16 A and B are rounded, 2^-9 each at most; of fp32 two QRs and an SVD, some units of 2^-24 a step of theirs.
+    bound, wide = {torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype], 0
     for pair, product in zip(method.pairs, before, strict=True):
         if pair.rank >= len(pair.B):
-            bound = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+            wide += 1
             assert error_ratio(pair.B.double() @ pair.A.double(), product) <= bound
+    assert wide >= 2
     lab.task(method, 1)
     assert torch.isfinite(lab.logits(method)).all()
 
