@@ -44,7 +44,7 @@ test: $(VENV)/.installed
 fuzz: $(VENV)/.installed
 	SLAO_FUZZ=$(FUZZ) $(BIN)/pytest -n $(WORKERS) -k fuzz tests --timeout 0 $(ARGS)
 
-## make bench   all benches on this machine's device (without a GPU a quarter of an hour at most): figures into
+## make bench   all benches on this machine's device (without a GPU about eight minutes): figures into
 ##              build/bench.json (elsewhere with BENCH_JSON=), tables and plots beside it
 bench: $(VENV)/.installed
 	mkdir -p $(dir $(BENCH_JSON))

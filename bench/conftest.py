@@ -18,12 +18,12 @@ from reports import aligned, cell
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.addoption("--model", default="llama-3-8b", help="geometry, see bench/shapes.py")
+    parser.addoption("--model", default=None, help="see bench/shapes.py (cuda: llama-3-8b, cpu: llama-3.2-1b)")
     parser.addoption("--threads", default=None, type=int, help="CPU threads (default: torch's)")
     parser.addoption("--best-of", default=1, type=int, help="repeat the races against a frozen base, take the best")
     parser.addoption("--compile", action="store_true", help="PEFT under torch.compile too (slow to start)")
     parser.addoption("--rounds", default=None, type=int, help="at most so many rounds: figures are then worth little")
-    parser.addoption("--seconds", default=4.0, type=float, help="of a race on a CPU, if that is three rounds at least")
+    parser.addoption("--seconds", default=1.0, type=float, help="of a race on a CPU, if that is three rounds at least")
     parser.addoption("--peft-svd", default="", help="shapes, see bench/bench_weighted_merge.py (slow)")
     parser.addoption("--merge-dtype", default="float32", help="of the adapters on the disk, see bench/disk_merge.py")
     parser.addoption("--blocks", default=None, type=int, help="of the model on the disk, see bench/disk_fold.py")
@@ -34,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     import race
 
+    if config.option.model is None:  # the layers of an 8B model take a CPU minutes
+        config.option.model = "llama-3-8b" if config.getoption("--device") == "cuda" else "llama-3.2-1b"
     race.at_most, race.seconds = config.getoption("--rounds"), config.getoption("--seconds")
 
 

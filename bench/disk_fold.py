@@ -1,8 +1,8 @@
 """`slao fold` on the disk: seconds and peak memory, beside PEFT's merge_and_unload, mergekit and a copy of the files.
 
-    pytest bench/disk_fold.py --blocks 8 --threads 1
+    pytest bench/disk_fold.py --model llama-3-8b --blocks 8 --threads 1
 
-The checkpoint has the shapes of a Llama of `--model`, `--blocks` deep (all unless said: 16 GB of Llama-3-8B, and as
+The checkpoint has the shapes of a Llama of `--model`, `--blocks` deep (all unless said: of Llama-3-8B 16 GB, and as
 much again for each contestant, twice for mergekit), random weights in bf16, four shards, and an adapter of r = 16 on
 all linear layers. Every contestant runs in a process of its own, reads the base from the disk (its pages are given
 back before) and is done when its files are on the disk (fsync). The peak is the process's largest resident set,

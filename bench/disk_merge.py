@@ -1,6 +1,6 @@
 """`slao merge` of ten adapters on the disk: seconds and peak memory, beside PEFT's add_weighted_adapter.
 
-    pytest bench/disk_merge.py --merge-dtype bfloat16
+    pytest bench/disk_merge.py --model llama-3-8b --merge-dtype bfloat16
 
 Every merge runs in a process of its own, whose peak is read from the kernel: all of it, and what is its own (without
 the mapped files, which the kernel may drop), less what it had after the imports. PEFT merges adapters that are loaded

@@ -7,7 +7,8 @@
 A file of merge_lab.py's scores (scores_test.json) is copied into bench/experiments/ by hand.
 
 In the page a table stands between `<!-- name -->` and `<!-- end -->`, with the report's figure of what accuracy costs
-(bench/experiments/name.svg) where methods of SIZES memories are compared; everything else is written by hand.
+(bench/experiments/name.svg) where methods of SIZES memories are compared. Between `<!-- name against method -->` and
+`<!-- end -->` stands how far the other methods are from that one, paired. Everything else is written by hand.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 
 from slao.report import load, markdown, parse
 from slao.report.figures_scores import trade
+from slao.report.finding import differences
+from slao.report.tables import tabulated
 
 HERE = Path(__file__).parent
 KEPT = HERE / "experiments"
@@ -30,7 +33,7 @@ PAGE = HERE / "experiments.md"
 DROPPED = ("losses", "similarity")
 CAPTION = "Accuracy against kept memory and forgetting"
 SIZES = 4  # so many different amounts of kept memory make a figure of them worth its room
-MARK = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+MARK = re.compile(r"(<!-- ([\w-]+)(?: against ([\w ]+))? -->\n).*?(<!-- end -->)", re.S)
 
 
 def reduced(results: dict[str, Any]) -> dict[str, Any]:
@@ -65,13 +68,15 @@ def page(text: str, draw: bool = False) -> str:
         if not path.is_file():
             raise ValueError(f"the page has a table {found[2]!r}, but there is no {path.name} in {KEPT.name}/")
         content = json.loads(path.read_text("utf-8"))
+        if found[3]:
+            return f"{found[1]}{_against(found[3], content)}\n{found[4]}"
         shown = ""
         if compares_sizes(content):
             shown = f"\n![{CAPTION}]({KEPT.name}/{path.stem}.svg)\n"
             plot = trade(parse(content), str(content["metric"])) if draw else None
             if plot is not None:
                 replace(plot, name=path.stem).write(KEPT)
-        return f"{found[1]}{_table(content)}\n{shown}{found[3]}"
+        return f"{found[1]}{_table(content)}\n{shown}{found[4]}"
 
     return MARK.sub(block, text)
 
@@ -90,6 +95,17 @@ def _table(content: Any) -> str:
     import merge_lab
 
     return merge_lab.table(content)
+
+
+def _against(name: str, content: Any) -> str:
+    """How far the other methods of a run are from the one called `name`."""
+    methods = parse(content)
+    anchor = next((method for method in methods if method.name == name), None)
+    if anchor is None:
+        raise ValueError(f"a table of differences to {name!r}: the run has {', '.join(m.name for m in methods)}")
+    told = differences(methods, anchor)
+    assert told is not None
+    return tabulated(told[1])
 
 
 def main() -> int:

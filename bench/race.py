@@ -21,7 +21,7 @@ Check = Callable[[str, bool, str], None]
 # Of any race: rounds at most (--rounds; a single one only shows that all works), and seconds on a CPU (--seconds), in
 # which a race has FEWEST rounds whatever they take.
 at_most: int | None = None
-seconds = 4.0
+seconds = 1.0
 FEWEST = 3
 
 

@@ -17,7 +17,7 @@ def test_the_page_says_what_the_files_say():
     text = experiments.PAGE.read_text("utf-8")
     names = [found[2] for found in experiments.MARK.finditer(text)]
     assert len(names) >= 5
-    assert sorted(names) == sorted(path.stem for path in experiments.KEPT.glob("*.json"))
+    assert sorted(set(names)) == sorted(path.stem for path in experiments.KEPT.glob("*.json"))
     assert experiments.page(text) == text
     drawn = sorted(path.stem for path in experiments.KEPT.glob("*.svg"))
     assert drawn == sorted(found[1] for found in re.finditer(r"\(experiments/(\w+)\.svg\)", text))
@@ -47,3 +47,21 @@ def test_a_kept_file_has_no_path_and_no_losses(tmp_path, monkeypatch):
     assert experiments.page("<!-- mine -->\nold\n<!-- end -->").splitlines()[1].startswith("| method | runs | AA |")
     with pytest.raises(ValueError, match="no other.json in kept/"):
         experiments.page("<!-- other -->\n<!-- end -->")
+
+
+def test_differences_to_a_method_are_paired(tmp_path, monkeypatch):
+    """slao is .1, .2, .3 above seqlora: .2 on average, within 4.303 * .1 / sqrt(3) of it by Student's t."""
+    ends = {"slao": (0.5, 0.7, 0.9), "seqlora": (0.4, 0.5, 0.6)}
+    entry = {key: [0.0] * 3 for key in ("BWT", "forgetting", "FWT", "tokens_per_second", "train_seconds")}
+    entry |= {"seeds": [0, 1, 2], "tasks": [["a", "b"]] * 3, "zero_shot": [[0.1, 0.1]] * 3, "peak_memory_mb": [1.0] * 3}
+    methods = {
+        name: {**entry, "AA": list(AA), "matrix": [[[0.1, 0.1], [value, value]] for value in AA]}
+        for name, AA in ends.items()
+    }
+    content = {"stream": "s", "model": "m", "metric": "accuracy", "methods": methods, "settings": {}}
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    monkeypatch.setattr(experiments, "KEPT", tmp_path)
+    *_, row, _ = experiments.page("<!-- mine against seqlora -->\nold\n<!-- end -->").splitlines()
+    assert row == "| slao | 3 | +0.200 ± 0.248 | within noise | +0.000 | equal |"
+    with pytest.raises(ValueError, match="differences to 'ewc': the run has slao, seqlora"):
+        experiments.page("<!-- mine against ewc -->\n<!-- end -->")

@@ -162,9 +162,10 @@ def _doubt(found: Difference) -> str:
     return " (by the same amount in every run)" if found.pairs else " (no seed and order in common, so not tested)"
 
 
-def differences(methods: Sequence[Method]) -> tuple[str, Table] | None:
-    """(the best method's name, how far every other one is from it); None where there are no two to compare."""
-    anchor = best(methods)
+def differences(methods: Sequence[Method], anchor: Method | None = None) -> tuple[str, Table] | None:
+    """(the name of `anchor`, unless given the best method, how far every other one is from it); None where there are no
+    two to compare."""
+    anchor = anchor or best(methods)
     others = [m for m in methods if m is not anchor and np.isfinite(m.values["AA"]).any()]
     if anchor is None or not others:
         return None

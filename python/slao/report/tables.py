@@ -144,7 +144,11 @@ def about(results: Mapping[str, Any]) -> list[str]:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The rows and columns of `table` as a Markdown table."""
-    found = per_method(parse(results))
+    return tabulated(per_method(parse(results)))
+
+
+def tabulated(found: Table) -> str:
+    """A table in Markdown."""
     lines = [found.header, ["---", *["---:"] * (len(found.header) - 1)], *found.rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
