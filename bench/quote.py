@@ -24,6 +24,7 @@ BLOCK = re.compile(r"(<!-- bench:(\S+) (\S+) -->\n)(.*?)(<!-- /bench -->)", re.D
 MARKER = re.compile(r"<!-- /?bench\b")
 HEADLINE = {  # bench and test: what it is, and whose time is divided by ours
     ("training_step", "step"): ("a training step (MiniLM, a small Llama)", "PEFT"),
+    ("language_model", "step"): ("a training step of Gemma 3 270M's shapes, with its loss", "PEFT"),
     ("lora_linear", "layer"): ("a LoRA layer, forward, or with its backward", "PEFT"),
     ("orthogonal_init", "orthogonal_init"): ("A re-based in all layers", "qr loop"),
     ("scaled_merge", "scaled_merge"): ("B merged in all layers", "_foreach_lerp_"),

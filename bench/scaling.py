@@ -1,4 +1,4 @@
-"""How time grows with tokens, rank, layers and tasks: `python bench/scaling.py [AXIS ...] [--json FILE] [--plot FILE]`.
+"""How time grows with tokens, rank, layers and tasks: `python bench/scaling.py [AXIS ...] [--out FOLDER]`.
 
 Per axis a Markdown table of medians in ms, with the exponent e of time ~ size^e by least squares over the larger half
 of the sizes (0: time does not grow, 1: proportionally), and what each contestant's time is over ours at the largest.
@@ -25,8 +25,11 @@ from typing import Any
 import contestants
 import tables
 import torch
+from cpuinfo import get_cpu_info
+from environment import environment
 from peft import LoraConfig
 from race import clock
+from scrub import device_word
 from torch import nn
 
 import slao_kernels
@@ -166,6 +169,22 @@ def draw(found: dict[str, Times], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def keep(stem: Path, on: str, threads: int, about: dict[str, Any], found: dict[str, Times], text: str) -> None:
+    """The page, its plot and the seconds of every point, as stem.md, stem.png and stem.json. on: the device."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    versions = {name: about["versions"][name] for name in ("torch", "triton", "peft") if about["versions"][name]}
+    stem.with_suffix(".json").write_text(
+        json.dumps({"device": on, "threads": threads, "versions": versions, "seconds": found}, indent=1) + "\n", "utf-8"
+    )
+    told = ", ".join(f"{name} {number}" for name, number in versions.items())
+    head = (
+        f"# How time grows: {on}, {about['date'][:10]}\n\nWritten by `bench/scaling.py`, whose head says what is timed"
+    )
+    page = f"{head}; {threads} thread{'s' * (threads > 1)}, {told}.\n\n{text}\n\n![Time by size]({stem.name}.png)\n"
+    stem.with_suffix(".md").write_text(page, "utf-8")
+    draw(found, stem.with_suffix(".png"))
+
+
 def main() -> int:
     axes = [*SIZES, "tasks"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,19 +192,18 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="the seconds of every point, into this file")
-    parser.add_argument("--plot", type=Path, help="a PNG")
+    parser.add_argument("--out", type=Path, help="a folder, for <date>-<device>.json (seconds), its .md and its .png")
     options = parser.parse_args()
     if unknown := sorted(set(options.axes) - set(axes)):
         parser.error(f"no such axis: {', '.join(unknown)}; there are {', '.join(axes)}")
     torch.set_num_threads(options.threads)
+    about = environment()
     found = {axis: measure(axis, options.device, options.rounds) for axis in options.axes or axes}
-    for axis, times in found.items():
-        print(table(axis, times), end="\n\n")
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    if options.plot is not None:
-        draw(found, options.plot)
+    text = "\n\n".join(table(axis, times) for axis, times in found.items())
+    print(text)
+    if options.out is not None:
+        on = about["device"]["name"] if options.device == "cuda" else get_cpu_info()["brand_raw"]
+        keep(options.out / f"{about['date'][:10]}-{device_word(on)}", on, options.threads, about, found, text)
     return 0
 
 

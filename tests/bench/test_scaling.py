@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import scaling
+import torch
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 1.5])
@@ -29,6 +32,26 @@ def test_every_axis_runs(axis, monkeypatch):
     found = scaling.measure(axis, "cpu", 1)
     assert len(found) >= 2
     assert all(seconds > 0 for of in found.values() for seconds in of.values())
+
+
+def test_what_is_kept(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.setattr(scaling, "SIZES", {"layers": (2, 4)})
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("sys.argv", ["scaling.py", "layers", "--rounds", "1", "--out", str(tmp_path / "kept")])
+    try:
+        assert scaling.main() == 0
+    finally:
+        torch.set_num_threads(threads)
+    page, plot, seconds = (next((tmp_path / "kept").glob(f"*{suffix}")) for suffix in (".md", ".png", ".json"))
+    found = json.loads(seconds.read_text())
+    assert found["seconds"]["layers"].keys() == {"ours", "qr loop, _foreach_lerp_"}
+    assert (
+        scaling.table("layers", {k: {int(n): s for n, s in of.items()} for k, of in found["seconds"]["layers"].items()})
+        in page.read_text()
+    )
+    assert f"({plot.name})" in page.read_text()
+    assert capsys.readouterr().out.startswith("| layers, ms | 2 | 4 | exponent | over ours |")
 
 
 def test_an_unknown_axis_is_refused(monkeypatch, capsys):
