@@ -29,7 +29,7 @@ demo-llm: EXTRAS = demo,gemma
 demo-llm: PRESET = demo_llm
 
 demo demo-llm:
-	rm -rf $(DEMO_VENV) build
+	rm -rf $(DEMO_VENV) build/lib* build/bdist* build/temp*  # setuptools would install modules that are gone
 	$(PYTHON) -m venv $(DEMO_VENV)
 	$(DEMO_VENV)/bin/$(INSTALL) torch
 	SLAO_KERNELS_BUILD=$${SLAO_KERNELS_BUILD-cpu} $(DEMO_VENV)/bin/$(INSTALL) ".[$(EXTRAS)]"

@@ -40,9 +40,10 @@ class TrainConfig:
     choose settings by. trainer: "transformers", or "trl" for TRL's
     SFTTrainer (causal language models). arguments: anything else that transformers.TrainingArguments takes, or
     trl.SFTConfig. ask: a text as in a row of the first task (causal language models): what the merged model says to it
-    before training and after each task is kept in the result's `answers`. replay_rows, replay_fraction,
-    replay_from: which rows of the tasks before are trained again beside each task's own, as in `slao.replay.Replay`; a
-    method that observes (InfLoRA, EWC) is shown them too.
+    before training and after each task is kept in the result's `answers`. replay_rows: so many rows of all tasks before
+    are trained again beside each task's own, as in `slao.replay.Replay`; InfLoRA observes them too, and EWC's Fisher
+    counts them. replay_fraction: instead, that part of the rows of every task before. replay_from: "per_task" keeps as
+    many rows of each task, "reservoir" each row of all with the same chance.
     retention: "python" (the help topics that every Python carries) or a file of text, whose cross-entropy under a
     causal language model is measured where tasks are scored and kept in the result's `cross_entropy`.
     """

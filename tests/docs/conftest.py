@@ -39,7 +39,7 @@ def world(tiny, tmp_path_factory) -> Iterator[Path]:
         tiny_model(kind, max_position_embeddings=1024).save_pretrained(root / name)
         tiny.characters(CHAT).save_pretrained(root / name)
     bert = tiny_model("bert").config
-    hf.BertForSequenceClassification(bert).save_pretrained(root / "google-bert/bert-base-uncased")
+    hf.BertModel(bert).save_pretrained(root / "google-bert/bert-base-uncased")
     tiny.tokenizer("bert").save_pretrained(root / "google-bert/bert-base-uncased")
     tiny_model("vit").save_pretrained(root / "google/vit-base-patch16-224")
     hf.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(root / "google/vit-base-patch16-224")
@@ -57,7 +57,7 @@ def _rows(folder: Path) -> None:
     and its class."""
     from PIL import Image
 
-    for number, task in enumerate(TASKS):
+    for number, (task, pictured) in enumerate(zip(TASKS, ("birds", "cars", "trees"), strict=True)):
         for split, count in (("train", 8), ("test", 4)):
             labels = [f"{task}{row % 2}" for row in range(count)]
             kinds: dict[str, list[dict[str, Any]]] = {
@@ -73,7 +73,7 @@ def _rows(folder: Path) -> None:
                 path.mkdir(parents=True, exist_ok=True)
                 (path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for index in range(8):
-            place = folder.parent / "images" / task / str(index % 2)
+            place = folder.parent / "images" / pictured / str(index % 2)
             place.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (20, 20), (30 * index, 80 * number, 10)).save(place / f"{index}.png")
 

@@ -119,7 +119,7 @@ def fold(
     out: Out,
     method: Annotated[
         str | None,
-        typer.Option(help=f"of several: slao (default), {_METHODS}; svd without --rank is the exact sum"),
+        typer.Option(help=f"of several: slao (default), {_METHODS}; svd without --rank cuts nothing"),
     ] = None,
     weights: Weights = None,
     rank: MergedRank = None,

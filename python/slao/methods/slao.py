@@ -40,8 +40,8 @@ class SLAO(Method):
     preserve: start from B Rᵀ instead of B, so that re-basing A leaves B A as it was. seed: of a fresh A.
     keep_cosines: fill `cosines` at the end of every task from the second on, before it is merged; without it only where
     the schedule asked for `MergeStats.cosine()` anyway.
-    State: besides the live A and B one further A and B a layer, whatever the number of tasks; with "product"
-    `merged_pairs` of them.
+    State: besides the live A and B one further B a layer (and A, while a task runs), whatever the number of tasks; with
+    "product" `merged_pairs` pairs.
     Raises ValueError for unknown options, where r > n forbids orthonormal rows, and with "product" for convolutions.
     """
 
