@@ -33,7 +33,8 @@ class SlaoCallback(TrainerCallback):
     Checkpoints get the method's state beside the Trainer's own files, and `train(resume_from_checkpoint=...)` goes on
     from it: bit-identical to an uninterrupted run, in a fresh process too. (The Trainer itself loads the
     checkpoints of a PeftModel only, not of a bare model with an adapter in it.) When the task has ended the state is in
-    `output_dir` itself, for `method.load`. Nothing is written under save_strategy="no".
+    `output_dir` itself, for `method.load`. Nothing is written under save_strategy="no". Under load_best_model_at_end
+    the task ends with the state that lies beside the best checkpoint.
     A method that observes gets all rows of the Trainer's data set before and after training (InfLoRA).
     Metrics, all named "slao/...": the task, LoRA layers and how many are patched, at the beginning; λ (a mean where
     each layer has its own), the mean cosine of the new task vector with the merge so far where the method kept it
@@ -104,6 +105,8 @@ class SlaoCallback(TrainerCallback):
         self.method.save(_folder(args, state), {"step": state.global_step})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.method.load(state.best_model_checkpoint)  # of which the Trainer has loaded what PEFT saves
         self._observe(args, kwargs)
         self.method.end_task()
         lam, cosines = self.method.lambdas[-1], self.method.cosines[-1]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import digests
 from .retention import content
-from .streams import ImageRow, Task
 from .sweep import Variant
 
 VERSIONS = "versions"  # the section that may differ
@@ -43,10 +43,10 @@ def identity(
         f"{name}task {task.name!r}, {part}": digest
         for name, each in zip(names, prepared, strict=True)
         for task in each.stream.tasks
-        for part, digest in _parts(task)
+        for part, digest in digests.of_task(task)
     }
     data |= {
-        f"{name}the text of train.retention": _digest([content(each.config.retention)])
+        f"{name}the text of train.retention": digests.of_texts([content(each.config.retention)])
         for name, each in zip(names, prepared, strict=True)
         if each.config.retention
     }
@@ -82,30 +82,6 @@ def fingerprint(model: nn.Module) -> str:
         if isinstance(tensor, torch.Tensor):
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _parts(task: Task) -> Iterator[tuple[str, str]]:
-    for split in ("train", "validation", "test"):
-        yield f"{split} rows", _digest(_texts(getattr(task, split)))
-    yield "labels", _digest((*task.labels, task.instruction, task.metric))
-
-
-def _texts(rows: Sequence[Any]) -> Iterator[str | bytes]:
-    for row in rows:
-        yield from (row.prompt, row.answer, str(len(row.references)), *row.references)
-        if row.kind != "text":
-            yield from (row.kind, *(part for turn in row.messages for part in turn))
-        if isinstance(row, ImageRow):
-            yield from (str(row.shape), row.pixels)
-
-
-def _digest(texts: Any) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        data = text if isinstance(text, bytes) else text.encode()
-        digest.update(f"{len(data)}|".encode())
-        digest.update(data)
     return digest.hexdigest()[:16]
 
 

@@ -66,6 +66,8 @@ class Replay:
         datasets: torch's, with a length and rows by index, or all of them the library datasets' `Dataset` with the same
         columns (as TRL takes them). Returns one of the same kind; the last of them itself where nothing is kept.
         """
+        if endless := [type(one).__name__ for one in datasets if not hasattr(one, "__len__")]:
+            raise ValueError(f"replay needs data sets with a length and rows by index, not {endless[0]}")
         drawn = self.drawn([len(one) for one in datasets[:-1]], seed)
         rows = [[row for task, row in drawn if task == number] for number in range(len(datasets) - 1)]
         kept = [(one, own) for one, own in zip(datasets, rows, strict=False) if own]

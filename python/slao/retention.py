@@ -24,7 +24,9 @@ def windows(text: str, tokenizer: Any, longest: int | None = None) -> list[list[
 
     ValueError where that is no whole window.
     """
-    opening = [number for number in tokenizer("")["input_ids"] if number != tokenizer.eos_token_id]
+    opening = tokenizer("")["input_ids"]
+    if opening and opening[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
+        opening = opening[:-1]  # T5's and the like end every text
     ids = tokenizer(content(text)[: 16 * TOKENS], add_special_tokens=False)["input_ids"][:TOKENS]
     length = (LENGTH if longest is None else min(LENGTH, longest)) - len(opening)
     found = [opening + ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]

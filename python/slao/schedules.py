@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -80,7 +81,8 @@ def schedule_name(schedule: str | float | Schedule) -> str | float:
 
 def lambdas_of(schedule: Schedule, stats: MergeStats) -> tuple[float | list[float], list[float]]:
     """What the schedule chose, and the same for each of the layers. ValueError for what is no λ, or not one a layer."""
-    chosen = schedule(stats.task, stats)
+    chosen: Any = schedule(stats.task, stats)
+    chosen = chosen.tolist() if hasattr(chosen, "tolist") else chosen  # of a tensor or an array, 0-d ones too
     lam = float(chosen) if isinstance(chosen, int | float) else [float(value) for value in chosen]
     each = lam if isinstance(lam, list) else [lam] * len(stats.layers)  # of experts, too
     if len(each) != len(stats.layers):

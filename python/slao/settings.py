@@ -107,7 +107,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 def assign(settings: dict[str, Any], key: str, value: Any) -> None:
     """settings["a"]["b"] = value for the key "a.b"; sections on the way are made."""
-    *sections, last = key.split(".")
+    *sections, last = ["sweep", key.removeprefix("sweep.")] if key.startswith("sweep.") else key.split(".")
     if not all(part.strip() for part in (*sections, last)):
         raise ValueError(f"cannot set {key!r}: the name of a setting, or a part of it, is empty")
     for section in sections:
@@ -232,6 +232,8 @@ def _check_trains(settings: dict[str, Any]) -> None:
         joint = METHODS[given.get("method", label)].together
         if joint and (given.get("replay_rows") or given.get("replay_fraction")):
             raise ValueError(f"methods.{label}: replay would do nothing, since all tasks are trained at once")
+        if given.get("replay_from") and config.replay is None:
+            raise ValueError(f"methods.{label}.replay_from would do nothing without replay_rows")
         replays = replays or config.replay is not None
     if settings["train"].get("replay_from") and not replays:
         raise ValueError("train.replay_from would do nothing without replay_rows; give it, or leave both out")

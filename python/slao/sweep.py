@@ -61,6 +61,11 @@ def variants(settings: dict[str, Any]) -> list[Variant]:
     sweep = settings["sweep"]
     choices = [[(key, name, value) for name, value in _named(key, values)] for key, values in sweep.items()]
     found = []
+    for key in sweep:
+        section, _, name = key.partition(".")
+        own = [label for label, given in settings["methods"].items() if name in given]
+        if section == "train" and own:
+            raise ValueError(f"sweep: {key} would change nothing of {own[0]}, which has a {name} of its own; drop one")
     for combination in itertools.product(*choices):
         changed = {**copy.deepcopy(settings), "sweep": {}}
         for key, _, value in combination:

@@ -17,7 +17,7 @@ from torch import nn
 
 from slao_kernels import sharding
 
-from . import checkpoint, stopping
+from . import checkpoint, digests, stopping
 from .methods import Method
 from .methods.base import STATE_FILE
 from .objectives import Objective
@@ -137,8 +137,8 @@ def train(
     on_start(result) is called before the first task that is trained, on_task(index, result) after each, and, while the
     tasks are scored, on_score(index, part of it that is done). Scores use the merged weights.
     similarity: a new `Similarity`, which records what each task trained, and beside the state too.
-    Raises ValueError, with nothing changed, for a state of another stream or seed, or of a run without similarity, and
-    for a task without rows to score.
+    Raises ValueError, with nothing changed, for a state of another stream, seed, settings or rows, or of a run without
+    similarity, and for a task without rows to score.
     """
     config = config or TrainConfig()
     check_objective_takes(config, type(objective))
@@ -147,20 +147,23 @@ def train(
     other = windows(config.retention, objective.tokenizer, positions(model)) if config.retention else []
     replay = None if method.together else config.replay
     result = Result([task.name for task in stream.tasks])
+    trained_with = _trained_with(stream, config)
     if similarity is not None and similarity.tasks:
         raise ValueError(f"this Similarity holds {len(similarity.tasks)} tasks of another run; give a new one")
     saved = None if state_dir is None else sharding.on_first(lambda: _saved(Path(state_dir) / STATE_FILE))
     if state_dir is not None and saved is not None:
         if saved.get("seed") != seed or saved.get("result", {}).get("tasks") != result.tasks:
             raise ValueError(f"the state in {state_dir} belongs to another stream or seed; choose another folder")
-        if bool(saved["result"].get("cross_entropy")) != bool(other):
-            raise ValueError(f"the state in {state_dir} was saved {'without' if other else 'with'} train.retention")
+        before = saved.get("trained with", trained_with)
+        if odd := [key for key, told in trained_with.items() if before.get(key) != told]:
+            raise ValueError(f"the state in {state_dir} is of another {', '.join(odd[:4])}; choose another folder")
         recorded = None
         if similarity is not None:
             recorded = sharding.on_first(lambda: Similarity.read(state_dir, saved.get("similarity")))
         result = Result(**method.load(state_dir)["result"])
         if similarity is not None and recorded is not None:
             similarity.take(recorded)
+    earlier = len(method.lambdas) - len(result.lambdas)  # tasks that the method had before this run
     from .logits import labelled_only
     from .trainer import make_trainer, own_forward
     from .watching import Watch
@@ -215,14 +218,14 @@ def train(
         _observe(model, method, objective, features, config)
         method.end_task()
         result.merge_seconds += time.perf_counter() - started
-        result.lambdas = list(method.lambdas)
+        result.lambdas = method.lambdas[earlier:]
         result.matrix += [[None] * len(stream.tasks) for _ in tasks[1:]]  # the scores that there never were
         result.matrix.append(scores(len(result.matrix) + 1))
         kept = [] if replay is None else replay.kept(stream.tasks[: index + 1], seed)
         result.state_mb.append((method.state_bytes() + size(kept)) / 2**20)
         result.peak_memory_mb = max(result.peak_memory_mb, peak_memory_mb())
         if state_dir is not None:
-            extra: dict[str, Any] = {"seed": seed, "result": vars(result)}
+            extra: dict[str, Any] = {"seed": seed, "result": vars(result), "trained with": trained_with}
             if similarity is not None:
                 extra["similarity"] = similarity.save(state_dir)
             method.save(state_dir, extra)
@@ -241,6 +244,14 @@ def check_objective_takes(config: TrainConfig, kind: type[Objective]) -> None:
 def _saved(path: Path) -> dict[str, Any] | None:
     """What was saved beside the method's state; None where there is none."""
     return dict(checkpoint.read_state(path)[1]["extra"]) if path.exists() else None
+
+
+def _trained_with(stream: Stream, config: TrainConfig) -> dict[str, str]:
+    """What a state must agree on to go on: settings that bear on what is computed, and checksums of the rows."""
+    free = ("report_to", "eval_batch_size")
+    settings = {one.name: repr(getattr(config, one.name)) for one in fields(config) if one.name not in free}
+    rows = {f"{part} of task {task.name!r}": sum_ for task in stream.tasks for part, sum_ in digests.of_task(task)}
+    return settings | rows
 
 
 def _over_ranks(count: int, model: nn.Module) -> int:

@@ -292,3 +292,29 @@ def test_a_checkpoint_without_its_state_is_refused(tiny, tmp_path):
     moved = Session(tiny, tmp_path)
     moved.train("first", resume=str(elsewhere), resume_from_checkpoint=str(elsewhere))
     assert moved.method.names == ["first"]
+
+
+def test_the_best_checkpoint_is_what_ends_the_task(tiny, tmp_path):
+    """Of which the Trainer loads what PEFT saves: not C-LoRA's routing matrices."""
+    session = Session(tiny, tmp_path, CLoRA, delta_std=0.1)
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 0.2}
+    options |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
+    losses: dict[int, float] = {}
+    watching = Watching(lambda state, metrics: losses.update({state.global_step: metrics["eval_loss"]}))
+    rows = {"train_dataset": tiny.inputs("llama", 1, 16), "eval_dataset": tiny.inputs("llama", 3, 8)}
+    trainer = Trainer(session.model, arguments(tmp_path / "first", **options), callbacks=[watching], **rows)
+    SlaoCallback(session.method, "first").attach(trainer).train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == f"checkpoint-{min(losses, key=lambda step: losses[step])}" != f"checkpoint-{STEPS}"
+    there, here = checkpoint.read_state(best / STATE_FILE)[0], session.method._live_tensors()
+    for name in (pair.name for pair in session.method.pairs):
+        assert torch.equal(here[f"{name}.core"], there[f"{name}.core"] + there[f"{name}.core_delta"])
+        assert torch.equal(here[f"{name}.B"], there[f"{name}.B"])
+
+
+class Watching(TrainerCallback):
+    def __init__(self, on_evaluate: Any) -> None:
+        self.told = on_evaluate
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self.told(state, metrics)

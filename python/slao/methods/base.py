@@ -116,6 +116,7 @@ class Method:
                 # A rank that refuses on its own would leave the others with an adapter that is re-based already.
                 with sharding.together():
                     self._refuse_broken_weights()
+            self._follow()
             self._begin(self.task + 1)
             self._settle()
         self.names.append(str(name))
@@ -133,6 +134,7 @@ class Method:
         with self._whole(write=False):
             with sharding.together():
                 self._refuse_broken_weights(live)
+            self._follow()
             lam = self._end(self.task)
             self._settle()
             cosines = self._new_to_merged()
@@ -182,6 +184,7 @@ class Method:
         """Within the block the pairs' parameters are what `weights` returns."""
         self._swapped = True
         try:
+            self._follow()
             with self._shown(weights), self.beside.shown():
                 yield
         finally:
@@ -334,6 +337,14 @@ class Method:
         for tensor in self._state().values():
             tensor.data = checkpoint.settled(tensor)
 
+    def _follow(self) -> None:
+        """What is kept goes where its layer is: the model may have moved since (to(), a Trainer)."""
+        devices = {pair.name: pair.parameters[0].device for pair in self.pairs}
+        for key, tensor in self._state().items():
+            device = devices[key.rpartition(".")[0]]
+            if tensor.device != device:
+                tensor.data = tensor.data.to(device)
+
     def _ask(self, use: str, what: str) -> None:
         """ValueError where A and B may not be used so now (`inventory.why_not_now`), or stand for the merge."""
         if self._swapped:
@@ -348,5 +359,5 @@ class Method:
         if broken:
             raise ValueError(
                 f"task {self.names[-1]!r} diverged: NaN or infinite adapter weights in {len(broken)} layers "
-                f"({', '.join(broken[:8])}); lower the learning rate and train it again"
+                f"({', '.join(broken[:8])}); load the state before it, and train again with a lower learning rate"
             )

@@ -34,11 +34,11 @@ def refuse_trained(method: IncLoRA) -> None:
         )
 
 
-def found(method: IncLoRA, index: int) -> Tensor:
-    """(m, n) of layer `index`, in fp32 at least: the base and the frozen pairs, without the live one."""
+def found(method: IncLoRA, index: int, frozen: tuple[Tensor, Tensor]) -> Tensor:
+    """(m, n) of layer `index`, in fp32 at least: the base and these frozen pairs, without the live one."""
     layer: Any = method.pairs[index].layer
     weight = getattr(*exact_merge.place(layer)).detach()
     weight = weight.T if layer.fan_in_fan_out else weight
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    A, B = (part.to(wide.dtype) for part in method.frozen(index))
+    A, B = (part.to(wide.dtype) for part in frozen)
     return torch.addmm(wide, B, A, alpha=float(layer.scaling[method.adapter]))

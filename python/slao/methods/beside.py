@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from slao_kernels import scaled_merge_, sharding
 from slao_kernels.inventory import Part, beside
+
+logger = logging.getLogger("slao")
 
 KINDS = ("keep", "merge", "freeze")
 _LIVE, _MERGED = "beside/", "beside_merged/"  # before the parts' names in a saved state
@@ -71,6 +74,8 @@ class Beside:
     def end(self, task: int, lam: float | list[float]) -> None:
         """It was trained and merged with `lam`. Frozen parts train again until the next one begins, so that every
         optimizer that is made between tasks holds the same parameters."""
+        if any(tensor.requires_grad for tensor in self._frozen):
+            logger.warning("what beside='freeze' holds trained in this task: set_adapter() turns gradients on")
         self._thaw()
         if self.how != "merge":
             return
@@ -79,6 +84,7 @@ class Beside:
             self._merged = {name: tensor.clone() for name, tensor in live.items()}
             return
         averaged = [name for name in self._merged if live[name].is_floating_point()]
+        self._merged |= {name: self._merged[name].to(live[name].device) for name in averaged}
         factor = fmean(lam) if isinstance(lam, list) else lam
         scaled_merge_([self._merged[name] for name in averaged], [live[name] for name in averaged], factor)
         self._merged |= {name: tensor.clone() for name, tensor in live.items() if name not in averaged}
@@ -90,7 +96,7 @@ class Beside:
         names = [part.name for part in self.parts if part.name in self._merged]
         try:
             for (tensor, _), name in zip(trained, names, strict=True):
-                tensor.data = self._merged[name]
+                tensor.data = self._merged[name].to(tensor.device, tensor.dtype)  # the model may have changed since
             yield
         finally:
             for tensor, data in trained:
@@ -120,7 +126,9 @@ class Beside:
             )
         for key, saved in mine.items():
             tensor = here.get(key.replace(_MERGED, _LIVE))
-            if tensor is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+            # A merge has the dtype of when it was made: half() since then leaves it as exact as it was.
+            free = key.startswith(_MERGED) and saved.is_floating_point()
+            if tensor is None or saved.shape != tensor.shape or (saved.dtype != tensor.dtype and not free):
                 what = "absent" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
                 raise ValueError(f"{path}: {key} is {tuple(saved.shape)} {saved.dtype}, in the model {what}")
         return mine

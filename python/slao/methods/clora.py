@@ -68,7 +68,7 @@ class CLoRA(Method):
         self.orthogonality, self.orthogonality_weight = orthogonality, float(orthogonality_weight)
         if b_std is not None and not 0.0 < b_std < float("inf"):
             raise ValueError(f"b_std must be a finite number above 0, or None, not {b_std}")
-        self.delta_std, self.b_std, self.seed = float(delta_std), b_std, seed
+        self.delta_std, self.b_std, self.seed = float(delta_std), b_std, int(seed)
         self.layers: list[Extended] = extend_all(self)
         for pair, layer in zip(self.pairs, self.layers, strict=True):
             shape = (pair.rank,) * 2 if pair.experts == 1 else (pair.experts, pair.rank, pair.rank)

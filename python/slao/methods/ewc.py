@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from slao_kernels import sharding
 
 from .base import Method
 from .extended import refuse_shards
+
+logger = logging.getLogger("slao")
 
 
 class EWC(Method):
@@ -46,11 +50,7 @@ class EWC(Method):
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must lie in [0, 1], not {decay}")
         self.weight, self.decay = float(weight), float(decay)
-        self._parameters = {
-            f"{pair.name}.{factor}": parameter
-            for pair in self.pairs
-            for factor, parameter in zip("AB", pair.parameters, strict=True)
-        }
+        self._parameters = self._own_parameters()
         self.fisher = {key: _wide_zeros(parameter) for key, parameter in self._parameters.items()}
         self._anchor = {key: parameter.detach().clone() for key, parameter in self._parameters.items()}
         self._squares: dict[str, Tensor] = {}
@@ -59,22 +59,50 @@ class EWC(Method):
         # Of the running backward pass: the penalty's factor in the loss, and the gradient that it gave each parameter.
         self._factor: Tensor | None = None
         self._pulls: dict[str, Tensor] = {}
-        for key, parameter in self._parameters.items():
-            if parameter.requires_grad:
-                parameter.register_hook(_observer(weakref.ref(self), key))
+        self._hooks: list[Any] = []
+
+    def _own_parameters(self) -> dict[str, Tensor]:
+        return {
+            f"{pair.name}.{factor}": parameter
+            for pair in self.pairs
+            for factor, parameter in zip("AB", pair.parameters, strict=True)
+        }
 
     def _begin(self, task: int) -> None:
         refuse_shards(self)  # hooks and anchors belong to whole parameters
-        for key, parameter in self._parameters.items():
-            self._squares[key] = _wide_zeros(parameter)
-            self._batches[key] = torch.zeros((), dtype=torch.int64, device=parameter.device)
-            if task == 1:
-                self._anchor[key].copy_(parameter.detach())
+        self._watch()
+        self._squares = {key: _wide_zeros(parameter) for key, parameter in self._parameters.items()}
+        self._batches = {
+            key: torch.zeros((), dtype=torch.int64, device=parameter.device)
+            for key, parameter in self._parameters.items()
+        }
+        if task == 1:
+            self._anchor = {key: parameter.detach().clone() for key, parameter in self._parameters.items()}
+
+    def _watch(self) -> None:
+        """See the gradients of the parameters that there are now, which may train only since."""
+        for hook in self._hooks:
+            hook.remove()
+        self._parameters = self._own_parameters()
+        self._hooks = [
+            parameter.register_hook(_observer(weakref.ref(self), key))
+            for key, parameter in self._parameters.items()
+            if parameter.requires_grad
+        ]
+
+    def load(self, folder: str | Path) -> dict[str, Any]:
+        extra = super().load(folder)
+        if self.in_task:
+            self._watch()
+        return extra
 
     def penalty(self) -> Tensor | None:
         # From the first task on, when F is zero: its backward pass tells how the step's loss is scaled.
         self._count_last()
         self._factor, self._pulls = None, {}
+        first = next(iter(self._parameters))
+        if self._anchor[first].device != self._parameters[first].device:
+            self._follow()
         terms = []
         for key, parameter in self._parameters.items():
             moved = parameter - self._anchor[key]
@@ -115,11 +143,12 @@ class EWC(Method):
     def _end(self, task: int) -> float:
         self._count_last()
         new = {key: self._squares[key] / max(int(self._batches[key]), 1) for key in self._parameters}
+        if not any(map(int, self._batches.values())):
+            logger.warning("ewc: no gradient of task %r was seen, so nothing of it will be held", self.names[-1])
         sharding.add_over_ranks(list(new.values()))
-        for key, parameter in self._parameters.items():
-            self.fisher[key].mul_(self.decay).add_(new[key] / sharding.ranks())
-            self._anchor[key].copy_(parameter.detach())
-        self._squares, self._batches = {}, {}
+        fisher = {key: self.decay * self.fisher[key] + new[key] / sharding.ranks() for key in self._parameters}
+        self._anchor = {key: parameter.detach().clone() for key, parameter in self._parameters.items()}
+        self.fisher, self._squares, self._batches = fisher, {}, {}
         return 1.0
 
     def _options(self) -> dict[str, Any]:

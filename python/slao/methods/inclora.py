@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from slao_kernels.adapters import LoraPair, stack
+from slao_kernels.adapters import stack
 
 from .base import Method
 from .extended import extend_all, fresh
@@ -42,27 +42,27 @@ class IncLoRA(Method):
     ) -> None:
         if max_pairs is not None and max_pairs < 1:
             raise ValueError(f"max_pairs must be at least 1, or None for all, not {max_pairs}")
-        self.seed, self.max_pairs = seed, max_pairs
+        self.seed, self.max_pairs = int(seed), max_pairs
         super().__init__(model, adapter=adapter, beside=beside)
         self.layers: list[Extended] = extend_all(self)
 
     def _begin(self, task: int) -> None:
         if task > 1:
-            self._freeze_last()
-            self._start_fresh(task)
+            self._start(self._with_last(), self._fresh(task))
 
-    def _freeze_last(self) -> None:
-        """The trained pair becomes the last of the frozen ones, which are cut if they are too many."""
+    def _start(self, frozen: list[tuple[Tensor, Tensor]], As: list[Tensor]) -> None:
+        """Freeze these and train from these A and B = 0. All of it was computed before: a failure changes nothing."""
+        for pair, layer, (frozen_A, frozen_B), A in zip(self.pairs, self.layers, frozen, As, strict=True):
+            layer.slao_frozen_A, layer.slao_frozen_B = frozen_A, frozen_B
+            pair.A.copy_(A)
+            pair.B.zero_()
+
+    def _with_last(self) -> list[tuple[Tensor, Tensor]]:
+        """Per layer the frozen pairs and, as their last, the trained one; cut if they are too many."""
+        sums = self._sums()
         if self.max_pairs is not None and self._frozen_pairs() + 1 > self.max_pairs:
-            self._cut(self.max_pairs)
-            return
-        for pair, layer in zip(self.pairs, self.layers, strict=True):
-            append(pair, layer, pair.A, pair.B)
-
-    def _cut(self, most: int) -> None:
-        """The nearest to the sum of all pairs, of the rank of `most`, becomes what is frozen."""
-        for (A, B), layer in zip(nearest(self.pairs, [self._sums()], most), self.layers, strict=True):
-            layer.slao_frozen_A, layer.slao_frozen_B = A, B
+            return nearest(self.pairs, [sums], self.max_pairs)  # of the sum of all pairs, of the rank of so many
+        return sums
 
     def _sums(self) -> list[tuple[Tensor, Tensor]]:
         """Per layer all pairs in one, the live one last."""
@@ -72,10 +72,9 @@ class IncLoRA(Method):
             sums.append((stack(pair.experts, "A", A, pair.A), stack(pair.experts, "B", B, pair.B)))
         return sums
 
-    def _start_fresh(self, task: int) -> None:
-        for pair in self.pairs:
-            pair.A.copy_(fresh(pair.A, f"{self.seed}/{task}/{pair.name}"))
-            pair.B.zero_()
+    def _fresh(self, task: int) -> list[Tensor]:
+        """Per layer a new A, as PEFT draws it."""
+        return [fresh(pair.A, f"{self.seed}/{task}/{pair.name}").to(pair.A) for pair in self.pairs]
 
     def frozen(self, index: int) -> tuple[Tensor, Tensor]:
         """(R, n) and (m, R): the frozen pairs of layer `index`, R = 0 where there are none yet."""
@@ -124,11 +123,3 @@ class IncLoRA(Method):
         for (A, B, _), pair, layer in zip(found, self.pairs, self.layers, strict=True):
             layer.slao_frozen_A = None if A is None else A.to(pair.A)
             layer.slao_frozen_B = None if B is None else B.to(pair.B)
-
-
-def append(pair: LoraPair, layer: Extended, A: Tensor, B: Tensor) -> None:
-    """(A, B) becomes the last of the layer's frozen pairs."""
-    frozen_A, frozen_B = layer.slao_frozen_A, layer.slao_frozen_B
-    # Copies, the first ones too: the live pair goes on in its own memory.
-    layer.slao_frozen_A = A.clone() if frozen_A is None else stack(pair.experts, "A", frozen_A, A)
-    layer.slao_frozen_B = B.clone() if frozen_B is None else stack(pair.experts, "B", frozen_B, B)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slao_kernels import sharding
@@ -53,6 +54,8 @@ class InfLoRA(IncLoRA):
         if mixed:
             some = ", ".join(mixed[:8])
             raise ValueError(f"inflora cannot treat {len(mixed)} layers of experts, whose inputs no hook sees: {some}")
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            raise ValueError("inflora cannot treat encoder-decoder models, whose layers do not see the same tokens")
 
     def observe(self, batches: Iterable[dict[str, Tensor]]) -> None:
         """Sum x xᵀ of every layer over `batches` (on the model's device), without training. Weights are as they are."""
@@ -66,29 +69,39 @@ class InfLoRA(IncLoRA):
         if not self._grams:
             raise ValueError(f"inflora needs the task's inputs: call observe(batches) before {before}()")
         grams, self._grams = self._grams, []
-        return grams
+        return [gram.to(pair.A.device) for gram, pair in zip(grams, self.pairs, strict=True)]
 
     def _begin(self, task: int) -> None:
         refuse_shards(self)  # A has to stop training in the model itself
         grams = self._observed("begin_task")
-        if task > 1:
-            self._freeze_last()
-        short = []
+        As, short = [], []
         for pair, basis, gram in zip(self.pairs, self.bases, grams, strict=True):
             r, n = pair.A.shape
             values, vectors = dual_gpm.largest_first(basis.off(gram))
             count = min(r, n, int((values > 1e-10 * gram.trace()).sum()))
-            pair.A.zero_()
-            pair.A[:count] = (vectors[:, :count].T / 3**0.5).to(pair.A.dtype)
-            pair.B.zero_()
+            As.append(F.pad(vectors[:, :count].T / 3**0.5, (0, 0, 0, r - count)).to(pair.A))
             if count < r:
                 short.append(f"{pair.name} ({count} of {r})")
+        if task > 1:
+            self._start(self._with_last(), As)
+        else:
+            for pair, A in zip(self.pairs, As, strict=True):
+                pair.A.copy_(A)
+                pair.B.zero_()
         self._train_A(False)
         if short:
             logger.warning("inputs off the old space have fewer directions than r in %s", ", ".join(short[:8]))
 
     def _end(self, task: int) -> float:
         grams = self._observed("end_task")
+        if trained := [pair.name for pair in self.pairs if pair.parameters[0].requires_grad]:
+            logger.warning(
+                "inflora: A of %d layers trained in task %r (set_adapter() turns gradients on) and may look into the "
+                "inputs of earlier tasks now: %s",
+                len(trained),
+                self.names[-1],
+                ", ".join(trained[:4]),
+            )
         self.bases = [basis.extended(gram, self.threshold) for basis, gram in zip(self.bases, grams, strict=True)]
         self._train_A(True)
         return 1.0

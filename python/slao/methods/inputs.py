@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from slao_kernels.adapters import LoraPair
 
+from ..modes import eval_mode
+
 # Keys of a batch that are answers, not inputs: a bare encoder would not take them.
 _NO_INPUT = ("labels", "task")
 
@@ -38,16 +40,13 @@ def input_grams(model: nn.Module, pairs: Sequence[LoraPair], batches: Iterable[d
 
         return add
 
-    training = model.training
     handles = [pair.layer.register_forward_pre_hook(hook(gram)) for pair, gram in zip(pairs, grams, strict=True)]
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(model):
             for batch in batches:
                 mask, last = batch.get("attention_mask"), None
                 model(**{key: value for key, value in batch.items() if key not in _NO_INPUT})
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
     return grams

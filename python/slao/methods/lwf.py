@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..modes import eval_mode
 from .base import Method
 from .extended import refuse_shards
 from .showing import swapped
@@ -59,6 +58,11 @@ class LwF(Method):
 
     def _check(self) -> None:
         self._body = _body(self.model, [pair.layer for pair in self.pairs])
+        config = getattr(self._body, "config", None)
+        if getattr(config, "is_encoder_decoder", False) and hasattr(self._body, "lm_head"):
+            raise ValueError(
+                "lwf holds the states under a head, and this encoder-decoder model has no module of its own there"
+            )
         under = set(self._body.modules())
         trained = [part.name for part in self.beside.parts if part.slot[0] in under]
         if trained and self.beside.how != "freeze":
@@ -87,6 +91,8 @@ class LwF(Method):
         last, self._last = self._last, None
         if last is None:
             return None
+        if self._before[0][0].device != self.pairs[0].parameters[0].device:
+            self._follow()
         old = self._states_before(last)
         apart, size = ((states.to(old.dtype)).square().sum(-1) for states in (last.states - old, old))
         mask = _mask(self._body, last)
@@ -100,7 +106,7 @@ class LwF(Method):
         """Under the adapter of before, in fp32 at least."""
         on, dtype = seen.autocast
         autocast = torch.autocast(seen.states.device.type, dtype, on)
-        with torch.no_grad(), autocast, _evaluating(self._body), swapped(self.pairs, lambda: [*self._before]):
+        with torch.no_grad(), autocast, eval_mode(self._body), swapped(self.pairs, lambda: [*self._before]):
             states = _states(self._body(*seen.args, **seen.kwargs))
         return states.to(torch.promote_types(states.dtype, torch.float32))
 
@@ -176,14 +182,3 @@ def _mask(body: nn.Module, seen: Seen) -> Tensor | None:
             "give one number a token"
         )
     return (mask != 0).to(torch.promote_types(seen.states.dtype, torch.float32))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -37,9 +37,11 @@ class MagMax(Method):
             self._change = {key: torch.zeros_like(value) for key, value in self._start.items()}
 
     def _end(self, task: int) -> float:
+        change = {}
         for key, value in self._live_tensors().items():
             new, old = value - self._start[key], self._change[key]
-            self._change[key] = torch.where(new.abs() >= old.abs(), new, old)
+            change[key] = torch.where(new.abs() >= old.abs(), new, old)
+        self._change = change
         return 1.0
 
     def _merged_weights(self) -> Weights:
@@ -61,8 +63,9 @@ class MagMax(Method):
             found: dict[str, Tensor] = {}
             for key, live in self._live_tensors().items() if tensors else ():
                 saved = tensors.get(f"{key}_{kind}")
-                if saved is None or saved.shape != live.shape or saved.dtype != live.dtype:
-                    raise ValueError(f"the saved {kind} of {key} does not fit its {tuple(live.shape)} {live.dtype}")
+                # Its dtype is the model's of when it was made: half() since then leaves it as exact as it was.
+                if saved is None or saved.shape != live.shape or not saved.is_floating_point():
+                    raise ValueError(f"the saved {kind} of {key} does not fit its {tuple(live.shape)}")
                 found[key] = saved.to(live.device)
             loaded.append(found)
         self._start, self._change = loaded

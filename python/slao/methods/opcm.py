@@ -41,7 +41,7 @@ class OPCM(Method):
         wide = [pair.name for pair in self.pairs if any(p.dim() != 2 for p in pair.parameters)]
         if wide:
             raise ValueError(f"opcm cannot treat {len(wide)} layers that are no matrices: {', '.join(wide[:8])}")
-        self.alpha, self.seed = float(alpha), seed
+        self.alpha, self.seed = float(alpha), int(seed)
         self._merged: list[tuple[Tensor, Tensor]] = []
         self._lambda, self._norms = 1.0, 0.0  # λ of the last task, and the sum of ‖τ‖ over the tasks
 
@@ -54,24 +54,25 @@ class OPCM(Method):
 
     def _end(self, task: int) -> float:
         live = self._each([(pair.A, pair.B) for pair in self.pairs])
-        self._norms += self._norm(live)
+        norms = self._norms + self._norm(live)
         if task == 1:
-            self._merged = [(pair.A.clone(), pair.B.clone()) for pair in self.pairs]
+            self._merged, self._norms = [(pair.A.clone(), pair.B.clone()) for pair in self.pairs], norms
             return 1.0
         sums = [
             added(A_old, B_old, A, B, self._lambda, self.alpha)
             for (A_old, B_old), (A, B) in zip(self._each(self._merged), live, strict=True)
         ]
-        mean = self._norms / task
-        self._lambda = self._norm(sums) / mean if mean > 0 else 1.0
-        by = self._lambda or 1.0  # a sum that is zero stays zero
+        mean = norms / task
+        scale = self._norm(sums) / mean if mean > 0 else 1.0
+        by = scale or 1.0  # a sum that is zero stays zero
         rest = iter(sums)
-        self._merged = []
+        merged = []
         for pair in self.pairs:
             own, rank = list(islice(rest, pair.experts)), task * pair.rank
             A = pair.join("A", [_padded(A, rank, 0) for A, _ in own])
             B = pair.join("B", [_padded(B / by, rank, 1) for _, B in own])
-            self._merged.append((A.to(pair.A.dtype), B.to(pair.B.dtype)))
+            merged.append((A.to(pair.A.dtype), B.to(pair.B.dtype)))
+        self._merged, self._lambda, self._norms = merged, scale, norms
         return 1.0 / by
 
     def _each(self, factors: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:

@@ -55,9 +55,13 @@ class OSF(IncLoRA):
         self._check()  # the base may have been sharded since
         if task == 1:
             base_weights.refuse_trained(self)
-        super()._begin(task)
-        self._hold([self._leading(index) for index in range(len(self.pairs))])
-        self._project()
+        frozen = self._with_last() if task > 1 else [self.frozen(index) for index in range(len(self.pairs))]
+        held = [self._leading(index, pairs) for index, pairs in enumerate(frozen)]
+        if task > 1:
+            self._start(frozen, [_off(V, A.T).T for (_, V), A in zip(held, self._fresh(task), strict=True)])
+        self._hold(held)
+        if task == 1:
+            self._project()
 
     def _hold(self, held: list[tuple[Tensor, Tensor]]) -> None:
         """Project gradients off these from now on; with none no more."""
@@ -69,8 +73,8 @@ class OSF(IncLoRA):
                 if parameter.requires_grad:
                     self._hooks.append(parameter.register_hook(_projector(weakref.ref(self), index, side)))
 
-    def _leading(self, index: int) -> tuple[Tensor, Tensor]:
-        U, _, Vh = torch.linalg.svd(base_weights.found(self, index), False)
+    def _leading(self, index: int, frozen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        U, _, Vh = torch.linalg.svd(base_weights.found(self, index, frozen), False)
         count = max(1, int(self.keep * len(Vh)))
         return U[:, :count].clone(), Vh[:count].T.clone()
 
@@ -126,6 +130,8 @@ def _projector(method: weakref.ref[OSF], index: int, side: int) -> Any:
         own = method()
         if own is None or not own._held:
             return None
+        if own._held[index][0].device != gradient.device:
+            own._follow()
         basis = own._held[index][1 - side]
         return _off(basis, gradient.T).T if side == 0 else _off(basis, gradient)
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from slao_kernels.adapters import scales_of_columns
+from slao_kernels.adapters import scales_of_columns, stack
 
 from .extended import refuse_shards
-from .inclora import IncLoRA, append
+from .inclora import IncLoRA
 from .showing import Weights
 
 
@@ -31,8 +31,10 @@ class SDLoRA(IncLoRA):
         super().__init__(model, adapter=adapter, beside=beside, seed=seed)
         self._before: list[Tensor] = []  # the α that the running task began with
 
-    def _freeze_last(self) -> None:
-        for pair, layer in zip(self.pairs, self.layers, strict=True):
+    def _directions(self) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+        """Per layer the frozen pairs with the trained one as their last, of size 1, and the magnitudes of them all."""
+        frozen, scales = [], []
+        for index, (pair, layer) in enumerate(zip(self.pairs, self.layers, strict=True)):
             As, Bs = ([one.double() for one in pair.split(factor, getattr(pair, factor))] for factor in "AB")
             norms = [((A @ A.T) * (B.T @ B)).sum().clamp(min=0).sqrt() for A, B in zip(As, Bs, strict=True)]
             # 1/√‖B A‖ to each: neither factor leaves the range of its dtype. A zero pair stays zero.
@@ -41,14 +43,19 @@ class SDLoRA(IncLoRA):
                 pair.join(factor, [one * part for one, part in zip(each, parts, strict=True)])
                 for factor, each in (("A", As), ("B", Bs))
             )
-            append(pair, layer, A.to(pair.A.dtype), B.to(pair.B.dtype))
-            old = layer.slao_frozen_scale
-            new = torch.stack(norms).to(pair.B.dtype)
-            layer.slao_frozen_scale = nn.Parameter(new if old is None else torch.cat([old.detach(), new]))
+            old_A, old_B = self.frozen(index)
+            frozen.append((stack(pair.experts, "A", old_A, A.to(old_A)), stack(pair.experts, "B", old_B, B.to(old_B))))
+            old, new = layer.slao_frozen_scale, torch.stack(norms).to(pair.B.dtype)
+            scales.append(new if old is None else torch.cat([old.detach(), new]))
+        return frozen, scales
 
     def _begin(self, task: int) -> None:
         refuse_shards(self)  # the magnitudes would be no part of what is sharded
-        super()._begin(task)
+        if task > 1:
+            frozen, scales = self._directions()
+            self._start(frozen, self._fresh(task))
+            for layer, scale in zip(self.layers, scales, strict=True):
+                layer.slao_frozen_scale = nn.Parameter(scale)
         self._before = [scale.detach().clone() for scale in self._scales()]
 
     def _end(self, task: int) -> float:
@@ -63,7 +70,7 @@ class SDLoRA(IncLoRA):
         swapped = [(scale, scale.data) for scale in self._scales()] if self._before else []
         try:
             for (scale, _), before in zip(swapped, self._before, strict=True):
-                scale.data = before
+                scale.data = before.to(scale.device, scale.dtype)  # the model may have changed since
             with super()._swapped_in(weights):
                 yield
         finally:

@@ -73,7 +73,7 @@ class SLAO(Method):
         if merged_pairs < 1:
             raise ValueError(f"merged_pairs must be at least 1, not {merged_pairs}")
         self.schedule, self.merged_pairs = make_schedule(schedule), merged_pairs
-        self.init, self.orthogonal, self.merge, self.preserve, self.seed = init, orthogonal, merge, preserve, seed
+        self.init, self.orthogonal, self.merge, self.preserve, self.seed = init, orthogonal, merge, preserve, int(seed)
         self.keep_cosines = keep_cosines
         self._schedule_name = schedule_name(schedule)
         # The merged A and B per layer; None where the trained factor is the merged one.

@@ -63,7 +63,7 @@ class SLoRA(IncLoRA):
 
     def _cut_pair(self, index: int) -> tuple[Tensor, Tensor]:
         """A and B of the layer after the cut, zeros in the rows and columns that it leaves out."""
-        pair, weight = self.pairs[index], base_weights.found(self, index)
+        pair, weight = self.pairs[index], base_weights.found(self, index, self.frozen(index))
         leading = torch.linalg.svd(weight, False)[0][:, : pair.rank]
         U, S, Vh = product_svd(pair.A.to(weight), pair.B.to(weight))
         rank = int(S.gt(S[0] * pair.rank * torch.finfo(S.dtype).eps).sum())

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..modes import eval_mode
 from ..streams import ImageRow, Row, Stream, Task
 
 CANDIDATES: tuple[str, ...] = ("own", "all")
@@ -122,14 +123,9 @@ def check_rows(objective: str, stream: Stream, images: bool) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Eval mode without gradients; the mode from before is back after any exit. Yields the model's device."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield next(model.parameters()).device
-    finally:
-        model.train(training)
+    """Eval mode without gradients; each module's own mode is back after any exit. Yields the model's device."""
+    with eval_mode(model), torch.no_grad():
+        yield next(model.parameters()).device
 
 
 _listener: Callable[[float], None] | None = None

@@ -230,6 +230,16 @@ def test_a_callable_schedule_sees_the_task_and_may_answer_per_layer(model):
     assert method.lambdas[1] == pytest.approx([0.1 * (i + 1) for i in range(len(method.pairs))])
 
 
+@pytest.mark.parametrize("kind", [float, np.float32, torch.tensor, lambda value: torch.full((6,), value)])
+def test_a_schedule_may_answer_as_arrays_do(model, kind, tmp_path):
+    method = SLAO(model, schedule=lambda i, stats: kind(0.5), seed=np.int64(3))
+    for task in "ab":
+        method.begin_task(task)
+        method.end_task()
+    assert method.lambdas[1] in (0.5, [0.5] * len(method.pairs))
+    method.save(tmp_path)  # as JSON
+
+
 def test_inverse_schedule_is_the_plain_mean(model):
     method = SLAO(model, schedule="inverse")
     recorded = run_tasks(method, 5)
