@@ -4,15 +4,18 @@
 #   OUT=folder [BUDGET=430] [PARTS="tests layers"] [DRY=1] bash bench/first_gpu.sh
 #
 # BUDGET: seconds in which everything has begun and ended, but for a last write; leave 30 more. Where the CUDA kernels
-# are not built they are, in the checkout. Wheels of rivals (axolotl, bitsandbytes) are taken from .whl/ where there is
-# such a folder. OUT gets gpu.json, a line for every bench as it ends (gpu.jsonl), the tests' report, the tuner's table,
-# the log; a last table is printed, which bench/gpu.py --table --out FILE prints again.
+# are not built they are, in the checkout (25 s, which a _C built before for that Python saves). Wheels of what the
+# machine lacks (pytest-benchmark) and of rivals (axolotl, bitsandbytes) are taken from .whl/ where there is such a
+# folder; a part that lacks a package is left out, and said. OUT gets gpu.json, a line for every bench as it ends
+# (gpu.jsonl), the tests' report, the tuner's table, the log; a last table is printed, which bench/gpu.py --table --out
+# FILE prints again.
 # DRY=1, and wherever there is no GPU: all of it tiny and on the CPU, which shows that every part starts and ends.
 set -u
 : "${OUT:?a folder for the files}" "${BUDGET:=430}" "${PARTS:=tests kernels layers steps rest tune}"
 : "${DRY:=}" "${PYTHON:=python3}"
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) && cd "$(dirname "$0")/.." || exit 2
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
+export TORCHINDUCTOR_COMPILE_THREADS=1  # else every test process that compiles starts processes of its own
 SECONDS=0
 how=--quick
 if [ -n "$DRY" ] || ! "$PYTHON" bench/gpu.py --look; then

@@ -24,6 +24,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -68,9 +69,13 @@ def main(arguments: list[str]) -> int:
     if options.look:
         return 0
     calls = DRY if options.dry else QUICK if options.quick else WHOLE
+    # A shell's background job is born deaf to it, and hands that on: what runs out of time could not write its files.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run = Run(out, options.commit, options.deadline, options.log, arguments[cut + 1 :])
     for part in parts:
-        if not run.interrupted:
+        if lacking := missing(part):
+            run.left_out(part, lacking)
+        elif not run.interrupted:
             run.part(part, calls[part])
     table(out)
     print(f"make gpu: {', '.join(parts)}: {'something FAILED' if run.failed else 'all passed'}; figures in {out}")
@@ -101,13 +106,19 @@ def why_not(parts: list[str], dry: bool = False, without_core: bool = False) -> 
 
     if not (dry or torch.cuda.is_available()):
         return f"no CUDA or ROCm device here (torch {torch.__version__} sees none)"
-    missing = {name for part in parts for name in NEEDED[part] if importlib.util.find_spec(name) is None}
-    if missing:
-        return f"{', '.join(sorted(missing))} not installed: pip install -e '.[dev]', or choose other parts"
+    lacking = [missing(part) for part in parts]
+    if all(lacking):
+        names = sorted({name for one in lacking for name in one})
+        return f"{', '.join(names)} not installed: pip install -e '.[dev]', or choose other parts"
     of_the_core = [part for part in parts if part in OF_THE_CORE]
     if of_the_core and not (dry or without_core) and torch.version.hip is None:
         return no_cuda_kernels(of_the_core)
     return None
+
+
+def missing(part: str) -> list[str]:
+    """The packages that a part needs and that are not here."""
+    return [name for name in NEEDED[part] if importlib.util.find_spec(name) is None]
 
 
 def no_cuda_kernels(parts: list[str]) -> str | None:
@@ -138,6 +149,10 @@ class Run:
         self.ends = None if deadline is None else time.monotonic() + deadline
         self.failed = self.interrupted = False
         self.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def left_out(self, name: str, lacking: list[str]) -> None:
+        self._tell(f"{name}: left out, {', '.join(lacking)} not installed")
+        self.failed = True
 
     def part(self, name: str, calls: list[Call]) -> None:
         here: dict[str, Any] = {"environment": environment(self.commit), "exit": 0, "calls": {}, "benchmarks": []}

@@ -51,8 +51,14 @@ WHOLE = {
 KERNELS = "8192x4096-bf16-16 or 8192x4096-bf16-48 or reduce[bf16-16]"
 LAYERS = "8192x4096x4096 and bf16 or 128x2048x768-grouped_mm-bf16"
 BETWEEN = "init[16] or merge[fp32] or merge[bf16] or fold[bf16-bf16]"
+# Graphs, streams, memory and whole models before the many cases of single operations, which may run out of time.
+TOLD_FIRST = (
+    "tests/slao_kernels/test_cuda.py tests/slao_kernels/test_training_gpu.py tests/slao_kernels/test_exact_merge.py "
+    "tests/slao/methods/test_moved_and_failed.py tests/slao_kernels/ops"
+)
+ITS_OWN = "tests/slao_kernels/ops/test_tune_lora_gemm.py::test_on_a_gpu"  # the part `tune` does the same
 QUICK = {
-    "tests": [Call("tests", "tests/slao_kernels -m 'gpu and not exhaustive' --timeout=60", 170)],
+    "tests": [Call("tests", f"{TOLD_FIRST} -m 'gpu and not exhaustive' --timeout=60 --deselect {ITS_OWN}", 170)],
     "kernels": [Call("bench", f"{of('lora_kernels')} --timeout=30 -k '{KERNELS}'", 45)],
     "layers": [Call("bench", f"{of('lora_linear', 'experts')} --timeout=45 -k '{LAYERS}'", 75)],
     "steps": [Call("bench", f"{of('training_step')} --timeout=60 -k 1b-4x2048-bf16", 75)],
@@ -99,4 +105,4 @@ def workers() -> list[str]:
     """pytest's option for tests in several processes, which spend their time in compilers. Never for a bench."""
     if importlib.util.find_spec("xdist") is None:
         return []
-    return ["-n", str(min(8, os.cpu_count() or 1))]
+    return ["-n", str(min(12, os.cpu_count() or 1))]

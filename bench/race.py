@@ -25,19 +25,28 @@ seconds = 1.0
 FEWEST = 3
 
 
-def clock(function: Callable[[], object], device: str) -> float:
-    """Seconds of one call, the device's work included; on a GPU by its own events, host time between them included."""
+def clock(function: Callable[[], object], device: str, calls: int = 1) -> float:
+    """Seconds of so many calls, the device's work included; on a GPU by its own events, host time between them too."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
-        function()
+        for _ in range(calls):
+            function()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
     started = time.perf_counter()
-    function()
+    for _ in range(calls):
+        function()
     return time.perf_counter() - started
+
+
+def a_lap(function: Callable[[], object], device: str) -> int:
+    """How many calls of `function` a lap has: on a GPU enough to hide the first one's way to the device."""
+    if device != "cuda":
+        return 1
+    return max(1, min(GPU_CALLS, math.ceil(GPU_SECONDS / clock(function, device))))
 
 
 def capped(rounds: int, one: float, device: str) -> int:
@@ -126,12 +135,16 @@ def race(
     peers |= graphs
     times: dict[str, list[float]] = {name: [] for name in peers}
     mine: list[float] = []
+    counts = {name: a_lap(peer, device) for name, peer in (peers | {"ours": ours}).items()}
+
+    def lap(name: str, function: Callable[[], object]) -> float:
+        return clock(function, device, counts[name]) / counts[name]
 
     def run_peers() -> None:
         for name, peer in peers.items():
-            times[name].append(clock(peer, device))
+            times[name].append(lap(name, peer))
 
-    benchmark.pedantic(lambda: mine.append(clock(ours, device)), setup=run_peers, rounds=rounds, iterations=1)
+    benchmark.pedantic(lambda: mine.append(lap("ours", ours)), setup=run_peers, rounds=rounds, iterations=1)
     medians = {"ours": median(mine)} | {name: median(values) for name, values in times.items()}
     ratios = {}
     for name in peers:
@@ -188,13 +201,7 @@ def interleave(
     others = [name for name in contestants if name != "ours"]
 
     def lap(name: str) -> None:
-        function = contestants[name]
-
-        def calls() -> None:
-            for _ in range(iterations):
-                function()
-
-        times[name].append(clock(calls, device) / iterations)
+        times[name].append(clock(contestants[name], device, iterations) / iterations)
 
     def run_others() -> None:
         for name in others:

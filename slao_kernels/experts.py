@@ -28,7 +28,8 @@ from .ops.expert_linear.mixture import Projection, Routing, mixture
 from .ops.lora_linear.autograd import once
 
 # What transformers' decorator sets on every experts module, and the registered functions whose maths ours is.
-_PROTOCOL = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts", "_apply_gate")
+# (`has_post_expert_norm` and `_is_expert_parallel` came after 5.17; the hooks of its expert parallelism are seen.)
+_PROTOCOL = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")
 _SERVED = (None, "eager", "batched_mm", "grouped_mm")
 # What the decorator makes of every class's forward.
 _DISPATCHES = use_experts_implementation(type("_Any", (nn.Module,), {"forward": lambda self: None})).forward.__code__
@@ -88,7 +89,7 @@ def why_not(chain: Sequence[Any], early: bool = False) -> str | None:
     own = None if chosen is None else ALL_EXPERTS_FUNCTIONS.get(chosen)
     if own is not None and getattr(moe, own.__name__, None) is not own:
         return f"experts_implementation={chosen!r} was registered anew, with kernels of its own"
-    if base._is_expert_parallel:
+    if getattr(base, "_is_expert_parallel", False):
         return "its experts are spread over devices (expert parallel)"
     if parametrize.is_parametrized(base):
         return "a parameter of its experts is parametrized"
@@ -149,8 +150,9 @@ def _experts(base: Any, adapted: dict[str, Any], backend: str, x: Tensor, index:
     up, down = (_projection(base, name, adapted.get(name), x) for name in projections(base))
     gate = base._apply_gate if base.has_gate else base.act_fn
     trains = any(parameter.requires_grad for parameter in base.parameters())  # biases, what a gate has
+    normed = getattr(base, "has_post_expert_norm", False)
     chosen = dispatch.choose("expert_linear", x.device.type, backend)
-    if dispatch.direct() and chosen != "reference" and not (trains or base.has_post_expert_norm):
+    if dispatch.direct() and chosen != "reference" and not (trains or normed):
         return mixture(x, weights, Routing(ids, order, back, ends, k), up, down, gate, chosen)
     y = _Rows.apply(x, order, back, k)
     for own in (up, down):
@@ -159,7 +161,7 @@ def _experts(base: Any, adapted: dict[str, Any], backend: str, x: Tensor, index:
             y = y + own.bias[ids]
         if own is up:
             y = gate(y)
-    if base.has_post_expert_norm:
+    if normed:
         y = base.post_expert_norm(y)
     y = _Rows.apply(y * weights.reshape(-1)[order, None], back, order, 1)
     return y.view(tokens, k, y.shape[1]).sum(1).to(x.dtype)

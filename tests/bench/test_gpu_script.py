@@ -90,12 +90,17 @@ def test_a_look_finds_a_driver(sign, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_a_part_that_lacks_a_package_is_left_out_and_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(gpu.NEEDED, "layers", ("peft",))
     monkeypatch.setitem(gpu.NEEDED, "steps", ("peft", "no_such_package"))
-    assert gpu.why_not(["layers"]) is None
-    assert "no_such_package not installed" in gpu.why_not(["layers", "steps"])
+    assert gpu.why_not(["layers", "steps"]) is None
+    assert "no_such_package not installed" in gpu.why_not(["steps"])
+    run = []
+    monkeypatch.setattr(gpu.Run, "part", lambda self, name, calls: run.append(name))
+    assert gpu.main(["layers", "steps", "--out", str(tmp_path / "gpu.json")]) == 1
+    assert run == ["layers"]
+    assert "steps: left out, no_such_package not installed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("missing", ["the extension was not built", "the extension was built without CUDA"])
@@ -128,7 +133,8 @@ def test_every_way_has_every_part():
     assert set(parts.NEEDED) == set(parts.WHOLE)
     assert set(parts.OF_THE_CORE) | set(parts.ON_REQUEST) < set(parts.WHOLE)
     for call in (call for way in (parts.WHOLE, parts.QUICK, parts.DRY) for calls in way.values() for call in calls):
-        assert all((gpu.ROOT / word).exists() for word in call.words if word.startswith(("bench/", "tests")))
+        named = [word.partition("::")[0] for word in call.words if word.startswith(("bench/", "tests"))]
+        assert all((gpu.ROOT / word).exists() for word in named)
         assert "-n" not in call.words  # gpu.py adds it, to tests alone
 
 
@@ -144,7 +150,7 @@ def test_tests_run_in_several_processes_and_benches_never(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     run = gpu.Run(tmp_path / "gpu.json", None, None, None, ["-x"])
     commands = {part: run._command(parts.QUICK[part][0], Path("r.xml"), Path("l.jsonl")) for part in parts.QUICK}
-    assert commands["tests"][-4:] == ["--junitxml=r.xml", "-n", "8", "-x"]
+    assert commands["tests"][-4:] == ["--junitxml=r.xml", "-n", "12", "-x"]
     assert all("-n" not in command for part, command in commands.items() if part != "tests")
     assert commands["kernels"][-3:] == ["--device=cuda", "--lines=l.jsonl", "-x"]
     assert commands["host"][-3] == "--device=cpu"
@@ -273,7 +279,7 @@ def test_what_was_measured_survives_a_bench_that_hangs(tmp_path, capfd):
     first, _ = found["layers"]["benchmarks"]
     assert (first["name"], first["extra_info"]["loop / ours"]) == ("test_measured", 2.0)
     assert first["lap_s"] > 0
-    assert found["layers"]["slao_kernels"]["options"]["model"] == "llama-3-8b"
+    assert found["layers"]["slao_kernels"]["options"]["model"] == "llama-3.2-1b"  # a CPU's
     assert "test_measured: ours 1.00 ms, loop 2.00 ms = 2.00x" in log.read_text()  # pytest's own table came too
     capfd.readouterr()
     assert gpu.main(["--table", "--out", str(out)]) == 0
