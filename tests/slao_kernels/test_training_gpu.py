@@ -234,6 +234,24 @@ def test_compiled_block(p, place):
         twins.check_close(first, gradients(twin, x))
 
 
+def test_fp32_adapters_at_the_width_of_a_model(place):
+    """Sums of thousands of products, where an accumulator that truncates would drift away from fp32's own rounding."""
+    m, k, n, r = (8192, 4096, 4096, 16) if place.on_gpu else (512, 512, 256, 8)
+
+    def draw(*size: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (torch.randn(size, device=place.device) * scale).to(dtype)
+
+    x, weight, dy = (draw(*size, dtype=torch.bfloat16) for size in ((m, k), (n, k), (m, n)))
+    A, B = draw(r, k, scale=k**-0.5).requires_grad_(), draw(n, r, scale=r**-0.5).requires_grad_()
+    y = slao_kernels.lora_linear(x, weight * k**-0.5, None, A, B, 0.7, precision="adapter", backend=place.backend)
+    found = torch.autograd.grad(y, (A, B), dy)
+    wide = A.detach().double().requires_grad_(), B.detach().double().requires_grad_()
+    branch = 0.7 * (x.double() @ wide[0].T) @ wide[1].T
+    for name, mine, exact in zip("AB", found, torch.autograd.grad(branch, wide, dy.double()), strict=True):
+        assert mine.dtype is torch.float32
+        assert error_ratio(mine, exact) <= 2e-6, name  # fp32's rounding, r and sums of 8,192
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize(
     "wide", [pytest.param(False, marks=pytest.mark.exhaustive, id="one dtype"), pytest.param(True, id="fp32 adapters")]

@@ -42,11 +42,14 @@ def run(op, tensors, ends, dy, **options):
     return {"y": y, **{name: leaves[name].grad for name in ("x", "A", "B")}}
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_forward_and_every_gradient(case, dtype, seed):
+def test_forward_and_every_gradient(case, dtype, seed, device):
+    """On a GPU by torch's grouped GEMM, where "auto" takes it."""
     tensors, ends, dy = make(*case, dtype, seed)
+    tensors, ends, dy = {k: v.to(device) for k, v in tensors.items()}, ends.to(device), dy.to(device)
     found = run(expert_linear, tensors, ends, dy)
     exact = run(reference.expert_linear, {k: v.double() for k, v in tensors.items()}, ends, dy.double())
     for name, value in found.items():
