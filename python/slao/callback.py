@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
+import weakref
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from slao_kernels import deepspeed_masters
 
 from . import checkpoint, observing
-from .logits import labelled_only
 from .methods import Method
 from .methods.base import STATE_FILE
 from .watching import Watch
@@ -47,30 +44,33 @@ class SlaoCallback(TrainerCallback):
 
     def __init__(self, method: Method, task: str | None = None) -> None:
         self.method, self.task = method, task
-        self.trainer: Any = None
+        self._trainer: weakref.ref[Any] | None = None
         self._watch = Watch(method)
 
     def attach(self, trainer: Any) -> Any:
         """Add the callback to `trainer` (if it is not there) and log through it; a method's penalty joins its loss.
 
-        The penalty needs another `compute_loss`: the instance gets a subclass of its class. While it trains, a causal
+        The instance gets a subclass of its class for it. While it trains, a causal
         language model whose loss is the Trainer's own computes logits at labelled positions alone, and returns none
         (`slao.logits.labelled_only`); why not is logged. Returns `trainer`.
         """
-        from .trainer import WithPenalty
-
-        if "train" not in vars(trainer):
-            trainer.train = partial(_train, trainer, trainer.train)
+        from .trainer import Attached, WithPenalty
 
         if not any(callback is self for callback in trainer.callback_handler.callbacks):
             trainer.add_callback(self)
+        wanted = [Attached, *([WithPenalty] if _has_penalty(self.method) else [])]
+        for kind in (kind for kind in wanted if not isinstance(trainer, kind)):
+            theirs = type(trainer)
+            trainer.__class__ = type(theirs.__name__, (kind, theirs), {"__module__": theirs.__module__})
         if _has_penalty(self.method):
-            if not isinstance(trainer, WithPenalty):
-                theirs = type(trainer)
-                trainer.__class__ = type(theirs.__name__, (WithPenalty, theirs), {"__module__": theirs.__module__})
             trainer.method = self.method
-        self.trainer = trainer
+        self._trainer = weakref.ref(trainer)
         return trainer
+
+    @property
+    def trainer(self) -> Any:
+        """The Trainer that it is attached to, not kept alive: with it goes its optimizer."""
+        return None if self._trainer is None else self._trainer()
 
     def fallbacks(self) -> dict[str, str]:
         """Name -> why a patched layer of the method runs, or ran in some call, PEFT's own forward."""
@@ -186,28 +186,6 @@ class SlaoCallback(TrainerCallback):
 
 def _has_penalty(method: Method) -> bool:
     return type(method).penalty is not Method.penalty
-
-
-def _train(trainer: Any, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """trainer.train(), with logits at labelled positions alone where that is the same."""
-    own = _own_loss(trainer)
-    with nullcontext(own) if own else labelled_only(trainer.model) as reason:
-        if reason is not None:
-            logger.info("logits are computed at every position: %s", reason)
-        return train(*args, **kwargs)
-
-
-def _own_loss(trainer: Any) -> str | None:
-    """Whose loss the trainer computes from the model's output, if not transformers' from the model's own."""
-    from .trainer import WithPenalty
-
-    for step in ("compute_loss", "training_step"):
-        owner = next(kind for kind in type(trainer).__mro__ if step in vars(kind) and kind is not WithPenalty)
-        if owner is not Trainer or step in vars(trainer):
-            return f"{type(trainer).__name__} has a {step} of its own"
-    if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
-        return "the Trainer computes the loss from them"
-    return None
 
 
 def _bare(model: Any) -> bool:

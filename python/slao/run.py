@@ -257,7 +257,10 @@ class Run:
             "throughput": throughput,
             "failed": self.failed,
             "unfinished": {
-                job.title: [len(results[job].matrix) if job in results else 0, len(self.prepared[0].stream.tasks)]
+                job.title: [
+                    len(results[job].matrix) if job in results else 0,
+                    len(self.prepared[job.variant].stream.tasks),
+                ]
                 for job in self.jobs
                 if job.title not in self.failed and not (job in results and results[job].finished)
             },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
@@ -14,11 +15,14 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from .logits import labelled_only
 from .methods import Method
 from .objectives import Objective
 
 if TYPE_CHECKING:
     from .train import TrainConfig
+
+logger = logging.getLogger("slao")
 
 
 class WithPenalty(Trainer):
@@ -49,6 +53,28 @@ class WithPenalty(Trainer):
         if scaled:
             penalty = penalty / self.current_gradient_accumulation_steps
         return (found[0] + penalty, found[1]) if return_outputs else found + penalty
+
+
+class Attached(Trainer):
+    """A Trainer that computes logits at labelled positions alone while it trains, where that is the same."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        own = own_loss(self)
+        with contextlib.nullcontext(own) if own else labelled_only(self.model) as reason:
+            if reason is not None:
+                logger.info("logits are computed at every position: %s", reason)
+            return super().train(*args, **kwargs)
+
+
+def own_loss(trainer: Any) -> str | None:
+    """Whose loss the trainer computes from the model's output, if not transformers' from the model's own."""
+    for step in ("compute_loss", "training_step"):
+        owner = next(kind for kind in type(trainer).__mro__ if step in vars(kind) and kind is not WithPenalty)
+        if owner is not Trainer or step in vars(trainer):
+            return f"{type(trainer).__name__} has a {step} of its own"
+    if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
+        return "the Trainer computes the loss from them"
+    return None
 
 
 class WithObjective(Trainer):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import slao_kernels
 from slao import SLAO, CLoRA, SeqLoRA, SlaoCallback, checkpoint
+from slao.integrations.llamafactory import LlamaFactoryCallback
 from slao.logits import labelled_only
 from slao.methods import METHODS, Method
 from slao.methods.base import STATE_FILE
@@ -318,3 +321,30 @@ class Watching(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         self.told(state, metrics)
+
+
+def test_a_trainer_goes_when_its_task_is_done(tiny, tmp_path):
+    """And its optimizer with it, without waiting for the collector."""
+    session = Session(tiny, tmp_path)
+    trainer = SlaoCallback(session.method, "first").attach(session.trainer("first", [], save_strategy="no"))
+    trainer.train()
+    gone = weakref.ref(trainer.optimizer.optimizer)  # within accelerate's
+    gc.collect()
+    gc.disable()
+    try:
+        del trainer
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_callback_of_a_launcher_that_builds_the_model_itself(tiny, tmp_path):
+    """LLaMA-Factory's, which is handed a class and knows the model from on_init_end on; here by a plain Trainer."""
+    model = get_peft_model(tiny.base("llama"), LoraConfig(r=4, target_modules="all-linear"))
+    callback = LlamaFactoryCallback("first")
+    rows = tiny.inputs("llama", 1, 16)
+    Trainer(model, arguments(tmp_path / "first"), train_dataset=rows, callbacks=[callback]).train()
+    assert (callback.method.names, callback.method.lambdas) == (["first"], [1.0])
+    later = LlamaFactoryCallback("second", state=tmp_path / "first")
+    Trainer(model, arguments(tmp_path / "second"), train_dataset=rows, callbacks=[later]).train()
+    assert later.method.names == ["first", "second"]

@@ -33,9 +33,8 @@ class LlamaFactoryCallback(SlaoCallback):
         **options: Any,
     ) -> None:
         check_method(method)
-        self.task, self.trainer = task, None
         self.report: Any = None
-        self._state, self._name, self._patch, self._options = state, method, patch, options
+        self._task, self._state, self._name, self._patch, self._options = task, state, method, patch, options
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not hasattr(model, "peft_config"):
@@ -46,7 +45,7 @@ class LlamaFactoryCallback(SlaoCallback):
             self.report = patch(model, **self._patch)
             if args.local_process_index == 0:
                 print(self.report)
-        self.method = make_method(self._name, model, **self._options)
+        super().__init__(make_method(self._name, model, **self._options), self._task)
         if self._state is not None:
             self.method.load(self._state)
 
