@@ -1,6 +1,7 @@
 """The experiments' results as they are kept: what `slao report` needs of each run, and one Markdown page of tables.
 
     python bench/experiments.py keep runs/clinc150 runs/python_docs ...   # into bench/experiments/<name>.json
+    python bench/experiments.py keep runs/a runs/a2 --as a                # further seeds or orders of one experiment
     python bench/experiments.py page                                      # tables and figures of the page anew
     python bench/experiments.py --check                                   # do the tables say what the files say?
 
@@ -52,12 +53,36 @@ def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def keep(folder: Path) -> Path:
-    """Store the results of the run in `folder`; returns the file."""
+def keep(folders: list[Path], name: str | None = None) -> Path:
+    """Store the results of the runs in `folders`, one experiment together; returns the file."""
     KEPT.mkdir(exist_ok=True)
-    path = KEPT / f"{folder.name}.json"
-    path.write_text(json.dumps(reduced(load(folder)), separators=(",", ":"), ensure_ascii=False) + "\n", "utf-8")
+    path = KEPT / f"{name or folders[0].name}.json"
+    content = joined([reduced(load(folder)) for folder in folders])
+    path.write_text(json.dumps(content, separators=(",", ":"), ensure_ascii=False) + "\n", "utf-8")
     return path
+
+
+def joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of other seeds, orders or methods as one. ValueError for another setting, or a training done twice."""
+    whole, *others = runs
+    free = ("name", "seeds", "orders", "methods")
+    for other in others:
+        mine, theirs = ({k: v for k, v in one["settings"].items() if k not in free} for one in (whole, other))
+        odd = [key for key in ("stream", "model", "metric") if whole[key] != other[key]]
+        odd += [f"settings.{key}" for key in sorted(mine | theirs) if mine.get(key) != theirs.get(key)]
+        if odd:
+            raise ValueError(f"these runs are no one experiment: {', '.join(odd)} differ")
+        for key in ("seeds", "orders"):
+            both = (whole["settings"][key] or []) + (other["settings"][key] or [])
+            whole["settings"][key] = list(dict.fromkeys(both)) or None
+        whole["settings"]["methods"] |= other["settings"]["methods"]
+        for name, entry in other["methods"].items():
+            before = whole["methods"].setdefault(name, {key: [] for key in entry})
+            trained = [list(zip(one["seeds"], one.get("orders", one["seeds"]), strict=True)) for one in (before, entry)]
+            if set(trained[0]) & set(trained[1]):
+                raise ValueError(f"{name} was trained twice at one seed and order")
+            whole["methods"][name] = {key: before[key] + values for key, values in entry.items()}
+    return whole
 
 
 def page(text: str, draw: bool = False) -> str:
@@ -113,12 +138,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="status 1 if a table is not what its file says")
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("keep").add_argument("folders", nargs="+", type=Path)
+    keeping = commands.add_parser("keep")
+    keeping.add_argument("folders", nargs="+", type=Path)
+    keeping.add_argument("--as", dest="name", help="all of them together, as one experiment of this name")
     commands.add_parser("page")
     options = parser.parse_args()
     if options.command == "keep":
-        for folder in options.folders:
-            print(keep(folder))
+        for folders in [options.folders] if options.name else [[folder] for folder in options.folders]:
+            print(keep(folders, options.name))
         return 0
     before = PAGE.read_text("utf-8")
     after = page(before)

@@ -40,13 +40,28 @@ def test_a_kept_file_has_no_path_and_no_losses(tmp_path, monkeypatch):
     content = {"stream": "s", "model": "m", "metric": "accuracy", "methods": {"slao": method}, "settings": settings}
     (run / "results.json").write_text(json.dumps(content))
     monkeypatch.setattr(experiments, "KEPT", tmp_path / "kept")
-    kept = json.loads(experiments.keep(run).read_text("utf-8"))
+    kept = json.loads(experiments.keep([run]).read_text("utf-8"))
     assert "losses" not in kept["methods"]["slao"]
     assert kept["methods"]["slao"]["matrix"] == [[[0.5, 0.1235], [0.5, 1.0]]]
     assert kept["settings"]["stream"] == {"name": "jsonl"}
     assert experiments.page("<!-- mine -->\nold\n<!-- end -->").splitlines()[1].startswith("| method | runs | AA |")
     with pytest.raises(ValueError, match="no other.json in kept/"):
         experiments.page("<!-- other -->\n<!-- end -->")
+
+
+def test_runs_of_further_orders_are_one_experiment():
+    def run(order, **settings):
+        methods = {"slao": {"seeds": [0], "orders": [order], "AA": [0.1 * order]}}
+        told = {"seeds": [0], "orders": [order], "methods": {"slao": {}}, "lora": {"r": 8}}
+        return {"stream": "s", "model": "m", "metric": "accuracy", "methods": methods, "settings": told | settings}
+
+    both = experiments.joined([run(1), run(2, methods={"slao": {}, "ewc": {}})])
+    assert both["methods"]["slao"] == {"seeds": [0, 0], "orders": [1, 2], "AA": [0.1, 0.2]}
+    assert (both["settings"]["orders"], list(both["settings"]["methods"])) == ([1, 2], ["slao", "ewc"])
+    with pytest.raises(ValueError, match=r"no one experiment: settings\.lora differ"):
+        experiments.joined([run(1), run(2, lora={"r": 4})])
+    with pytest.raises(ValueError, match="slao was trained twice at one seed and order"):
+        experiments.joined([run(1), run(1)])
 
 
 def test_differences_to_a_method_are_paired(tmp_path, monkeypatch):

@@ -184,7 +184,6 @@ class Method:
         """Within the block the pairs' parameters are what `weights` returns."""
         self._swapped = True
         try:
-            self._follow()
             with self._shown(weights), self.beside.shown():
                 yield
         finally:
@@ -192,8 +191,10 @@ class Method:
 
     def _shown(self, weights: Callable[[], Weights]) -> AbstractContextManager[None]:
         if self._is_plain():
+            self._follow()
             return showing.swapped(self.pairs, weights)
         with self._whole(write=False):
+            self._follow()
             trained = self.pairs
             shown = [pair.with_weights(*two) for pair, two in zip(trained, weights(), strict=True)]
         return showing.overwritten(self.model, trained, shown, self.adapter)
