@@ -123,6 +123,15 @@ def _of_a_kernel(row: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def _of_races(info: dict[str, Any], peers: list[str], names: Container[str], where: str) -> dict[str, float]:
+    """As the benches do: of several races, the best one's ratio."""
+    races = need(info, "races", where, list)
+    return {
+        peer: 1 / min(number(race, of_same_dtype(peer, names), where) / number(race, peer, where) for race in races)
+        for peer in peers
+    }
+
+
 def _of_a_race(info: dict[str, Any], where: str) -> dict[str, Any]:
     names = [key.removesuffix(" ms") for key in info if key.endswith(" ms")]
     ms = {"ours": number(info, "ours_ms", where)} | {name: number(info, f"{name} ms", where) for name in names}
@@ -142,11 +151,9 @@ def _of_a_race(info: dict[str, Any], where: str) -> dict[str, Any]:
             against = f"{floor}, graph" if name in graphs else floor
             if name != against and f"{name} / {against}" in info:
                 over_floor[name] = number(info, f"{name} / {against}", where)
-        races = need(info, "races", where, list)
-        for name in peers:
-            mine = of_same_dtype(name, ms)
-            # As the benches do: of several races, the best one's ratio.
-            over_ours[name] = 1 / min(number(race, mine, where) / number(race, name, where) for race in races)
+        over_ours = _of_races(info, peers, ms, where)
+    elif "races" in info:  # without a floor
+        over_ours = _of_races(info, peers, ms, where)
     else:
         over_ours = {name: number(info, f"{name} / ours", where) for name in peers}
     roof = {name: 100 / ratio for name, ratio in over_floor.items()}
