@@ -155,7 +155,7 @@ def train(
         if saved.get("seed") != seed or saved.get("result", {}).get("tasks") != result.tasks:
             raise ValueError(f"the state in {state_dir} belongs to another stream or seed; choose another folder")
         before = saved.get("trained with", trained_with)
-        if odd := [key for key, told in trained_with.items() if before.get(key) != told]:
+        if odd := [key for key in before | trained_with if before.get(key) != trained_with.get(key)]:
             raise ValueError(f"the state in {state_dir} is of another {', '.join(odd[:4])}; choose another folder")
         recorded = None
         if similarity is not None:
@@ -247,11 +247,14 @@ def _saved(path: Path) -> dict[str, Any] | None:
 
 
 def _trained_with(stream: Stream, config: TrainConfig) -> dict[str, str]:
-    """What a state must agree on to go on: settings that bear on what is computed, and checksums of the rows."""
-    free = ("report_to", "eval_batch_size")
-    settings = {one.name: repr(getattr(config, one.name)) for one in fields(config) if one.name not in free}
-    rows = {f"{part} of task {task.name!r}": sum_ for task in stream.tasks for part, sum_ in digests.of_task(task)}
-    return settings | rows
+    """What a state must agree on to go on: settings that bear on what is computed, but defaults, and the rows."""
+    usual, free = TrainConfig(), ("report_to", "eval_batch_size")
+    settings = {one.name: (getattr(config, one.name), getattr(usual, one.name)) for one in fields(config)}
+    told = {name: repr(value) for name, (value, default) in settings.items() if value != default and name not in free}
+    return told | {
+        f"rows of task {task.name!r}": digests.of_texts(part for pair in digests.of_task(task) for part in pair)
+        for task in stream.tasks
+    }
 
 
 def _over_ranks(count: int, model: nn.Module) -> int:

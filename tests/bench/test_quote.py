@@ -16,12 +16,12 @@ def test_this_repository_says_what_its_results_say(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().err
     readme = (report.ROOT / "README.md").read_text(encoding="utf-8")
     assert "<!-- bench:cpu headline -->" in readme
-    assert "<!-- bench:experiment clinc150 -->" in readme
+    assert "<!-- bench:experiment icd10cm -->" in readme
     assert len(readme.splitlines()) <= 120
     for path in report.RESULTS.glob("*.json"):
         whole = json.loads(path.read_text(encoding="utf-8"))
         assert scrub.scrub(whole) == whole, f"{path.name} is not scrubbed: put it there by report.py --keep"
-        assert path.stat().st_size < 100_000
+        assert path.stat().st_size < 1_000 * len(whole["benchmarks"])  # medians, no laps
 
 
 def test_a_block_is_filled_checked_and_put_right(publishable, repository, capsys):
