@@ -24,6 +24,7 @@ OUTSIDE = {
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
     **{f"bench/results/{page.name}": f"measured/{page.name}" for page in RESULTS.glob("2*.md")},
+    **{f"bench/results/scaling/{page.name}": f"measured/scaling/{page.name}" for page in RESULTS.glob("scaling/*.md")},
 }
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _BLOCK = re.compile(r"- |\d+\. |\|")
