@@ -28,7 +28,8 @@ from .ops.expert_linear.mixture import Projection, Routing, mixture
 from .ops.lora_linear.autograd import once
 
 # What transformers' decorator sets on every experts module, and the registered functions whose maths ours is.
-# (`has_post_expert_norm` and `_is_expert_parallel` came after 5.17; the hooks of its expert parallelism are seen.)
+# (`has_post_expert_norm` and `_is_expert_parallel` came after 5.17, whose expert parallelism puts a forward of its own
+# on the instance, which is refused as any other.)
 _PROTOCOL = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")
 _SERVED = (None, "eager", "batched_mm", "grouped_mm")
 # What the decorator makes of every class's forward.

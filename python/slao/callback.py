@@ -50,20 +50,20 @@ class SlaoCallback(TrainerCallback):
     def attach(self, trainer: Any) -> Any:
         """Add the callback to `trainer` (if it is not there) and log through it; a method's penalty joins its loss.
 
-        The instance gets a subclass of its class for it. While it trains, a causal
-        language model whose loss is the Trainer's own computes logits at labelled positions alone, and returns none
-        (`slao.logits.labelled_only`); why not is logged. Returns `trainer`.
+        The instance gets a subclass of its class for it. While it trains, a causal language model whose loss is the
+        Trainer's own computes logits at labelled positions alone, and returns none (`slao.logits.labelled_only`); why
+        not is logged. Returns `trainer`.
         """
         from .trainer import Attached, WithPenalty
 
         if not any(callback is self for callback in trainer.callback_handler.callbacks):
             trainer.add_callback(self)
-        wanted = [Attached, *([WithPenalty] if _has_penalty(self.method) else [])]
-        for kind in (kind for kind in wanted if not isinstance(trainer, kind)):
-            theirs = type(trainer)
-            trainer.__class__ = type(theirs.__name__, (kind, theirs), {"__module__": theirs.__module__})
+        theirs, wanted = type(trainer), [Attached]
         if _has_penalty(self.method):
+            wanted.append(WithPenalty)
             trainer.method = self.method
+        if new := [kind for kind in wanted if not isinstance(trainer, kind)]:
+            trainer.__class__ = type(theirs.__name__, (*new, theirs), {"__module__": theirs.__module__})
         self._trainer = weakref.ref(trainer)
         return trainer
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .merging.cuts import CutAdapter, Limit
 
 _CUT = "cut"
+_USE = "A LoRA adapter for PEFT: `PeftModel.from_pretrained(base, folder)`, base as in adapter_config.json."
 
 
 def save_adapter(
@@ -127,6 +128,7 @@ def _write(
             if isinstance(model, PeftModel) and whole is None:
                 model.save_pretrained(str(scratch), selected_adapters=[adapter])
                 source = scratch if (scratch / "adapter_config.json").exists() else scratch / adapter
+                _fill_in(source / "README.md")
             else:  # injected into a bare model: PEFT's keys are then those of a model inside a PeftModel
                 state = get_peft_model_state_dict(model, adapter_name=adapter) if whole is None else whole
                 tensors = {PREFIX + key.removeprefix(PREFIX): value.contiguous() for key, value in state.items()}
@@ -175,6 +177,13 @@ def _complete(path: Path, parts: list[inventory.Part]) -> None:
     if missing:
         tensors = load_file(path) | {key: wanted[key].tensor.detach().cpu().contiguous() for key in missing}
         save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _fill_in(card: Path) -> None:
+    """PEFT's model card keeps its head, which the hub reads; in place of a form that nobody filled in a line of use."""
+    parts = card.read_text(encoding="utf-8").split("---\n", 2) if card.is_file() else []
+    if len(parts) == 3:
+        card.write_text(f"---\n{parts[1]}---\n\n{_USE}\n", encoding="utf-8")
 
 
 def _save_config(model: nn.Module, config: Any, folder: Path) -> None:

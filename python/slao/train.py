@@ -147,7 +147,7 @@ def train(
     other = windows(config.retention, objective.tokenizer, positions(model)) if config.retention else []
     replay = None if method.together else config.replay
     result = Result([task.name for task in stream.tasks])
-    trained_with = _trained_with(stream, config)
+    trained_with = {} if state_dir is None else _trained_with(stream, config)
     if similarity is not None and similarity.tasks:
         raise ValueError(f"this Similarity holds {len(similarity.tasks)} tasks of another run; give a new one")
     saved = None if state_dir is None else sharding.on_first(lambda: _saved(Path(state_dir) / STATE_FILE))
@@ -156,7 +156,8 @@ def train(
             raise ValueError(f"the state in {state_dir} belongs to another stream or seed; choose another folder")
         before = saved.get("trained with", trained_with)
         if odd := [key for key in before | trained_with if before.get(key) != trained_with.get(key)]:
-            raise ValueError(f"the state in {state_dir} is of another {', '.join(odd[:4])}; choose another folder")
+            told = ", ".join(odd[:4])
+            raise ValueError(f"the state in {state_dir} is of other settings or rows ({told}); choose another folder")
         recorded = None
         if similarity is not None:
             recorded = sharding.on_first(lambda: Similarity.read(state_dir, saved.get("similarity")))

@@ -27,4 +27,9 @@ def test_the_table():
     outputs = 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096)  # rows of B in Llama-3-8B
     assert rows["scaled_merge_"][2] == f"{3 * outputs * 16 * 4 / 1e6:,.1f}"
     assert float(rows["scaled_merge_"][3].replace(",", "")) == pytest.approx(3 * outputs * 16 * 4 / 1e6, rel=0.01)
+    # What docs/testing.md shows of it.
+    shown = (ROOT / "docs" / "testing.md").read_text("utf-8")
+    assert all(
+        f"| `{name}` | {count} | {kernels} | {size} |" in shown for name, (count, kernels, size, _) in rows.items()
+    )
     assert [rows[name][0] for name in ("scaled_merge_", "fold_", "orthogonal_init_")] == ["1", "1", "7"]

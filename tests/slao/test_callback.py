@@ -348,3 +348,13 @@ def test_a_callback_of_a_launcher_that_builds_the_model_itself(tiny, tmp_path):
     later = LlamaFactoryCallback("second", state=tmp_path / "first")
     Trainer(model, arguments(tmp_path / "second"), train_dataset=rows, callbacks=[later]).train()
     assert later.method.names == ["first", "second"]
+
+
+def test_an_export_has_no_form_that_nobody_filled_in(tiny, tmp_path):
+    """PEFT's card: its head stays, for the hub."""
+    Session(tiny, tmp_path).method.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "library_name: peft\n" in card
+    assert "PeftModel.from_pretrained(base, folder)" in card
+    assert "More Information Needed" not in card

@@ -66,7 +66,7 @@ def test_a_state_without_it_is_not_gone_on_from(tiny, tmp_path):
     """Its first value would be missing, and the rise a wrong one."""
     first = TrainConfig(batch_size=4, max_steps=1)
     tiny.Job("llama").train(first, state_dir=tmp_path)
-    with pytest.raises(ValueError, match="is of another retention; choose another folder"):
+    with pytest.raises(ValueError, match=r"is of other settings or rows \(retention\); choose another folder"):
         tiny.Job("llama").train(TrainConfig(batch_size=4, max_steps=1, retention="python"), state_dir=tmp_path)
 
 

@@ -160,9 +160,9 @@ def test_a_state_of_other_settings_or_rows_is_not_gone_on_from(tiny, tmp_path):
     first = TrainConfig(batch_size=4, max_steps=1)
     tiny.Job("bert", tasks=tiny.stream(train=8, tasks=2)).train(first, state_dir=tmp_path)
     other = TrainConfig(batch_size=4, max_steps=1, learning_rate=1e-5)
-    with pytest.raises(ValueError, match="is of another learning_rate; choose another folder"):
+    with pytest.raises(ValueError, match=r"is of other settings or rows \(learning_rate\); choose another folder"):
         tiny.Job("bert", tasks=tiny.stream(train=8, tasks=2)).train(other, state_dir=tmp_path)
-    with pytest.raises(ValueError, match="is of another rows of task"):
+    with pytest.raises(ValueError, match=r"is of other settings or rows \(rows of task"):
         tiny.Job("bert", tasks=tiny.stream(train=6, tasks=2)).train(first, state_dir=tmp_path)
     again = tiny.Job("bert", tasks=tiny.stream(train=8, tasks=2))
     again.train(TrainConfig(batch_size=4, max_steps=1, eval_batch_size=2), state_dir=tmp_path)

@@ -142,8 +142,9 @@ class EWC(Method):
 
     def _end(self, task: int) -> float:
         self._count_last()
-        new = {key: self._squares[key] / max(int(self._batches[key]), 1) for key in self._parameters}
-        if not any(map(int, self._batches.values())):
+        counts = {key: int(self._batches[key]) for key in self._parameters}
+        new = {key: self._squares[key] / max(count, 1) for key, count in counts.items()}
+        if not any(counts.values()):
             logger.warning("ewc: no gradient of task %r was seen, so nothing of it will be held", self.names[-1])
         sharding.add_over_ranks(list(new.values()))
         fisher = {key: self.decay * self.fisher[key] + new[key] / sharding.ranks() for key in self._parameters}

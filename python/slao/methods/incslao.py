@@ -56,9 +56,6 @@ class IncSLAO(IncLoRA):
             self._merged = [(pair.A.clone(), pair.B.clone()) for pair in self.pairs]
             return 1.0
         sums = self._sums()
-        self._merged = [
-            (A.to(pair.A.device), B.to(pair.B.device)) for pair, (A, B) in zip(self.pairs, self._merged, strict=True)
-        ]
         names = [name for pair in self.pairs for name in pair.names]
         both = split(self.pairs, sums), split(self.pairs, self._merged)
         stats = MergeStats(task, self.names[-1], names, *both[0], *both[1], list(self.lambdas))

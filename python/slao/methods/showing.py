@@ -29,7 +29,7 @@ def swapped(pairs: Sequence[LoraPair], weights: Callable[[], Weights]) -> Iterat
                     # A stack of pairs has another rank, which a matrix takes as it is, and a gradient does not.
                     parameter.grad = None
                     # The model may have got another dtype since (half()), and PEFT's forward wants one for A and B.
-                    weight = weight.to(parameter.device, parameter.dtype)
+                    weight = weight.to(parameter.dtype)
                     parameter.data = weight if parameter.dim() == 2 else weight.view(parameter.shape)
         torch.clear_autocast_cache()  # which knows a parameter's 16-bit copy by the parameter, not by its storage
         yield
